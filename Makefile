@@ -1,0 +1,37 @@
+# The commands of README.md. Everything runs in .venv, which is made on first use.
+PYTHON  ?= python3
+dataset ?= sample
+bin     := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help stage2 test lab notebooks lint sample
+
+help:  ## list the targets
+	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(bin)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+stage2: .venv/installed  ## both stages on dataset=<name or folder>, default sample; prints the result table
+	@mkdir -p runs
+	$(bin)/papermill nbs/05_stage2.ipynb runs/stage2-$(notdir $(dataset)).ipynb -p dataset $(dataset) --stdout-file /dev/stdout
+
+test: .venv/installed lint  ## nbdev_test on every notebook, and pytest on tests/
+	$(bin)/python -m pytest
+
+lint: .venv/installed  ## ruff on package, notebooks and tests
+	$(bin)/ruff check nbs ptmrec tests
+
+lab: .venv/installed  ## JupyterLab on the notebooks
+	$(bin)/jupyter lab --notebook-dir nbs
+
+notebooks: .venv/installed  ## export, run and clean all notebooks, so that stored outputs match the code
+	$(bin)/nbdev_export
+	TQDM_DISABLE=1 $(bin)/jupyter nbconvert --to notebook --execute --inplace nbs/*.ipynb
+	$(bin)/nbdev_clean
+	@mkdir -p nbs/images && cp "$$(ls -t runs/stage2/sample/*/results.png | head -n 1)" nbs/images/stage2_sample.png
+
+sample: .venv/installed  ## draw the sample shop and pretrain its CLIP again (about ten minutes)
+	$(bin)/python -m ptmrec.sample

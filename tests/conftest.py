@@ -1,0 +1,23 @@
+"""Paths, and the real data that some tests run on when they are there."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("PTMREC_SHARED", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    "An empty folder that experiments write to."
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def movielens():
+    folder = SHARED / "movielens-posters"
+    if not folder.is_dir():
+        pytest.skip(f"the MovieLens posters are not at {folder} (set PTMREC_SHARED)")
+    return folder

@@ -1,0 +1,133 @@
+"""Bad input and bad luck: clear errors, nothing half-written."""
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from PIL import Image
+
+from ptmrec.clip_prompting import ItemEncoder, frozen_features, load_clip
+from ptmrec.data import DataError, cache_dir, image_map, load_data
+from ptmrec.stage1 import run_stage1
+from ptmrec.stage2 import run_stage2
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    "A shop of 12 users and 12 items in a data folder of its own; one image is missing and one is no image."
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    folder = tmp_path / "shop"
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    pairs = sorted({(u, (u + d) % 12) for u in range(12) for d in rng.choice(12, 6, replace=False)})
+    (folder / "interactions.csv").write_text("userID,itemID\n" + "".join(f"u{u},i{i:02}\n" for u, i in pairs))
+    (folder / "items.csv").write_text("itemID,title\n" + "".join(f"i{i:02},thing {i}\n" for i in range(11)))
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 255, (70, 90, 3), np.uint8)).save(folder / "images" / f"i{i:02}.jpg")
+    (folder / "images" / "i10.jpg").write_text("<html>404</html>")
+    return folder
+
+
+def test_missing_and_broken_content_is_counted(shop):
+    data, clip = load_data("shop"), load_clip()
+    with pytest.warns(UserWarning, match="1 unreadable images.*i10.jpg"):
+        pixels, seen = image_map(data, clip.image_size)
+    assert seen.tolist() == [True] * 10 + [False] * 2
+    features = frozen_features(data, clip)
+    for missing in (10, 11):
+        assert torch.allclose(features["image"][missing], features["image"][:10].mean(0), atol=1e-6)
+    encoder = ItemEncoder(clip, data)
+    everything = encoder.encode_all()
+    assert torch.allclose(encoder(torch.arange(12))["image"], everything["image"], atol=1e-6)
+
+
+def test_replaced_content_never_meets_an_old_cache(shop):
+    clip = load_clip()
+    with pytest.warns(UserWarning):
+        before = frozen_features(load_data("shop"), clip)
+    Image.new("RGB", (64, 64), "navy").save(shop / "images" / "i00.jpg")
+    with pytest.warns(UserWarning):
+        after = frozen_features(load_data("shop"), clip)
+    assert not torch.allclose(before["image"][0], after["image"][0]) and torch.equal(before["text"], after["text"])
+    assert not [p for p in cache_dir().iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("content, message", [
+    ("a,b\n1,2\n", "has no user column; its columns are a, b"),
+    ("user,item\n1,2\n,3\n", "line 3, column 'user': .* is no id"),
+    ("user,item,rating\n1,2,good\n", "line 2, column 'rating'"),
+    ("user,item,x_label\n1,2,7\n", "line 2, column 'split': .*7.* is neither 0, 1 nor 2"),
+    ("user,userID,item\n1,1,2\n", "columns \\['user', 'userID'\\] all mean 'user'"),
+])
+def test_bad_interactions_name_line_and_column(shop, content, message):
+    (shop / "interactions.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_data("shop")
+
+
+def test_items_that_join_nothing(shop):
+    (shop / "items.csv").write_text("itemID,title\n1,a\n2,b\n")
+    with pytest.raises(DataError, match="none of its ids occurs in the interactions"):
+        load_data("shop")
+
+
+def test_ready_made_features_run_stage1_and_are_refused_by_stage2(tmp_path, monkeypatch, runs):
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    folder = tmp_path / "ready"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = [(u, i, [0, 0, 0, 0, 1, 2][n]) for u in range(30) for n, i in enumerate(rng.choice(20, 6, replace=False))]
+    (folder / "ready.inter").write_text("userID\titemID\tx_label\n" + "".join(f"{u}\t{i}\t{x}\n" for u, i, x in rows))
+    np.save(folder / "image_feat.npy", rng.normal(size=(20, 16)).astype(np.float32))
+    np.save(folder / "text_feat.npy", rng.normal(size=(20, 8)).astype(np.float16))
+    run, = run_stage1("ready", epochs=2, n_seeds=1)
+    assert 0 <= run.metrics()["test"]["recall@20"] <= 1
+    with pytest.raises(DataError, match="ready-made features and no images or texts"):
+        run_stage2("ready", n_seeds=1)
+    np.save(folder / "image_feat.npy", np.zeros((5, 16), np.float32))
+    with pytest.raises(DataError, match="image_feat.npy has 5 rows"):
+        load_data("ready")
+
+
+def test_hub_weights_without_a_network_fail_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    start = time.time()
+    with pytest.raises(DataError, match="model hub does not answer. Connect to the network once, or give a weights file"):
+        load_clip("ViT-B-32", "openai")
+    assert time.time() - start < 20
+
+
+def test_a_killed_run_is_not_a_finished_one_and_resumes(runs, monkeypatch):
+    import ptmrec.stage1 as stage1
+
+    whole, = run_stage1(epochs=25, patience=25, n_seeds=1)
+    expected = whole.metrics()
+    evaluate, calls = stage1.evaluate, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 23:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(stage1, "evaluate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage1(epochs=25, patience=25, n_seeds=1)
+    assert not whole.finished and (whole.folder / "checkpoint.pt").exists()
+    monkeypatch.setattr(stage1, "evaluate", evaluate)
+    resumed, = run_stage1(epochs=25, patience=25, n_seeds=1)
+    assert resumed.metrics() == expected and not (whole.folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("name, users, items, pairs", [
+    ("baby", 19445, 7050, 160792), ("sports", 35598, 18357, 296337), ("clothing", 39387, 23033, 278677)])
+def test_published_interactions_are_read_whole(name, users, items, pairs):
+    folder = SHARED / "amazon" / name
+    if not folder.is_dir():
+        pytest.skip(f"the Amazon interactions are not at {folder} (set PTMREC_SHARED)")
+    if name == "sports":  # its feature table has a row per item
+        assert load_data(folder).features["text"].shape == (18357, 384)
+    inter = load_data(folder).inter
+    assert (inter.n_users, inter.n_items, len(inter)) == (users, items, pairs)

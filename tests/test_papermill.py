@@ -1,0 +1,77 @@
+"""Notebooks as experiments, the way README.md tells people to run them."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+BIN = Path(sys.executable).parent
+SHORT = {"epochs": 3, "stage2_epochs": 1, "n_seeds": 1}
+
+
+def papermill(notebook, output, cwd=ROOT, **parameters):
+    flags = [x for name, value in parameters.items() for x in ("-p", name, str(value))]
+    return subprocess.run([BIN / "papermill", notebook, output, *flags], cwd=cwd, capture_output=True, text=True)
+
+
+def metrics_of(runs, experiment, dataset):
+    files = list((runs / experiment / dataset).glob("*/metrics.json"))
+    assert len(files) == 1
+    return files[0].parent, json.loads(files[0].read_text())
+
+
+def test_short_form_as_written(runs, tmp_path):
+    "In nbs/, without an output path, with stdout redirected."
+    with (tmp_path / "out.ipynb").open("w") as out:
+        command = f"{BIN}/papermill 05_stage2.ipynb -p dataset sample"
+        result = subprocess.run(command.split(), cwd=ROOT / "nbs", stdout=out, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    executed = json.loads((tmp_path / "out.ipynb").read_text())
+    text = "".join("".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", []))
+    assert "paired t-test" in text
+    files = list((runs / "stage2" / "sample").glob("*/metrics.json"))
+    gains = []
+    for metrics in [json.loads(f.read_text()) for f in files]:
+        assert set(metrics) == {"stage1", "as_is", "continued", "fresh"}
+        for variant in metrics.values():
+            assert {"recall@10", "recall@20", "ndcg@10", "ndcg@20"} < variant["valid"].keys() == variant["test"].keys()
+        best = max(("as_is", "continued", "fresh"), key=lambda v: metrics[v]["valid"]["recall@20"])
+        gains.append(metrics[best]["test"]["recall@10"] - metrics["stage1"]["test"]["recall@10"])
+    assert sum(gains) / len(gains) > 0, f"Stage 2 should raise test Recall@10 on the sample; by run: {gains}"
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"learning_rate": 0.1}, "Unknown parameter learning_rate. run_stage2 takes: dataset"),
+    ({"dataset": "no-such-shop"}, "No data set 'no-such-shop'. Known by name: sample"),
+    ({"backbone": "svd"}, "backbone='svd' is not known. Allowed: lightgcn, bpr, vbpr, freedom"),
+    ({"backbone": "bpr"}, "has no features, so there is nothing to tune. Use one of vbpr, freedom"),
+    ({"tau": "cold"}, "tau='cold' is not a number"),
+])
+def test_wrong_parameters_stop_at_once(runs, tmp_path, wrong, message):
+    result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", **wrong)
+    assert result.returncode == 1 and message in result.stderr, result.stderr[-3000:]
+    assert not runs.exists()
+
+
+def test_vbpr_and_the_papers_batches(runs, tmp_path):
+    "The other backbone with features, interactions in batches with accumulation, and the task loss."
+    result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", backbone="vbpr", task_weight=1.0,
+                       train_backbone=True, batch_by="interactions", accumulate=12, **SHORT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    folder, metrics = metrics_of(runs, "stage2", "sample")
+    assert metrics["as_is"] != metrics["stage1"]
+    assert {"prompts.safetensors", "features.safetensors", "history.csv", "per_user.parquet", "topk.parquet",
+            "run.json"} <= {p.name for p in folder.iterdir()}
+    about = json.loads((folder / "run.json").read_text())
+    assert about["seed"] == 0 and about["parameters"]["accumulate"] == 12 and about["versions"]["torch"] and about["data"]
+
+
+def test_real_posters(runs, tmp_path, movielens):
+    "Both stages on MovieLens posters, from the folder as it is."
+    result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=movielens, min_rating=4, core=5, **SHORT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    folder, metrics = metrics_of(runs, "stage2", "movielens-posters")
+    popular_by_chance = 10 / 2500
+    assert metrics["fresh"]["test"]["recall@10"] > 3 * popular_by_chance
