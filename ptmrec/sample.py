@@ -210,7 +210,7 @@ def make_shop(folder, seed=0):
         pixels = draw_item(item.category, item.colour, item.pattern, rng)
         Image.fromarray(pixels).save(folder / "images" / f"{i}.jpg", quality=88)
 
-# %% ../nbs/00b_sample.ipynb #0aedc775
+# %% ../nbs/00b_sample.ipynb #f27e97ed
 TINY_CLIP = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "layers": 6, "width": 128, "head_width": 32, "patch_size": 16},
@@ -220,8 +220,8 @@ MEAN, STD = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.
 
 
 def write_caption(item, rng):
-    "A caption to pretrain on: names the category nine times in ten, the colour three, the pattern once in twenty."
-    words = [getattr(item, attribute) for attribute, chance in (("pattern", 0.05), ("colour", 0.3), ("category", 0.9))
+    "A caption to pretrain on: names the category nine times in ten, the colour three times, the pattern about once."
+    words = [getattr(item, attribute) for attribute, chance in (("pattern", 0.12), ("colour", 0.3), ("category", 0.9))
              if rng.random() < chance]
     return f"{rng.choice(['a photo of', 'a picture of', 'a drawing of'])} a {' '.join(words or ['thing'])}"
 
@@ -240,8 +240,16 @@ def normalise(pixels):
     "(n, h, w, 3) uint8 to the (n, 3, h, w) floats that CLIP takes."
     return ((pixels / 255 - MEAN) / STD).permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/00b_sample.ipynb #d7be46ee
-def pretrain_clip(folder, n_pairs=20000, epochs=12, batch_size=256, lr=1e-3, seed=1):
+# %% ../nbs/00b_sample.ipynb #f0982f00
+def _encode_captions(model, tokens):
+    "Text features of token ids cut to the longest caption: the tower is causal, what follows the end token never matters."
+    tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
+    n = tokens.shape[1]
+    x = model.transformer(model.token_embedding(tokens) + model.positional_embedding[:n], attn_mask=model.attn_mask[:n, :n])
+    return model.ln_final(x)[torch.arange(len(x)), tokens.argmax(1)] @ model.text_projection
+
+
+def pretrain_clip(folder, n_pairs=20000, epochs=16, batch_size=256, lr=1e-3, seed=1):
     """Pretrain the tiny CLIP with InfoNCE (Radford et al., ICML 2021) and write tiny.json, tiny.safetensors (float16).
 
     Returns the loss per step.
@@ -255,8 +263,9 @@ def pretrain_clip(folder, n_pairs=20000, epochs=12, batch_size=256, lr=1e-3, see
     losses, progress = [], tqdm(total=steps, desc="Pretraining", unit="step", leave=False)
     for _ in range(epochs):
         for batch in torch.randperm(n_pairs)[: n_pairs // batch_size * batch_size].split(batch_size):
-            image_emb, text_emb, scale = model(normalise(images[batch]), tokens[batch])
-            logits = scale * image_emb @ text_emb.T  # (B, B)
+            image_emb = F.normalize(model.encode_image(normalise(images[batch])), dim=1)
+            text_emb = F.normalize(_encode_captions(model, tokens[batch]), dim=1)
+            logits = model.logit_scale.exp() * image_emb @ text_emb.T  # (B, B)
             target = torch.arange(len(batch))
             loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
             optimiser.zero_grad(), loss.backward(), optimiser.step(), schedule.step()
