@@ -105,7 +105,7 @@ def _find_tables(folder, stems):
     found = [folder / f"{stem}{end}" for stem in stems for end in TABLE_ENDINGS if (folder / f"{stem}{end}").exists()]
     return found
 
-# %% ../nbs/00_data.ipynb #55adba0e
+# %% ../nbs/00_data.ipynb #44c62482
 SPLITS = ("train", "valid", "test")  # x_label 0, 1, 2
 
 
@@ -113,7 +113,7 @@ def _refuse(path, table, column, bad, what):
     "Raise a `DataError` for the first row where `bad` holds."
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise DataError(f"{path}, line {row + 2}, column '{column}': {table[column].iloc[row]!r} {what} "
+        raise DataError(f"{path}, line {row + 2}, column '{column}': {table[column].iloc[row]} {what} "
                         f"({int(bad.sum()):,} such rows).")
 
 

@@ -58,14 +58,14 @@ def interaction_batches(user, item, batch_size):
 
 BATCHES = {"items": item_batches, "interactions": interaction_batches}
 
-# %% ../nbs/05_stage2.ipynb #c3aaa26d
+# %% ../nbs/05_stage2.ipynb #a8926b2e
 class Stage2(nn.Module):
     """What Stage 2 trains, the prompts inside `encoder` and the projections W_m of `backbone`, and its losses.
 
     With `train_backbone`, the backbone's other parameters move as well, by the task loss alone.
     """
 
-    def __init__(self, backbone, encoder, kt_source="id", similarity="cosine", tau=0.1, kt_weight=1.0, task_weight=0.0,
+    def __init__(self, backbone, encoder, kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0,
                  train_backbone=False):
         super().__init__()
         self.backbone, self.encoder = backbone, encoder
@@ -104,15 +104,15 @@ class Stage2(nn.Module):
         features = self.encoder.encode_all()
         return features, {m: self.backbone.project[m](f) for m, f in features.items()}
 
-# %% ../nbs/05_stage2.ipynb #e9065a73
+# %% ../nbs/05_stage2.ipynb #3397961a
 def with_features(backbone, features, projected, feature_space):
     "Give `backbone` the tuned features, and an item graph built from them (\"raw\") or from their projections."
     backbone.set_features(features, projected if feature_space == "projected" else features)
     return backbone
 
 
-def tune(model, evaluator, prompt_lr=2e-2, project_lr=1e-3, batch_by="items", batch_size=128, accumulate=1, epochs=30,
-         validate_every=5, feature_space="raw", name="Stage 2", checkpoint=None):
+def tune(model, evaluator, prompt_lr=2e-2, project_lr=1e-2, batch_by="items", batch_size=128, accumulate=1, epochs=20,
+         validate_every=5, feature_space="projected", name="Stage 2", checkpoint=None):
     """Train a `Stage2` model for `epochs` passes; the validated epoch with the best Recall@20 is kept.
 
     `batch_by`: "items" (with all their pairs) or "interactions"; `accumulate`: batches per optimiser step.
@@ -213,13 +213,13 @@ def evaluate_variants(run, model, data, evaluator, p, stage1):
     run.save_table("per_user.parquet", pd.concat(per_user, names=["variant"]).reset_index("variant"))
     run.finish(metrics)
 
-# %% ../nbs/05_stage2.ipynb #5617c043
+# %% ../nbs/05_stage2.ipynb #9e3eeaac
 def run_stage2(dataset="sample", min_rating=None, core=0, clip_model="tiny", pretrained="sample", backbone="freedom",
                n_layers=None, reg_weight=None, n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None,
-               aux_weight=None, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, n_ctx=4, prompt_depth=3,
-               kt_source="id", similarity="cosine", tau=0.1, kt_weight=1.0, task_weight=0.0, train_backbone=False,
-               feature_space="raw", prompt_lr=2e-2, project_lr=1e-3, batch_by="items", stage2_batch_size=128, accumulate=1,
-               stage2_epochs=30, validate_every=5, seed=0, n_seeds=3, device="auto"):
+               aux_weight=None, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, n_ctx=8, prompt_depth=3,
+               kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0, train_backbone=False,
+               feature_space="projected", prompt_lr=2e-2, project_lr=1e-2, batch_by="items", stage2_batch_size=128, accumulate=1,
+               stage2_epochs=20, validate_every=5, seed=0, n_seeds=3, device="auto"):
     """Both stages for `n_seeds` seeds from `seed` on; returns a list of finished `Run`s.
 
     Stage 1 (see `run_stage1` for its parameters) is trained unless a run of the same parameters, data and code is there.
