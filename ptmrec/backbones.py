@@ -6,12 +6,16 @@
 __all__ = ['BACKBONES', 'Graph', 'user_item_graph', 'propagate', 'knn_graph', 'mix_graphs', 'sample_edges', 'Backbone',
            'register', 'backbone_settings', 'LightGCN', 'BPRMF', 'VBPR', 'FREEDOM']
 
-# %% ../nbs/02_backbones.ipynb #b11dffcc
+# %% ../nbs/02_backbones.ipynb #87f9d326
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .losses import bpr_loss, emb_loss
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 # %% ../nbs/02_backbones.ipynb #c22e7509
 class Graph:

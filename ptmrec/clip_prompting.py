@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Clip', 'load_clip', 'DeepPrompts', 'encode_image', 'trim', 'encode_text', 'ItemEncoder', 'frozen_features']
 
-# %% ../nbs/01_clip_prompting.ipynb #d9d1b060
+# %% ../nbs/01_clip_prompting.ipynb #9c0c8b4e
 import os
 import urllib.request
 from dataclasses import dataclass
@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
 
-from .data import DataError, cache_dir, find_dataset, fingerprint, image_map, repo_root, write_atomically
+from .data import DataError, cache_dir, find_dataset, fingerprint, image_map, progress, repo_root, write_atomically
 
 # %% ../nbs/01_clip_prompting.ipynb #e9fde7d2
 @dataclass
@@ -180,7 +179,7 @@ def encode_text(clip, tokens, prompts=None):
         return tower.text_projection(x)
     return x if tower.text_projection is None else x @ tower.text_projection
 
-# %% ../nbs/01_clip_prompting.ipynb #8e58da8f
+# %% ../nbs/01_clip_prompting.ipynb #fae47074
 class ItemEncoder(nn.Module):
     """Features of items by a CLIP, optionally with `prompts`: {"image": (n, d_v), "text": (n, d_t)}, unit length.
 
@@ -221,7 +220,7 @@ class ItemEncoder(nn.Module):
     def encode_all(self, batch_size=256):
         "Features of all items: {modality: (I, d_m)}; missing images have the mean of those seen."
         batches = torch.arange(self.n_items).split(batch_size)
-        parts = [self(b) for b in tqdm(batches, desc="Encoding items", unit="batch", leave=False)]
+        parts = [self(b) for b in progress(batches, desc="Encoding items", unit="batch")]
         features = {m: torch.cat([p[m] for p in parts]) for m in self.modalities}
         if "image" in features:
             seen = torch.from_numpy(self.seen).to(self.device)

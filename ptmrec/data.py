@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPELLINGS', 'TABLE_ENDINGS', 'SPLITS', 'TEXT_FIELDS', 'IMAGE_ENDINGS', 'DataError', 'repo_root', 'data_dir',
-           'runs_dir', 'find_dataset', 'standard_name', 'read_table', 'read_interactions', 'k_core', 'random_split',
-           'Interactions', 'fingerprint', 'cache_dir', 'write_atomically', 'RecData', 'load_data', 'load_image',
-           'image_map', 'describe', 'show_items']
+           'runs_dir', 'progress', 'find_dataset', 'standard_name', 'read_table', 'read_interactions', 'k_core',
+           'random_split', 'Interactions', 'fingerprint', 'cache_dir', 'write_atomically', 'RecData', 'load_data',
+           'load_image', 'image_map', 'describe', 'show_items']
 
 # %% ../nbs/00_data.ipynb #91b24ddb
 import hashlib
@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_data.ipynb #85407a04
+# %% ../nbs/00_data.ipynb #b7a4b568
 class DataError(ValueError):
     "Input data that cannot be used; the message names file, row and column and says what to do."
 
@@ -44,6 +44,11 @@ def data_dir():
 def runs_dir():
     "The folder that experiments write to: `$PTMREC_RUNS`, else `runs/` of the checkout."
     return Path(os.environ.get("PTMREC_RUNS") or repo_root() / "runs")
+
+
+def progress(*args, **kwargs):
+    "A tqdm bar (same arguments) that leaves nothing behind; `TQDM_DISABLE=1` hides it."
+    return tqdm(*args, leave=False, disable=os.environ.get("TQDM_DISABLE") == "1", **kwargs)
 
 
 def find_dataset(dataset):
@@ -344,7 +349,7 @@ def load_data(dataset, min_rating=None, core=0, split_seed=0):
     return RecData(folder.name, inter, _item_texts(folder, inter.item_ids), _item_images(folder, inter.item_ids),
                    _item_features(folder, inter.item_ids))
 
-# %% ../nbs/00_data.ipynb #31410283
+# %% ../nbs/00_data.ipynb #64f22a47
 def load_image(path, size):
     "One image as (size, size, 3) uint8: shorter side resized to `size` (bicubic), then the centre, as CLIP is fed."
     with Image.open(path) as image:
@@ -368,7 +373,7 @@ def image_map(data, size):
 
         def decode_all(path):
             pixels = np.lib.format.open_memmap(path, "w+", np.uint8, (len(data.images), size, size, 3))
-            for i, image in enumerate(tqdm(data.images, desc="Images", unit="image", leave=False)):
+            for i, image in enumerate(progress(data.images, desc="Images", unit="image")):
                 if image is None:
                     continue
                 try:

@@ -8,7 +8,7 @@ __all__ = ['SILHOUETTES', 'COLOURS', 'PATTERNS', 'BRANDS', 'N_ITEMS', 'N_USERS',
            'attribute_features', 'make_shop', 'write_caption', 'draw_pairs', 'normalise', 'pretrain_clip', 'main',
            'neighbour_purity']
 
-# %% ../nbs/00b_sample.ipynb #9e3cc51f
+# %% ../nbs/00b_sample.ipynb #ca3e39e1
 import json
 from pathlib import Path
 
@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
-from .data import random_split, repo_root
+from .data import progress, random_split, repo_root
 
 # %% ../nbs/00b_sample.ipynb #2aef8843
 def _mug(d):
@@ -193,7 +192,7 @@ def attribute_features(attributes):
     blocks = [pd.get_dummies(attributes[a]).to_numpy(np.float32) * log_odds**0.5 for a, (_, log_odds) in TASTE.items()]
     return torch.from_numpy(np.concatenate(blocks, 1))
 
-# %% ../nbs/00b_sample.ipynb #3561f3f3
+# %% ../nbs/00b_sample.ipynb #e298d1f6
 def make_shop(folder, seed=0):
     """Draw the shop into `folder`: interactions.csv, items.csv, images/, and attributes.csv.
 
@@ -206,11 +205,11 @@ def make_shop(folder, seed=0):
     titles = [write_title(item, rng) for item in attributes.itertuples()]
     pd.DataFrame({"item": range(N_ITEMS), "title": titles}).to_csv(folder / "items.csv", index=False)
     attributes.to_csv(folder / "attributes.csv", index_label="item")
-    for i, item in enumerate(tqdm(attributes.itertuples(), total=N_ITEMS, desc="Drawing", unit="item", leave=False)):
+    for i, item in enumerate(progress(attributes.itertuples(), total=N_ITEMS, desc="Drawing", unit="item")):
         pixels = draw_item(item.category, item.colour, item.pattern, rng)
         Image.fromarray(pixels).save(folder / "images" / f"{i}.jpg", quality=88)
 
-# %% ../nbs/00b_sample.ipynb #7c4c9580
+# %% ../nbs/00b_sample.ipynb #357399cd
 TINY_CLIP = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "layers": 6, "width": 128, "head_width": 32, "patch_size": 16},
@@ -231,7 +230,7 @@ def draw_pairs(n, seed):
     rng = np.random.default_rng(seed)
     items = list(draw_attributes(rng, n, len(SILHOUETTES), len(COLOURS), len(PATTERNS)).itertuples())
     images = np.stack([draw_item(i.category, i.colour, i.pattern, rng)
-                       for i in tqdm(items, desc="Drawing", unit="image", leave=False)])
+                       for i in progress(items, desc="Drawing", unit="image")])
     tokens = open_clip.get_tokenizer("ViT-B-32")([write_caption(i, rng) for i in items])
     return torch.from_numpy(images), tokens
 
@@ -240,7 +239,7 @@ def normalise(pixels):
     "(n, h, w, 3) uint8 to the (n, 3, h, w) floats that CLIP takes."
     return ((pixels / 255 - MEAN) / STD).permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/00b_sample.ipynb #f0982f00
+# %% ../nbs/00b_sample.ipynb #b6b676f8
 def _encode_captions(model, tokens):
     "Text features of token ids cut to the longest caption: the tower is causal, what follows the end token never matters."
     tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
@@ -260,7 +259,7 @@ def pretrain_clip(folder, n_pairs=20000, epochs=16, batch_size=256, lr=1e-3, see
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     steps = epochs * (n_pairs // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
-    losses, progress = [], tqdm(total=steps, desc="Pretraining", unit="step", leave=False)
+    losses, bar = [], progress(total=steps, desc="Pretraining", unit="step")
     for _ in range(epochs):
         for batch in torch.randperm(n_pairs)[: n_pairs // batch_size * batch_size].split(batch_size):
             image_emb = F.normalize(model.encode_image(normalise(images[batch])), dim=1)
@@ -270,7 +269,7 @@ def pretrain_clip(folder, n_pairs=20000, epochs=16, batch_size=256, lr=1e-3, see
             loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
             optimiser.zero_grad(), loss.backward(), optimiser.step(), schedule.step()
             losses.append(loss.item())
-            progress.update(), progress.set_postfix(loss=f"{losses[-1]:.3f}")
+            bar.update(), bar.set_postfix(loss=f"{losses[-1]:.3f}")
     weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
     save_file(weights, Path(folder) / "tiny.safetensors")
     (Path(folder) / "tiny.json").write_text(json.dumps(TINY_CLIP, indent=2) + "\n")

@@ -58,20 +58,20 @@ def interaction_batches(user, item, batch_size):
 
 BATCHES = {"items": item_batches, "interactions": interaction_batches}
 
-# %% ../nbs/05_stage2.ipynb #a8926b2e
+# %% ../nbs/05_stage2.ipynb #75dc73fc
 class Stage2(nn.Module):
     """What Stage 2 trains, the prompts inside `encoder` and the projections W_m of `backbone`, and its losses.
 
-    With `train_backbone`, the backbone's other parameters move as well, by the task loss alone.
+    With `tune_backbone`, the backbone's other parameters move as well, by the task loss alone.
     """
 
     def __init__(self, backbone, encoder, kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0,
-                 train_backbone=False):
+                 tune_backbone=False):
         super().__init__()
         self.backbone, self.encoder = backbone, encoder
         self.similarity, self.tau, self.kt_weight, self.task_weight = similarity, tau, kt_weight, task_weight
         self.know = teacher(backbone, kt_source)
-        backbone.requires_grad_(train_backbone)
+        backbone.requires_grad_(tune_backbone)
         backbone.project.requires_grad_(True)
         self.refresh()
 
@@ -175,7 +175,7 @@ def variants(model, data, evaluator, p):
     train_backbone(fresh, evaluator, **training_of(p), name=f"Fresh, seed {p.seed}")
     yield "fresh", fresh
 
-# %% ../nbs/05_stage2.ipynb #e16e4312
+# %% ../nbs/05_stage2.ipynb #ce77adca
 def stage2_run(p, data, clip, features, device):
     "One seed of Stage 2 as a finished `Run`."
     stage1 = stage1_run(p, data, clip, features, device, reuse=True)
@@ -188,7 +188,7 @@ def stage2_run(p, data, clip, features, device):
     set_seed(p.seed)
     prompts = DeepPrompts(clip, p.n_ctx, p.prompt_depth).to(device) if p.n_ctx else None
     model = Stage2(backbone, ItemEncoder(clip, data, prompts), p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight,
-                   p.train_backbone)
+                   p.tune_backbone)
     history = tune(model, evaluator, p.prompt_lr, p.project_lr, p.batch_by, p.stage2_batch_size, p.accumulate,
                    p.stage2_epochs, p.validate_every, p.feature_space, f"Stage 2, seed {p.seed}",
                    run.folder / "checkpoint.pt")
@@ -213,18 +213,18 @@ def evaluate_variants(run, model, data, evaluator, p, stage1):
     run.save_table("per_user.parquet", pd.concat(per_user, names=["variant"]).reset_index("variant"))
     run.finish(metrics)
 
-# %% ../nbs/05_stage2.ipynb #9e3eeaac
+# %% ../nbs/05_stage2.ipynb #ae128803
 def run_stage2(dataset="sample", min_rating=None, core=0, clip_model="tiny", pretrained="sample", backbone="freedom",
                n_layers=None, reg_weight=None, n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None,
                aux_weight=None, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, n_ctx=8, prompt_depth=3,
-               kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0, train_backbone=False,
-               feature_space="projected", prompt_lr=2e-2, project_lr=1e-2, batch_by="items", stage2_batch_size=128, accumulate=1,
-               stage2_epochs=20, validate_every=5, seed=0, n_seeds=3, device="auto"):
+               kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0, tune_backbone=False,
+               feature_space="projected", prompt_lr=2e-2, project_lr=1e-2, batch_by="items", stage2_batch_size=128,
+               accumulate=1, stage2_epochs=20, validate_every=5, seed=0, n_seeds=3, device="auto"):
     """Both stages for `n_seeds` seeds from `seed` on; returns a list of finished `Run`s.
 
     Stage 1 (see `run_stage1` for its parameters) is trained unless a run of the same parameters, data and code is there.
     `n_ctx`, `prompt_depth`: prompts per layer, and in how many layers; n_ctx=0 trains the projections alone.
-    `kt_source`, `similarity`, `tau`, `kt_weight`, `task_weight`, `train_backbone`: see `Stage2`. `feature_space`: what item
+    `kt_source`, `similarity`, `tau`, `kt_weight`, `task_weight`, `tune_backbone`: see `Stage2`. `feature_space`: what item
     graphs and the fresh backbone are made of. `prompt_lr` ... `validate_every`: see `tune`.
     Unknown names raise errors that list what is allowed.
     """
@@ -243,7 +243,7 @@ def run_stage2(dataset="sample", min_rating=None, core=0, clip_model="tiny", pre
     return [stage2_run(SimpleNamespace(**vars(p) | {"seed": s}), data, clip, features, device)
             for s in range(seed, seed + n_seeds)]
 
-# %% ../nbs/05_stage2.ipynb #504f04f0
+# %% ../nbs/05_stage2.ipynb #293c347b
 def best_variant(runs):
     "The variant with the highest mean validation Recall@20 over `runs`."
     return max(VARIANTS, key=lambda v: np.mean([r.metrics()[v]["valid"][METRIC] for r in runs]))
@@ -251,8 +251,8 @@ def best_variant(runs):
 
 def per_user_values(runs, variant, metric):
     "Per-user test values of a variant, one Series per run."
-    tables = [r.load_table("per_user.parquet").query("variant == @variant").set_index("user") for r in runs]
-    return [t[metric] for t in tables]
+    tables = [r.load_table("per_user.parquet") for r in runs]
+    return [t[t.variant == variant].set_index("user")[metric] for t in tables]
 
 
 def results_table(runs):

@@ -6,16 +6,15 @@
 __all__ = ['TripleSampler', 'Callback', 'Loop', 'Progress', 'KeepBest', 'Checkpoint', 'effective_rank', 'mean_cosine',
            'check_features', 'Health']
 
-# %% ../nbs/03b_training.ipynb #3cb12f9d
+# %% ../nbs/03b_training.ipynb #492c14b3
 import math
 import warnings
 from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
-from .data import write_atomically
+from .data import progress, write_atomically
 
 # %% ../nbs/03b_training.ipynb #e62217c9
 class TripleSampler:
@@ -92,7 +91,7 @@ class Loop:
             callback.after(self)
         return pd.DataFrame(self.history).set_index("epoch")
 
-# %% ../nbs/03b_training.ipynb #d125522b
+# %% ../nbs/03b_training.ipynb #00e216cf
 class Progress(Callback):
     "A progress bar that shows the last row of the history."
 
@@ -100,7 +99,7 @@ class Progress(Callback):
         self.name, self.shown = name, shown
 
     def before(self, loop):
-        self.bar = tqdm(total=loop.epochs, initial=len(loop.history), desc=self.name, unit="epoch", leave=False)
+        self.bar = progress(total=loop.epochs, initial=len(loop.history), desc=self.name, unit="epoch")
 
     def after_epoch(self, loop):
         self.bar.set_postfix({k: f"{loop.history[-1][k]:.4f}" for k in self.shown if k in loop.history[-1]})

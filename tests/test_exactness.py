@@ -77,7 +77,7 @@ def stage2_model(sample, name, **changes):
 
 @pytest.mark.parametrize("name", [n for n, cls in BACKBONES.items() if cls.uses_features])
 def test_only_prompts_and_projections_learn_from_kt(sample, name):
-    model, batch = stage2_model(sample, name, train_backbone=True)  # even where embeddings could move
+    model, batch = stage2_model(sample, name, tune_backbone=True)  # even where embeddings could move
     sum(model.losses(*batch).values()).backward()
     moved = {n for n, q in model.named_parameters() if q.grad is not None and q.grad.abs().sum() > 0}
     assert moved == {"encoder.prompts.image", "encoder.prompts.text"} | {

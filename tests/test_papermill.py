@@ -58,7 +58,7 @@ def test_wrong_parameters_stop_at_once(runs, tmp_path, wrong, message):
 def test_vbpr_and_the_papers_batches(runs, tmp_path):
     "The other backbone with features, interactions in batches with accumulation, and the task loss."
     result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", backbone="vbpr", task_weight=1.0,
-                       train_backbone=True, batch_by="interactions", accumulate=12, **SHORT)
+                       tune_backbone=True, batch_by="interactions", accumulate=12, **SHORT)
     assert result.returncode == 0, result.stderr[-3000:]
     folder, metrics = metrics_of(runs, "stage2", "sample")
     assert metrics["as_is"] != metrics["stage1"]
