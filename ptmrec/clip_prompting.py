@@ -179,7 +179,7 @@ def encode_text(clip, tokens, prompts=None):
         return tower.text_projection(x)
     return x if tower.text_projection is None else x @ tower.text_projection
 
-# %% ../nbs/01_clip_prompting.ipynb #fae47074
+# %% ../nbs/01_clip_prompting.ipynb #0f6a9edf
 class ItemEncoder(nn.Module):
     """Features of items by a CLIP, optionally with `prompts`: {"image": (n, d_v), "text": (n, d_t)}, unit length.
 
@@ -199,22 +199,20 @@ class ItemEncoder(nn.Module):
         if "text" in self.modalities:
             self.tokens = clip.tokenize(data.texts)
 
-    def _encode(self, modality, items):
-        if modality == "text":
-            features = encode_text(self.clip, self.tokens[items].to(self.device), self.prompts)
-        else:
-            pixels = torch.from_numpy(self.pixels[items.numpy()]).to(self.device)
-            features = encode_image(self.clip, self.clip.normalise(pixels), self.prompts)
-        return F.normalize(features, dim=1)
+    def _texts(self, items):
+        return F.normalize(encode_text(self.clip, self.tokens[items].to(self.device), self.prompts), dim=1)
+
+    def _images(self, items):
+        seen = torch.from_numpy(self.seen[items.numpy()])
+        pixels = torch.from_numpy(self.pixels[items[seen].numpy()]).to(self.device)
+        found = F.normalize(encode_image(self.clip, self.clip.normalise(pixels), self.prompts), dim=1)
+        features = found.new_zeros(len(items), found.shape[1]) + self.fallback
+        return features.index_copy(0, seen.nonzero().flatten().to(self.device), found)
 
     def forward(self, items):
         "Live features of item numbers `items` (n,); a missing image has the mean of those that `encode_all` last saw."
-        items = items.cpu()
-        features = {m: self._encode(m, items) for m in self.modalities}
-        if "image" in features:
-            seen = torch.from_numpy(self.seen[items.numpy()]).to(self.device)[:, None]
-            features["image"] = torch.where(seen, features["image"], self.fallback)
-        return features
+        items, encode = items.cpu(), {"image": self._images, "text": self._texts}
+        return {m: encode[m](items) for m in self.modalities}
 
     @torch.no_grad()
     def encode_all(self, batch_size=256):

@@ -65,10 +65,10 @@ def find_dataset(dataset):
     raise DataError(f"No data set '{dataset}'. Known by name: {', '.join(known) or 'none'}. For any other, put an "
                     f"interactions file (and items, images) into {places[0]}, or give the path of a folder that has one.")
 
-# %% ../nbs/00_data.ipynb #249bb92a
+# %% ../nbs/00_data.ipynb #b584276e
 SPELLINGS = {
     "user": "user userid uid reviewerid customer customerid",
-    "item": "item itemid iid asin parentasin movie movieid product productid",
+    "item": "item itemid iid movie movieid product productid",
     "rating": "rating overall score stars",
     "time": "timestamp time unixreviewtime date",
     "split": "xlabel split",
@@ -99,6 +99,8 @@ def read_table(path):
     else:
         table = pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t")
     headers, table.columns = list(table.columns), [standard_name(c) for c in table.columns]
+    if "item" not in table:
+        table = table.rename(columns={c: "item" for c in ("asin", "parent_asin") if c in table})
     for name in SPELLINGS:
         same = [h for h, c in zip(headers, table.columns) if c == name]
         if len(same) > 1:

@@ -47,9 +47,10 @@ def choose(name, value, allowed):
         raise ValueError(f"{name}='{value}' is not known. Allowed: {', '.join(allowed)}.")
     return value
 
-# %% ../nbs/03c_runs.ipynb #7d89c6e5
+# %% ../nbs/03c_runs.ipynb #20c198d0
 def set_seed(seed):
-    "Seed Python, NumPy and torch."
+    "Seed Python, NumPy and torch, and have a CPU add up in a fixed order (torch's threads would not, by default)."
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
 
 

@@ -243,7 +243,7 @@ def run_stage2(dataset="sample", min_rating=None, core=0, clip_model="tiny", pre
     return [stage2_run(SimpleNamespace(**vars(p) | {"seed": s}), data, clip, features, device)
             for s in range(seed, seed + n_seeds)]
 
-# %% ../nbs/05_stage2.ipynb #293c347b
+# %% ../nbs/05_stage2.ipynb #6dce16e6
 def best_variant(runs):
     "The variant with the highest mean validation Recall@20 over `runs`."
     return max(VARIANTS, key=lambda v: np.mean([r.metrics()[v]["valid"][METRIC] for r in runs]))
@@ -275,13 +275,12 @@ def verdict(runs, metric="recall@10"):
 
 
 def plot_results(runs, metrics=("recall@10", "recall@20", "ndcg@20")):
-    "Test metrics per variant: bars are means over seeds, points the seeds."
+    "Test metrics per variant: thin lines are seeds, the thick one their mean."
     names = ("stage1", *VARIANTS)
     figure, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3), layout="constrained")
     for ax, metric in zip(axes, metrics):
         values = np.array([[r.metrics()[v]["test"][metric] for v in names] for r in runs])
-        ax.bar(names, values.mean(0), width=0.6, color=["0.75", "C0", "C0", "C0"])
-        for seed in values:
-            ax.plot(names, seed, "o-", color="0.25", ms=3, lw=0.7, alpha=0.6)
-        ax.set(title=metric, ylim=(0.8 * values.min(), None))
+        ax.plot(names, values.T, "o-", color="0.6", ms=3, lw=0.8)
+        ax.plot(names, values.mean(0), "o-", lw=2.5)
+        ax.set(title=f"test {metric}")
     return figure
