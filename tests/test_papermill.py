@@ -16,10 +16,12 @@ def papermill(notebook, output, cwd=ROOT, **parameters):
     return subprocess.run([BIN / "papermill", notebook, output, *flags], cwd=cwd, capture_output=True, text=True)
 
 
-def metrics_of(runs, experiment, dataset):
-    files = list((runs / experiment / dataset).glob("*/metrics.json"))
-    assert len(files) == 1
-    return files[0].parent, json.loads(files[0].read_text())
+def tuned_runs(runs, dataset):
+    "Folders and metrics of the Stage 2 runs that had prompts (the notebook's control has none)."
+    folders = [f.parent for f in (runs / "stage2" / dataset).glob("*/metrics.json")]
+    prompted = [f for f in folders if json.loads((f / "run.json").read_text())["parameters"]["n_ctx"]]
+    assert len(folders) == 2 * len(prompted) > 0
+    return [(f, json.loads((f / "metrics.json").read_text())) for f in prompted]
 
 
 def test_short_form_as_written(runs, tmp_path):
@@ -31,15 +33,14 @@ def test_short_form_as_written(runs, tmp_path):
     executed = json.loads((tmp_path / "out.ipynb").read_text())
     text = "".join("".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", []))
     assert "paired t-test" in text
-    files = list((runs / "stage2" / "sample").glob("*/metrics.json"))
     gains = []
-    for metrics in [json.loads(f.read_text()) for f in files]:
+    for _, metrics in tuned_runs(runs, "sample"):
         assert set(metrics) == {"stage1", "as_is", "continued", "fresh"}
         for variant in metrics.values():
             assert {"recall@10", "recall@20", "ndcg@10", "ndcg@20"} < variant["valid"].keys() == variant["test"].keys()
         best = max(("as_is", "continued", "fresh"), key=lambda v: metrics[v]["valid"]["recall@20"])
         gains.append(metrics[best]["test"]["recall@10"] - metrics["stage1"]["test"]["recall@10"])
-    assert sum(gains) / len(gains) > 0, f"Stage 2 should raise test Recall@10 on the sample; by run: {gains}"
+    assert len(gains) == 3 and sum(gains) > 0, f"Stage 2 should raise test Recall@10 on the sample; by run: {gains}"
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -60,7 +61,7 @@ def test_vbpr_and_the_papers_batches(runs, tmp_path):
     result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", backbone="vbpr", task_weight=1.0,
                        tune_backbone=True, batch_by="interactions", accumulate=12, **SHORT)
     assert result.returncode == 0, result.stderr[-3000:]
-    folder, metrics = metrics_of(runs, "stage2", "sample")
+    (folder, metrics), = tuned_runs(runs, "sample")
     assert metrics["as_is"] != metrics["stage1"]
     assert {"prompts.safetensors", "features.safetensors", "history.csv", "per_user.parquet", "topk.parquet",
             "run.json"} <= {p.name for p in folder.iterdir()}
@@ -72,6 +73,6 @@ def test_real_posters(runs, tmp_path, movielens):
     "Both stages on MovieLens posters, from the folder as it is."
     result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=movielens, min_rating=4, core=5, **SHORT)
     assert result.returncode == 0, result.stderr[-3000:]
-    folder, metrics = metrics_of(runs, "stage2", "movielens-posters")
+    (_, metrics), = tuned_runs(runs, "movielens-posters")
     popular_by_chance = 10 / 2500
     assert metrics["fresh"]["test"]["recall@10"] > 3 * popular_by_chance
