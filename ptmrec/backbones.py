@@ -15,8 +15,6 @@ from torch import nn
 
 from .losses import bpr_loss, emb_loss
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-
 # %% ../nbs/02_backbones.ipynb #c22e7509
 class Graph:
     """A fixed sparse matrix (n, m) in CSR with its transpose; `graph @ x` is differentiable in `x` (m, d).
@@ -47,7 +45,9 @@ def _csr(row, col, value, shape):
     order = torch.argsort(row * shape[1] + col)
     pointer = torch.zeros(shape[0] + 1, dtype=torch.int64, device=row.device)
     pointer[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
-    return torch.sparse_csr_tensor(pointer, col[order], value[order].float(), shape, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(pointer, col[order], value[order].float(), shape, check_invariants=False)
 
 
 class _Propagate(torch.autograd.Function):
@@ -147,7 +147,7 @@ class Backbone(nn.Module):
         "The user embeddings (U, d) that projected features are matched with."
         return self.id_path()[0]
 
-
+# %% ../nbs/02_backbones.ipynb #b08d48e9
 BACKBONES = {}
 
 

@@ -46,7 +46,7 @@ class Clip:
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
-
+# %% ../nbs/01_clip_prompting.ipynb #25ffa9f8
 def _hub_answers():
     try:
         urllib.request.urlopen(urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5)
@@ -226,7 +226,7 @@ class ItemEncoder(nn.Module):
             features["image"][~seen] = self.fallback
         return features
 
-
+# %% ../nbs/01_clip_prompting.ipynb #9641ba67
 def frozen_features(data, clip, device="cpu"):
     """Features to start from: the ready-made tables of `data`, else those of the stock `clip`, cached by content.
 

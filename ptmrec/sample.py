@@ -75,6 +75,8 @@ def _clock(d):
 
 SILHOUETTES = {"mug": _mug, "shirt": _shirt, "shoe": _shoe, "bag": _bag, "hat": _hat, "lamp": _lamp, "chair": _chair,
                "bottle": _bottle, "trousers": _trousers, "umbrella": _umbrella, "sock": _sock, "clock": _clock}
+
+# %% ../nbs/00b_sample.ipynb #a96bee92
 COLOURS = {"red": (200, 40, 45), "yellow": (235, 205, 60), "green": (60, 150, 70), "blue": (45, 90, 190),
            "purple": (125, 60, 160), "grey": (120, 125, 130), "orange": (235, 130, 30), "brown": (120, 80, 50)}
 PATTERNS = ("plain", "striped", "dotted", "checked", "zigzag", "ringed")
@@ -105,7 +107,7 @@ class _Pencil:
         corners = self._scale((x - radius, y - radius, x + radius, y + radius))
         self.draw.ellipse(corners, outline=255, width=round(width * self.size))
 
-
+# %% ../nbs/00b_sample.ipynb #cbcde551
 def _pattern(kind, size, rng):
     "Where a pattern shows its second colour: (size, size) bool, with random scale, angle and phase."
     angle, period = rng.uniform(0, np.pi), size * rng.uniform(0.11, 0.17)
@@ -124,7 +126,7 @@ def _pattern(kind, size, rng):
         return (u + np.abs(v % 2 - 1)) % 1 < 0.5
     return np.hypot(x - size / period / 2, y - size / period / 2) % 1 < 0.5  # ringed
 
-
+# %% ../nbs/00b_sample.ipynb #593cc388
 def draw_item(category, colour, pattern, rng, size=64):
     "One item with random pose, size, shade, background and noise: (size, size, 3) uint8."
     big = 3 * size
@@ -169,14 +171,14 @@ def write_title(item, rng):
 TASTE = {"category": (2, 2.5), "colour": (2, 1.0), "pattern": (1, 3.0), "brand": (2, 3.5)}  # liked values, log-odds
 
 
-def draw_interactions(attributes, rng):
+def draw_interactions(attributes, rng, taste=TASTE):
     """Who buys what: a table with columns user, item (numbers) and x_label (the split).
 
     A user's liking of an item is the sum of the log-odds of its liked attributes and of the item's popularity; items
     are drawn without replacement with these odds (Gumbel top-k). Each user has 5 items and a share of the rest.
     """
     liking = np.tile(rng.normal(0, 0.5, len(attributes)), (N_USERS, 1))
-    for attribute, (n_liked, log_odds) in TASTE.items():
+    for attribute, (n_liked, log_odds) in taste.items():
         codes = pd.Categorical(attributes[attribute]).codes
         liked = rng.random((N_USERS, codes.max() + 1)).argsort(1) < n_liked
         liking += log_odds * liked[:, codes]
@@ -187,13 +189,13 @@ def draw_interactions(attributes, rng):
     return pd.DataFrame({"user": user, "item": item, "x_label": random_split(user)})
 
 # %% ../nbs/00b_sample.ipynb #08bfb572
-def attribute_features(attributes):
-    "The true attributes as features (I, d): one-hot, so scaled that a shared value counts as its log-odds in `TASTE`."
-    blocks = [pd.get_dummies(attributes[a]).to_numpy(np.float32) * log_odds**0.5 for a, (_, log_odds) in TASTE.items()]
+def attribute_features(attributes, taste=TASTE):
+    "The true attributes as features (I, d): one-hot, so scaled that a shared value counts as its log-odds in `taste`."
+    blocks = [pd.get_dummies(attributes[a]).to_numpy(np.float32) * log_odds**0.5 for a, (_, log_odds) in taste.items()]
     return torch.from_numpy(np.concatenate(blocks, 1))
 
 # %% ../nbs/00b_sample.ipynb #e298d1f6
-def make_shop(folder, seed=0):
+def make_shop(folder, seed=0, taste=TASTE):
     """Draw the shop into `folder`: interactions.csv, items.csv, images/, and attributes.csv.
 
     No experiment reads attributes.csv: it is the truth that features are measured against.
@@ -201,7 +203,7 @@ def make_shop(folder, seed=0):
     folder, rng = Path(folder), np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     attributes = draw_attributes(rng)
-    draw_interactions(attributes, rng).to_csv(folder / "interactions.csv", index=False)
+    draw_interactions(attributes, rng, taste).to_csv(folder / "interactions.csv", index=False)
     titles = [write_title(item, rng) for item in attributes.itertuples()]
     pd.DataFrame({"item": range(N_ITEMS), "title": titles}).to_csv(folder / "items.csv", index=False)
     attributes.to_csv(folder / "attributes.csv", index_label="item")

@@ -22,8 +22,8 @@ from .data import DataError
 from .losses import SIMILARITIES, kt_loss
 from .ranking import Evaluator, Pairs, paired_test
 from .runs import Run, choose, set_seed
-from .stage1 import (METRIC, build_backbone, evaluate, mean_metrics, metrics_table, prepare, save_lists, settings_of,
-                           stage1_run, train_backbone, training_of)
+from .stage1 import (METRIC, build_backbone, evaluate, mean_metrics, metrics_table, prepare, save_lists, seeds_of,
+                           settings_of, stage1_run, train_backbone, training_of)
 from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features
 
 # %% ../nbs/05_stage2.ipynb #430862a5
@@ -85,7 +85,7 @@ class Stage2(nn.Module):
 
     def losses(self, user, pos, neg):
         "Weighted loss terms of a batch of triples (B,): {name: scalar}."
-        items, where = pos.unique(return_inverse=True)
+        items = pos.unique()
         live = self.live_features(items)  # {m: (J, d_m)}
         id_user, id_item, modal_user = self.know
         terms = {f"kt_{m}": self.kt_weight * kt_loss(id_user[user], id_item[items], modal_user[user],
@@ -219,8 +219,8 @@ def run_stage2(dataset="sample", min_rating=None, core=0, clip_model="tiny", pre
                aux_weight=None, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, n_ctx=8, prompt_depth=3,
                kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0, tune_backbone=False,
                feature_space="projected", prompt_lr=2e-2, project_lr=1e-2, batch_by="items", stage2_batch_size=128,
-               accumulate=1, stage2_epochs=20, validate_every=5, seed=0, n_seeds=3, device="auto"):
-    """Both stages for `n_seeds` seeds from `seed` on; returns a list of finished `Run`s.
+               accumulate=1, stage2_epochs=20, validate_every=5, seed=0, n_seeds=None, device="auto"):
+    """Both stages for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.
 
     Stage 1 (see `run_stage1` for its parameters) is trained unless a run of the same parameters, data and code is there.
     `n_ctx`, `prompt_depth`: prompts per layer, and in how many layers; n_ctx=0 trains the projections alone.
@@ -241,7 +241,7 @@ def run_stage2(dataset="sample", min_rating=None, core=0, clip_model="tiny", pre
         raise DataError(f"Data set '{data.name}' brings ready-made features and no images or texts of its own to encode; "
                         "Stage 2 tunes a CLIP, so it needs them. Stage 1 runs as it is.")
     return [stage2_run(SimpleNamespace(**vars(p) | {"seed": s}), data, clip, features, device)
-            for s in range(seed, seed + n_seeds)]
+            for s in seeds_of(p)]
 
 # %% ../nbs/05_stage2.ipynb #6dce16e6
 def best_variant(runs):
