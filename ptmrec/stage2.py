@@ -171,7 +171,8 @@ def variants(model, data, evaluator, p):
     yield "continued", backbone
     set_seed(p.seed)
     tables = projected if p.feature_space == "projected" else features
-    fresh = build_backbone(p.backbone, data.inter, tables, settings_of(p), p.emb_size, backbone.user.device)
+    fresh = build_backbone(p.backbone, data.inter, tables, settings_of(p), p.emb_size, p.train_features,
+                           backbone.user.device)
     train_backbone(fresh, evaluator, **training_of(p), name=f"Fresh, seed {p.seed}")
     yield "fresh", fresh
 
@@ -182,7 +183,7 @@ def stage2_run(p, data, clip, features, device):
     params = vars(p) | settings_of(p) | training_of(p) | {"stage1": stage1.key}
     run = Run("stage2", data.name, params, [data.fingerprint(), clip.fingerprint()]).begin()
     evaluator = Evaluator(data.inter, device)
-    backbone = build_backbone(p.backbone, data.inter, features, settings_of(p), p.emb_size, device)
+    backbone = build_backbone(p.backbone, data.inter, features, settings_of(p), p.emb_size, p.train_features, device)
     backbone.load_state_dict(stage1.load_weights("backbone"), strict=False)
 
     set_seed(p.seed)
@@ -216,10 +217,11 @@ def evaluate_variants(run, model, data, evaluator, p, stage1):
 # %% ../nbs/05_stage2.ipynb #ae128803
 def run_stage2(dataset="sample", min_rating=None, core=0, clip_model="tiny", pretrained="sample", backbone="freedom",
                n_layers=None, reg_weight=None, n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None,
-               aux_weight=None, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, n_ctx=8, prompt_depth=3,
-               kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0, tune_backbone=False,
-               feature_space="projected", prompt_lr=2e-2, project_lr=1e-2, batch_by="items", stage2_batch_size=128,
-               accumulate=1, stage2_epochs=20, validate_every=5, seed=0, n_seeds=None, device="auto"):
+               aux_weight=None, cl_weight=None, cl_tau=None, knn_k_image=None, knn_k_text=None, dropout=None,
+               train_features=False, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, n_ctx=8,
+               prompt_depth=3, kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0,
+               tune_backbone=False, feature_space="projected", prompt_lr=2e-2, project_lr=1e-2, batch_by="items",
+               stage2_batch_size=128, accumulate=1, stage2_epochs=20, validate_every=5, seed=0, n_seeds=None, device="auto"):
     """Both stages for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.
 
     Stage 1 (see `run_stage1` for its parameters) is trained unless a run of the same parameters, data and code is there.

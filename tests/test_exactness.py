@@ -124,3 +124,102 @@ def test_freedom_equals_a_dense_reference(sample):
     users, items = model()
     assert torch.allclose(users, out[:U], atol=1e-5)
     assert torch.allclose(items, out[U:] + S @ model.item_emb, atol=1e-5)
+
+
+def dense_views(backbone, features):
+    "Normalised graphs and the ID path of a `Views` backbone, dense and written out as in the papers."
+    n_users, n_items = backbone.n_users, backbone.n_items
+    R = torch.zeros(n_users, n_items)
+    R[backbone.user, backbone.item] = 1
+    A = torch.cat([torch.cat([torch.zeros(n_users, n_users), R], 1), torch.cat([R.T, torch.zeros(n_items, n_items)], 1)])
+    degree = A.sum(1).clamp(min=1)
+    A = A / (degree[:, None] * degree[None]).sqrt()
+    layer = torch.cat([backbone.user_emb, backbone.item_emb])
+    layers = [layer]
+    for _ in range(backbone.n_layers):
+        layer = A @ layer
+        layers.append(layer)
+
+    def item_graph(f, k):
+        unit = f / f.norm(dim=1, keepdim=True)
+        S = unit @ unit.T
+        S = S * (S >= S.sort(1, descending=True).values[:, k - 1 : k])
+        return S / (S.sum(1)[:, None] * S.sum(1)[None]).sqrt()
+
+    return A[:n_users, n_users:], sum(layers) / len(layers), item_graph
+
+
+@pytest.fixture
+def views_shop():
+    torch.manual_seed(1)
+    pairs = (torch.rand(20, 15) < 0.3).nonzero()
+    features = {"image": torch.rand(15, 12), "text": torch.rand(15, 7)}
+    return (*pairs.T, 20, 15, {m: f.shape[1] for m, f in features.items()}), features
+
+
+@torch.no_grad()
+def test_mgcn_equals_a_dense_reference(views_shop):
+    shop, features = views_shop
+    b = BACKBONES["mgcn"](*shop, emb_size=8, **backbone_settings("mgcn", "", knn_k=4))
+    b.set_features(features)
+    R, e_id, item_graph = dense_views(b, features)
+    views = []
+    for m, f in features.items():
+        gated = b.item_emb * torch.sigmoid((f @ b.project[m].weight.T + b.project[m].bias) @ b.gate[m][0].weight.T
+                                           + b.gate[m][0].bias)
+        smooth = item_graph(f, 4) @ gated
+        views.append(torch.cat([R @ smooth, smooth]))
+    logit = [torch.tanh(v @ b.attention[0].weight.T + b.attention[0].bias) @ b.attention[2].weight.T for v in views]
+    alpha = [x.exp() / (logit[0].exp() + logit[1].exp()) for x in logit]
+    shared = alpha[0] * views[0] + alpha[1] * views[1]
+    side = shared.clone()
+    for m, v in zip(features, views):
+        side += torch.sigmoid(e_id @ b.preference[m][0].weight.T + b.preference[m][0].bias) * (v - shared) / 2
+    assert torch.allclose(torch.cat(b.eval()()), e_id + side, atol=1e-5)
+
+
+@torch.no_grad()
+def test_smore_equals_a_dense_reference(views_shop):
+    "The filters as circular convolutions, term by term, and the fused graph as a loop."
+    shop, features = views_shop
+    d = 8
+    b = BACKBONES["smore"](*shop, emb_size=d, **backbone_settings("smore", "", knn_k_image=5, knn_k_text=3))
+    b.set_features(features)
+    R, e_id, item_graph = dense_views(b, features)
+    x = {m: f @ b.project[m].weight.T + b.project[m].bias for m, f in features.items()}
+
+    def convolve(a, c):
+        return torch.stack([sum(a[..., j] * c[..., (k - j) % d] for j in range(d)) for k in range(d)], -1)
+
+    kernel = {m: torch.fft.irfft(torch.view_as_complex(w), n=d, norm="backward") for m, w in b.filter.items()}
+    x["fused"] = convolve(x["image"], x["text"]) / d**0.5
+    S = {"image": item_graph(features["image"], 5), "text": item_graph(features["text"], 3)}
+    S["fused"] = torch.maximum(S["image"], S["text"])
+    view = {}
+    for m in x:
+        gate = torch.sigmoid(convolve(x[m], kernel[m]) @ b.gate[m][0].weight.T + b.gate[m][0].bias)
+        smooth = S[m] @ (b.item_emb * gate)
+        view[m] = torch.cat([R @ smooth, smooth])
+    side = 0
+    for m in x:
+        part = view[m]
+        if m != "fused":
+            q = b.attention[m]
+            part = part * torch.softmax(torch.tanh(view["fused"] @ q[0].weight.T + q[0].bias) @ q[2].weight.T, 1)
+        side = side + part * torch.sigmoid(e_id @ b.preference[m][0].weight.T + b.preference[m][0].bias) / 3
+    assert torch.allclose(torch.cat(b.eval()()), e_id + side, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n, cls in BACKBONES.items() if cls.uses_features])
+def test_feature_tables_learn_only_where_asked(views_shop, name):
+    shop, features = views_shop
+    settings = {k: min(v, 4) if k.startswith("knn_k") else v for k, v in backbone_settings(name, "").items()}
+    user, item = shop[:2]
+    for train_features in (False, True):
+        b = BACKBONES[name](*shop, train_features=train_features, **settings)
+        b.set_features(features)
+        sum(b.loss(user, item, item.flip(0)).values()).backward()
+        tables = {n: q for n, q in b.named_parameters() if n.startswith("features.")}
+        assert set(tables) == ({"features.image", "features.text"} if train_features else set())
+        assert all(q.grad.abs().sum() > 0 for q in tables.values())
+        assert all(torch.equal(b.features[m], f) for m, f in features.items())
