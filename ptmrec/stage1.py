@@ -59,7 +59,7 @@ def train_backbone(backbone, evaluator, lr=1e-3, batch_size=2048, epochs=1000, p
     `checkpoint`: a file to resume from. Returns the history: one row per epoch, with losses and validation metrics.
     """
     sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
-    optimiser = torch.optim.Adam(backbone.parameters(), lr)
+    optimiser = torch.optim.Adam(backbone.parameters(), lr, fused=True)
 
     def train_epoch(epoch):
         for group in optimiser.param_groups:
