@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .amazon import find_or_prepare
 from .backbones import BACKBONES, backbone_settings
 from .clip_prompting import frozen_features, load_clip
 from .data import DataError, load_data
@@ -140,7 +141,7 @@ def compare_features(name, inter, tables, settings, seeds, **training):
 def prepare(p):
     "The data set, its CLIP (None if the features are ready-made), its features and the device, for parameters `p`."
     device = pick_device(p.device)
-    data = load_data(p.dataset, p.min_rating, p.core)
+    data = load_data(find_or_prepare(p.dataset), p.min_rating, p.core)
     if data.features or (not BACKBONES[p.backbone].uses_features and not data.has_content):
         clip = None
     else:
