@@ -11,6 +11,8 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from .data import DataError
+
 # %% ../nbs/03a_ranking.ipynb #09579ff9
 def stable_topk(scores, k):
     "The `k` highest of each row of `scores` (B, I) as item numbers (B, k), ties by the lower number."
@@ -80,20 +82,39 @@ def user_metrics(hits, n_pos, cutoffs=CUTOFFS):
     return pd.DataFrame(table)
 
 # %% ../nbs/03a_ranking.ipynb #ac7af50c
+def _chosen(inter, side, group):
+    "Which users or items (`side`) are in a group, `all`, `warm` or `cold`: mask (U,) or (I,)."
+    cold = inter.cold(side)
+    groups = {"all": np.ones_like(cold), "warm": ~cold, "cold": cold}
+    if group not in groups:
+        raise DataError(f"{side}s='{group}' is no group. Choose one of: {', '.join(groups)}.")
+    return groups[group]
+
+
 class Evaluator:
     """Full ranking on the splits of `Interactions`, training pairs masked, means over users with a positive.
 
-    `evaluator(split, user_emb, item_emb)` returns per-user metrics (index: user number) and their top-k lists.
+    `items`, `users`: `all`, or only the `warm` or `cold` ones (with or without a training interaction) as positives
+    and as those who are asked; all items are candidates in any case.
+    `evaluator(split, user_emb, item_emb)` returns per-user metrics (index: user number) and their top-k lists. Raises
+    `DataError` if no positive of the split is in the groups.
     """
 
-    def __init__(self, inter, device="cpu"):
+    def __init__(self, inter, device="cpu", items="all", users="all"):
         self.masked = Pairs(*inter.part("train"), inter.n_users, device)
-        self.positives = {s: Pairs(*inter.part(s), inter.n_users, device) for s in ("valid", "test")}
-        self.n_items = inter.n_items
+        self.groups, self.n_items = f"{users} users and {items} items", inter.n_items
+        counts_user, counts_item = _chosen(inter, "user", users), _chosen(inter, "item", items)
+        self.positives = {}
+        for split in ("valid", "test"):
+            user, item = inter.part(split)
+            counts = counts_user[user] & counts_item[item]
+            self.positives[split] = Pairs(user[counts], item[counts], inter.n_users, device)
 
     def __call__(self, split, user_emb, item_emb):
         positives = self.positives[split]
         users = torch.nonzero(positives.count).flatten()
+        if not len(users):
+            raise DataError(f"The {split} split has no positive among {self.groups}.")
         lists = rank_items(user_emb, item_emb, users, self.masked, max(CUTOFFS))
         row, item = positives.rows(users)
         wanted = torch.isin(torch.arange(len(users), device=lists.device)[:, None] * self.n_items + lists,
