@@ -16,11 +16,11 @@ from .data import DataError
 # %% ../nbs/03a_ranking.ipynb #09579ff9
 def stable_topk(scores, k):
     "The `k` highest of each row of `scores` (B, I) as item numbers (B, k), ties by the lower number."
-    values, items = scores.topk(k, dim=1)
+    values, items = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more shows whether a tie was cut
+    cut_tie = values[:, k - 1] == values[:, k] if values.shape[1] > k else torch.zeros(len(values), dtype=torch.bool)
+    values, items = values[:, :k], items[:, :k]
     items, order = items.sort(dim=1)
     items = items.gather(1, values.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-    last = values[:, -1:]
-    cut_tie = (scores == last).sum(1) > (values == last).sum(1)
     if cut_tie.any():
         items[cut_tie] = scores[cut_tie].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return items
@@ -44,7 +44,7 @@ class Pairs:
 
 
 @torch.no_grad()
-def rank_items(user_emb, item_emb, users, masked, k=50, block=1024):
+def rank_items(user_emb, item_emb, users, masked, k=50, block=256):
     """Top-`k` items (n, k) for `users` (n,) by inner product of `user_emb` (U, d), `item_emb` (I, d).
 
     `masked`: `Pairs` that are never recommended, as a rule the training pairs.

@@ -141,7 +141,7 @@ def compare_features(name, inter, tables, settings, seeds, **training):
 def prepare(p):
     "The data set, its CLIP (None if the features are ready-made), its features and the device, for parameters `p`."
     device = pick_device(p.device)
-    data = load_data(find_or_prepare(p.dataset), p.min_rating, p.core)
+    data = load_data(find_or_prepare(p.dataset), p.min_rating, p.core, p.split, p.split_seed)
     if data.features or (not BACKBONES[p.backbone].uses_features and not data.has_content):
         clip = None
     else:
@@ -169,8 +169,8 @@ def save_lists(run, lists, users, inter, n=20):
     run.save_table("topk.parquet", table)
 
 # %% ../nbs/04_stage1.ipynb #f0a25f32
-STAGE1 = ("dataset min_rating core clip_model pretrained backbone train_features emb_size lr batch_size epochs patience "
-          "seed device").split()
+STAGE1 = ("dataset min_rating core split split_seed eval_users eval_items clip_model pretrained backbone train_features "
+          "emb_size lr batch_size epochs patience seed device").split()
 
 
 def stage1_run(p, data, clip, features, device, reuse=False):
@@ -182,7 +182,7 @@ def stage1_run(p, data, clip, features, device, reuse=False):
         return run
     run.begin()
     set_seed(p.seed)
-    evaluator = Evaluator(data.inter, device)
+    evaluator = Evaluator(data.inter, device, p.eval_items, p.eval_users)
     backbone = build_backbone(p.backbone, data.inter, features, settings, p.emb_size, p.train_features,
                               device)
     history = train_backbone(backbone, evaluator, **training_of(p), name=f"Stage 1, seed {p.seed}",
@@ -200,14 +200,15 @@ def stage1_run(p, data, clip, features, device, reuse=False):
     return run
 
 # %% ../nbs/04_stage1.ipynb #6cd36a7a
-def run_stage1(dataset="sample", min_rating=None, core=0, clip_model="tiny", pretrained="sample", backbone="freedom",
-               n_layers=None, reg_weight=None, n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None,
-               aux_weight=None, cl_weight=None, cl_tau=None, knn_k_image=None, knn_k_text=None, dropout=None,
+def run_stage1(dataset="sample", min_rating=None, core=0, split=None, split_seed=0, eval_users="all", eval_items="all",
+               clip_model="tiny", pretrained="sample", backbone="freedom", n_layers=None, reg_weight=None,
+               n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None, aux_weight=None, cl_weight=None, cl_tau=None, knn_k_image=None, knn_k_text=None, dropout=None,
                train_features=False, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, seed=0, n_seeds=None,
                device="auto"):
     """Stage 1 for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.
 
-    `dataset`: a name or a folder; `min_rating`, `core`: which interactions count. `clip_model`, `pretrained`: a CLIP.
+    `dataset`: a name or a folder; `min_rating`, `core`: which interactions count; `split`, `split_seed`: see `load_data`;
+    `eval_users`, `eval_items`: all, or only the warm or cold ones, see `Evaluator`. `clip_model`, `pretrained`: a CLIP.
     `backbone` and its settings (None: published or our default); `train_features`: its raw feature tables learn, too.
     `epochs`, `patience`: the most epochs, and how many without a better validation Recall@20 end the training. Unknown
     names raise errors that list what is allowed.

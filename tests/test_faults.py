@@ -50,6 +50,10 @@ def test_replaced_content_never_meets_an_old_cache(shop):
     with pytest.warns(UserWarning):
         after = frozen_features(load_data("shop"), clip)
     assert not torch.allclose(before["image"][0], after["image"][0]) and torch.equal(before["text"], after["text"])
+    items = shop / "items.csv"
+    items.write_text(items.read_text().replace("thing 0", "a red mug"))
+    renamed = frozen_features(load_data("shop"), clip)
+    assert not torch.allclose(after["text"][0], renamed["text"][0]) and torch.equal(after["text"][1:], renamed["text"][1:])
     assert not [p for p in cache_dir().iterdir() if p.name.startswith(".")]
 
 
