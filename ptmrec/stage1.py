@@ -202,7 +202,8 @@ def stage1_run(p, data, clip, features, device, reuse=False):
 # %% ../nbs/04_stage1.ipynb #6cd36a7a
 def run_stage1(dataset="sample", min_rating=None, core=0, split=None, split_seed=0, eval_users="all", eval_items="all",
                clip_model="tiny", pretrained="sample", backbone="freedom", n_layers=None, reg_weight=None,
-               n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None, aux_weight=None, cl_weight=None, cl_tau=None, knn_k_image=None, knn_k_text=None, dropout=None,
+               n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None, aux_weight=None,
+               cl_weight=None, cl_tau=None, knn_k_image=None, knn_k_text=None, dropout=None,
                train_features=False, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, seed=0, n_seeds=None,
                device="auto"):
     """Stage 1 for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.

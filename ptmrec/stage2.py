@@ -217,7 +217,8 @@ def evaluate_variants(run, model, data, evaluator, p, stage1):
 # %% ../nbs/05_stage2.ipynb #ae128803
 def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed=0, eval_users="all", eval_items="all",
                clip_model="tiny", pretrained="sample", backbone="freedom", n_layers=None, reg_weight=None,
-               n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None, aux_weight=None, cl_weight=None, cl_tau=None, knn_k_image=None, knn_k_text=None, dropout=None,
+               n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None, aux_weight=None,
+               cl_weight=None, cl_tau=None, knn_k_image=None, knn_k_text=None, dropout=None,
                train_features=False, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, n_ctx=8,
                prompt_depth=3, kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0,
                tune_backbone=False, feature_space="projected", prompt_lr=2e-2, project_lr=1e-2, batch_by="items",
