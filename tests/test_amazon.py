@@ -37,7 +37,8 @@ def picture(kind, size=(48, 32)):
 def bomb():
     "The start of a PNG of 200 megapixels: its header, and data to come."
     header = b"IHDR" + struct.pack(">IIBBBBB", 20000, 10000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\xff\xffIDAT"
+    check = struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + check + b"\0\0\xff\xffIDAT"
 
 
 GOOD = {kind: picture(kind) for kind in ("JPEG", "PNG", "GIF")}
