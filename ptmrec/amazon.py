@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 from anyio.from_thread import start_blocking_portal
 from PIL import Image
-from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from .data import (IMAGE_ENDINGS, TEXT_FIELDS, DataError, data_dir, find_dataset, k_core, progress, random_split,
                          write_atomically)
@@ -62,7 +62,7 @@ def retry_after(headers):
 
 def back_off(wait):
     "How long to pause between attempts, for tenacity: from `wait` seconds doubling, or as long as the server asks for."
-    doubling = wait_exponential_jitter(initial=wait, max=60 * wait, jitter=wait)
+    doubling = wait_exponential(multiplier=wait, max=60 * wait) + wait_random(0, wait)
 
     def seconds(state):
         return max(doubling(state), getattr(state.outcome.exception(), "pause", 0))
@@ -215,8 +215,10 @@ def plain_text(value, separator=" "):
 
 def _image_url(record):
     "Where an item's first image is: `imUrl` in 2014; in 2023 a list of images, each in several sizes."
-    first = next(iter(record.get("images") or ()), {})
-    return record.get("imUrl") or first.get("large") or first.get("hi_res") or first.get("thumb")
+    images = record.get("images")
+    first = images[0] if isinstance(images, list) and images and isinstance(images[0], dict) else {}
+    urls = [record.get("imUrl"), *(first.get(size) for size in ("large", "hi_res", "thumb"))]
+    return next((url for url in urls if isinstance(url, str) and url), None)
 
 
 def read_meta(path, item_ids, release=2014, text_fields=TEXT_FIELDS):
@@ -235,7 +237,7 @@ def read_meta(path, item_ids, release=2014, text_fields=TEXT_FIELDS):
 
     for _, record in read_lines(path, parse):
         item = record.get(id_field)
-        if item in known and item not in found:
+        if isinstance(item, str) and item in known and item not in found:
             separators = {"categories": "|"}
             text = {f: plain_text(record.get(brand_field if f == "brand" else f), separators.get(f, " "))
                     for f in text_fields}
@@ -369,43 +371,65 @@ def _fold_journal(folder, item_ids):
 
 # %% ../nbs/00a_amazon.ipynb #d6e0019b
 def _settled(items, manifest, images, retry_refused):
-    "Ids of `items` that need no download: kept files that are still what the manifest says, and refusals."
-    files = {p.stem: p for p in images.iterdir() if p.suffix in IMAGE_ENDINGS}
+    """Ids of `items` that need no download, kept files that are still what the manifest says and refusals; and
+    {item: file} of the files that no download brought: somebody put them there by hand."""
+    files = {p.stem: p for p in images.iterdir() if p.suffix.lower() in IMAGE_ENDINGS}
     asked = items.merge(manifest[["item", "url", "status", "sha256"]], on="item")
-    asked = asked[(asked.image_url == asked.url) | (asked.image_url.isna() & asked.url.isna())]
-    settled = set() if retry_refused else set(asked["item"][asked.status == "refused"])
+    same = (asked.image_url == asked.url) | (asked.url.isna() & (asked.image_url.isna() | (asked.status == "ok")))
+    asked = asked[same]
+    settled = set() if retry_refused else set(asked["item"][asked.status == "refused"]) - set(files)
     for row in asked[asked.status == "ok"].itertuples():
         if row.item in files and hashlib.sha256(files[row.item].read_bytes()).hexdigest() == row.sha256:
             settled.add(row.item)
-    return settled
+    fetched = set(manifest["item"][(manifest.status == "ok") & manifest.url.notna()])
+    return settled, {item: path for item, path in files.items() if item not in settled | fetched}
 
 # %% ../nbs/00a_amazon.ipynb #cb152df6
-async def _keep(client, line, item, url, images, image_base, max_pixels, **limits):
-    "Fetch, check and write one image; returns its row of the manifest."
-    row = dict.fromkeys(MANIFEST) | {"item": item, "url": url if isinstance(url, str) else None}
+def _ok(content, width, height):
+    "What the manifest says of an image that is kept."
+    return {"status": "ok", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "width": width,
+            "height": height}
+
+
+async def _look(client, line, item, url, own, image_base, max_pixels, **limits):
+    "Check the file `own` that is there, or fetch and check: a row of the manifest, and (ending, content) to write."
+    row = dict.fromkeys(MANIFEST) | {"item": item}
+    if own:
+        try:
+            content = own.read_bytes()
+            return row | _ok(content, *(await asyncio.to_thread(check_image, content, max_pixels))[2:]), None
+        except ImageRefused:
+            own.unlink()
+    row["url"] = url if isinstance(url, str) else None
     try:
         body = await _fetch(client, line, _address(url, image_base), **limits)
         ending, content, width, height = await asyncio.to_thread(check_image, body, max_pixels)
     except (ImageRefused, ImageFailed) as e:
-        return row | {"status": "refused" if isinstance(e, ImageRefused) else "failed", "error": str(e)}
-    for other in IMAGE_ENDINGS:
-        (images / f"{item}{other}").unlink(missing_ok=True)
-    write_atomically(images / f"{item}{ending}", lambda path: path.write_bytes(content))
-    return row | {"status": "ok", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "width": width,
-                  "height": height}
+        return row | {"status": "refused" if isinstance(e, ImageRefused) else "failed", "error": str(e)}, None
+    return row | _ok(content, width, height), (ending, content)
 
 
-async def _keep_all(todo, journal, bar, concurrency, **arguments):
-    "Run `concurrency` workers over `todo`, pairs (item, url); returns whether the network was there to the end."
+def _keep(row, image, images, journal):
+    "Note what became of an item, then write its image: a file that the manifest knows nothing of was put there by hand."
+    journal.write(json.dumps(row) + "\n")
+    journal.flush()
+    if image or row["status"] != "ok":
+        for other in IMAGE_ENDINGS:
+            (images / f"{row['item']}{other}").unlink(missing_ok=True)
+    if image:
+        write_atomically(images / f"{row['item']}{image[0]}", lambda path: path.write_bytes(image[1]))
+
+
+async def _keep_all(todo, images, journal, bar, concurrency, **arguments):
+    "Run `concurrency` workers over `todo`, triples (item, url, own file); returns whether the network was there to the end."
     line, todo = SimpleNamespace(silent=0, patience=3 * concurrency), iter(todo)
 
     async def work():
-        for item, url in todo:
-            row = await _keep(client, line, item, url, **arguments)
+        for item, url, own in todo:
+            row, image = await _look(client, line, item, url, own, **arguments)
             if line.silent >= line.patience:
                 return
-            journal.write(json.dumps(row) + "\n")
-            journal.flush()
+            _keep(row, image, images, journal)
             bar.update()
 
     async with httpx2.AsyncClient(follow_redirects=True, max_redirects=5, timeout=httpx2.Timeout(None, connect=5),
@@ -423,7 +447,8 @@ def download_images(items, folder, image_base=None, concurrency=16, attempts=4, 
     `image_base`: a server to ask instead of the one in the data (a mirror); `concurrency`: images at a time;
     `attempts` each, the first pause between them `wait` seconds; `timeout`: seconds for one attempt;
     `retry_refused`: ask again for images that were refused, not only for those that failed.
-    Can be stopped and run again at any point. Raises `DataError` when the network is gone.
+    A valid image that you put into `images/` yourself is kept. Can be stopped and run again at any point.
+    Raises `DataError` when the network is gone.
     """
     folder = Path(folder)
     images = folder / "images"
@@ -431,14 +456,14 @@ def download_images(items, folder, image_base=None, concurrency=16, attempts=4, 
     for item in items["item"]:
         if Path(item).name != item:
             raise DataError(f"Item id {item!r} cannot be the name of a file.")
-    for leftover in images.glob(".*-*"):  # of a write that was killed
+    for leftover in (*folder.glob(".[0-9]*-*"), *images.glob(".[0-9]*-*")):  # of a write that was killed
         leftover.unlink()
-    settled = _settled(items, _fold_journal(folder, items["item"]), images, retry_refused)
-    todo = [(item, url) for item, url in zip(items["item"], items.image_url) if item not in settled]
+    settled, by_hand = _settled(items, _fold_journal(folder, items["item"]), images, retry_refused)
+    todo = [(item, url, by_hand.get(item)) for item, url in zip(items["item"], items.image_url) if item not in settled]
     with (folder / ".manifest.jsonl").open("w") as journal, progress(
             desc="Images", total=len(items), initial=len(settled), unit="image") as bar, start_blocking_portal() as portal:
         online = portal.call(partial(
-            _keep_all, todo, journal, bar, concurrency, images=images, image_base=image_base, max_pixels=max_pixels,
+            _keep_all, todo, images, journal, bar, concurrency, image_base=image_base, max_pixels=max_pixels,
             attempts=attempts, wait=wait, timeout=timeout, max_bytes=max_bytes))
     manifest = _fold_journal(folder, items["item"])
     if not online:
@@ -474,7 +499,7 @@ def write_release(folder, path, interactions):
         features[~seen] = features[seen].mean(0)
         warnings.warn(f"{path} lacks {int((~seen).sum()):,} of {len(seen):,} items; they get the mean of the others.")
     (target / "interactions.parquet").unlink(missing_ok=True)
-    write_atomically(target / "image_feat.npy", lambda p: np.save(p.open("wb"), features))
+    write_atomically(target / "image_feat.npy", lambda p: np.save(p, features))
     names = pd.DataFrame({"item": range(len(item_ids)), "asin": item_ids})
     write_atomically(target / "asins.parquet", lambda p: names.to_parquet(p, index=False))
     write_atomically(target / "interactions.parquet",

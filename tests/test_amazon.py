@@ -1,0 +1,394 @@
+"""From raw Amazon files to a folder, against a real server that misbehaves: every item ends named, nothing is lost."""
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Lock, Thread
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SHARED
+from PIL import Image
+
+from ptmrec.amazon import (PUBLISHED, check_image, download_images, fetch_file, find_or_prepare, prepare,
+                           read_image_features, read_manifest, read_meta, read_reviews)
+from ptmrec.data import DataError, load_data
+
+
+def picture(kind, size=(48, 32)):
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), kind)
+    return buffer.getvalue()
+
+
+def bomb():
+    "The start of a PNG of 200 megapixels: its header, and data to come."
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20000, 10000, 8, 2, 0, 0, 0)
+    check = struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + check + b"\0\0\xff\xffIDAT"
+
+
+GOOD = {kind: picture(kind) for kind in ("JPEG", "PNG", "GIF")}
+BODY = GOOD | {"page": b"<!doctype html><html>Sorry</html>", "pixel": picture("PNG", (1, 1)), "cut": GOOD["JPEG"][:-300],
+               "bomb": bomb(), "empty": b"", "flood": GOOD["JPEG"] + bytes(100_000)}
+REASON = {"page": "HTML page", "pixel": "placeholder", "cut": "truncated image", "bomb": "too many pixels",
+          "empty": "not an image", "gone": "HTTP 404", "file": "redirect to another scheme",
+          "ftp": "redirect to another scheme", "loop": "too many redirects", "flood": "too many bytes",
+          "busy": "HTTP 503", "reset": "connection broke", "stall": "timeout"}
+PASSING = ("busy", "reset", "stall")  # failed, not refused: may work another time
+WAYS = [*GOOD, *BODY, *REASON, "busy once", "error once"]
+WAYS = [way for way in dict.fromkeys(WAYS) if way != "stall"]
+
+
+def way_of(path):
+    "How the server answers for a path: by its hash, half of them well."
+    number = zlib.crc32(path.encode())
+    return "stall" if number % 1999 == 7 else "JPEG" if number % 2 else WAYS[number // 2 % len(WAYS)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        server = self.server
+        with server.lock:
+            server.asked[self.path] += 1
+            count, total = server.asked[self.path], server.asked.total()
+        if server.stop_at and total >= server.stop_at:
+            server.stopped.set()
+            server.go_on.wait()
+        way = server.way_of(self.path)
+        headers, status = {}, 200
+        if way == "gone":
+            status = 404
+        elif way == "busy" or way == "busy once" and count == 1:
+            status, headers = 503, {} if way == "busy" else {"Retry-After": "1"}
+        elif way == "error once" and count == 1:
+            status = 500
+        elif way in ("file", "ftp", "loop"):
+            status, headers = 302, {"Location": {"file": "file:///etc/passwd", "ftp": "ftp://127.0.0.1/x.jpg",
+                                                 "loop": self.path}[way]}
+        elif way == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            return
+        body = BODY.get(way, GOOD["JPEG"]) if status == 200 else b""
+        self.send_response(status)
+        for header in headers.items():
+            self.send_header(*header)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if way == "stall":
+            self.wfile.write(body[:20])
+            select.select([self.connection], [], [], 60)  # until the client hangs up
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size, daemon_threads = 256, True
+
+    def handle_error(self, *args):  # clients may hang up
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server(("127.0.0.1", 0), Handler)
+    server.asked, server.lock, server.way_of, server.stop_at = Counter(), Lock(), way_of, 0
+    server.stopped, server.go_on = Event(), Event()
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def files(tmp_path):
+    "A server of files that cuts its first answers; `ranges` are those it was asked for."
+    class Files(BaseHTTPRequestHandler):
+        def do_GET(self):
+            ranges, content = self.server.ranges, self.server.content.get(self.path)
+            ranges.append(self.headers.get("Range"))
+            if content is None:
+                return self.send_error(404)
+            begin = int(ranges[-1][6:-1]) if ranges[-1] else 0
+            if begin >= len(content):
+                return self.send_error(416)
+            self.send_response(206 if begin else 200)
+            self.send_header("Content-Length", str(len(content) - begin))
+            self.end_headers()
+            end = begin + 1000 if len(ranges) <= self.server.cuts else len(content)
+            self.wfile.write(content[begin:end])
+
+        def log_message(self, *args):
+            pass
+
+    server = Server(("127.0.0.1", 0), Files)
+    server.ranges, server.content, server.cuts = [], {}, 0
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def closed_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    return tmp_path
+
+
+def some_items(n):
+    return pd.DataFrame({"item": [f"B{i:09}" for i in range(n)],
+                         "image_url": [f"http://images.example/I/{i}.jpg" for i in range(n)]})
+
+
+def whole(folder, manifest):
+    "Every ok row has its file, byte for byte, and there is nothing else."
+    files = {p.stem: p for p in (folder / "images").iterdir()}
+    ok = manifest[manifest.status == "ok"]
+    assert set(files) == set(ok["item"])
+    for row in ok.itertuples():
+        assert hashlib.sha256(files[row.item].read_bytes()).hexdigest() == row.sha256
+    assert not [p for p in folder.rglob(".*")]
+
+
+def test_every_image_of_baby_ends_with_a_name(server, tmp_path):
+    path = SHARED / "amazon" / "baby" / "items.tsv"
+    if not path.exists():
+        pytest.skip(f"the Amazon ids are not at {path} (set PTMREC_SHARED)")
+    table = pd.read_csv(path, sep="\t", dtype=str)
+    items = pd.DataFrame({"item": table.asin, "image_url": table.imUrl})
+    limits = dict(image_base=server.address, wait=0.01, concurrency=64, attempts=3, timeout=4, max_bytes=50_000)
+    manifest = download_images(items, tmp_path, **limits)
+    expected = []
+    for url in items.image_url:
+        path = url.removeprefix("http://").partition("/")[2] if isinstance(url, str) else None
+        expected.append("no address" if path is None else "placeholder" if "/no-img" in path
+                        else REASON.get(way_of(f"/{path}")))
+    reasons = [e if isinstance(e, str) else None for e in manifest.error]
+    assert manifest["item"].tolist() == items["item"].tolist() and reasons == expected
+    assert reasons.count("no address") == 13 and set(REASON.values()) <= set(reasons)
+    assert all((s == "ok") == (r is None) for s, r in zip(manifest.status, reasons))
+    whole(tmp_path, manifest)
+    server.asked.clear()
+    assert download_images(items, tmp_path, **limits).equals(manifest)
+    assert {way_of(path) for path in server.asked} == set(PASSING)
+
+
+def test_a_kill_in_the_middle_loses_nothing(server, tmp_path):
+    server.way_of = lambda path: "page" if path.endswith("7.jpg") else "JPEG"
+    items = some_items(300)
+    items.to_parquet(tmp_path / "items.parquet")
+    code = ("import sys, pandas as pd; from ptmrec.amazon import download_images; "
+            "download_images(pd.read_parquet(sys.argv[1]), sys.argv[2], image_base=sys.argv[3])")
+    for stop_at in (90, 100):  # twice
+        server.asked.clear()
+        server.stop_at = stop_at
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "items.parquet", tmp_path / "shop",
+                                    server.address])
+        assert server.stopped.wait(120)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        server.stop_at = 0
+        server.go_on.set()
+        server.stopped, server.go_on = Event(), Event()
+    done = read_manifest(tmp_path / "shop")
+    assert 100 < len(done) < 300
+    (tmp_path / "shop" / "images" / ".99-B000000001.jpg").write_bytes(b"half")
+    server.asked.clear()
+    manifest = download_images(items, tmp_path / "shop", image_base=server.address)
+    have = {f"/I/{int(item[1:])}.jpg" for item in done["item"]}
+    assert len(have & set(server.asked)) <= 32  # named in the journal, killed before the file had its name
+    whole(tmp_path / "shop", manifest)
+    assert manifest.equals(download_images(items, tmp_path / "other", image_base=server.address))
+
+
+def test_files_put_there_or_changed_by_hand(server, tmp_path):
+    server.way_of = lambda path: "JPEG"
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "B000000000.PNG").write_bytes(GOOD["PNG"])
+    (images / "B000000001.jpg").write_text("<html>no</html>")
+    items, limits = some_items(4), dict(image_base=server.address, wait=0.01)
+    manifest = download_images(items, tmp_path, **limits)
+    assert (manifest.status == "ok").all() and manifest.url.isna().tolist() == [True, False, False, False]
+    assert "/I/0.jpg" not in server.asked and (images / "B000000000.PNG").read_bytes() == GOOD["PNG"]
+    whole(tmp_path, manifest)
+    (images / "B000000002.jpg").write_bytes(b"rotten")
+    server.way_of = lambda path: "gone"
+    server.asked.clear()
+    manifest = download_images(items, tmp_path, **limits)
+    assert set(server.asked) == {"/I/2.jpg"} and manifest.error[2] == "HTTP 404"
+    whole(tmp_path, manifest)
+    (images / "B000000002.png").write_bytes(GOOD["PNG"])  # the refused one is found elsewhere
+    assert (download_images(items, tmp_path, **limits).status == "ok").all()
+
+
+def test_no_image_server(tmp_path):
+    with pytest.raises(DataError, match="do not answer any more; 0 of 300.*Run again"):
+        download_images(some_items(300), tmp_path, image_base=closed_port(), wait=0.01)
+
+
+def test_download_goes_on_where_it_broke(files, tmp_path):
+    content = gzip.compress(random.Random(0).randbytes(5000))
+    files.content, files.cuts = {"/a.gz": content, "/b.gz": b"<html>log in first</html>"}, 2
+    assert fetch_file(f"{files.address}/a.gz", tmp_path / "a.gz", wait=0.01).read_bytes() == content
+    assert files.ranges == [None, "bytes=1000-", "bytes=2000-"]
+    (tmp_path / "c.gz.part").write_bytes(content)  # killed before it got its name: the server answers 416
+    assert fetch_file(f"{files.address}/a.gz", tmp_path / "c.gz", wait=0.01).read_bytes() == content
+    with pytest.raises(DataError, match="b.gz is no whole gzip file"):
+        fetch_file(f"{files.address}/b.gz", tmp_path / "b.gz", wait=0.01)
+    assert sorted(os.listdir(tmp_path)) == ["a.gz", "c.gz"]
+
+
+def packed(records, write=json.dumps):
+    return gzip.compress("".join(f"{write(r)}\n" for r in records).encode(), 1)
+
+
+@pytest.mark.parametrize("name, official", [("baby", "Baby"), ("sports", "Sports_and_Outdoors")])
+def test_published_statistics(files, home, name, official):
+    source = SHARED / "amazon" / name
+    if not source.is_dir():
+        pytest.skip(f"the Amazon interactions are not at {source} (set PTMREC_SHARED)")
+    asin = pd.read_csv(source / "items.tsv", sep="\t", dtype=str).asin.tolist()
+    inter = pd.read_csv(source / f"{name}.inter", sep="\t")
+    reviews = [{"reviewerID": f"A{u}", "asin": asin[i], "overall": 5.0, "unixReviewTime": 1}
+               for u, i in zip(inter.userID.tolist(), inter.itemID.tolist())]
+    files.content = {f"/reviews_{official}_5.json.gz": packed(reviews),
+                     f"/meta_{official}.json.gz": packed([{"asin": a, "title": "t", "brand": "b", "categories": [["c"]],
+                                                           "description": "d", "imUrl": "http://x/1"} for a in asin], str)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = load_data(prepare(name, base_url=files.address, images=False))
+    assert (data.inter.n_users, data.inter.n_items, len(data.inter)) == PUBLISHED[name]
+    assert set(data.inter.item_ids) == set(asin)
+    if name == "baby":
+        (home / "baby" / "raw" / "reviews_Baby_5.json.gz").write_bytes(packed(reviews[5000:]))
+        with pytest.warns(UserWarning, match="baby has .* here, but 19,445 / 7,050 / 160,792 as published"):
+            prepare(name, images=False)
+
+
+def toys(raw, release=2014, meta=None):
+    "Raw files of a category of six users, five items in the 5-core and one outside."
+    raw.mkdir(parents=True, exist_ok=True)
+    user, item, rating, time = (("reviewerID", "asin", "overall", "unixReviewTime") if release == 2014
+                                else ("user_id", "parent_asin", "rating", "timestamp"))
+    pairs = [(u, i) for u in range(6) for i in range(5)] + [(0, 5)]
+    reviews = [{user: f"U{u}", item: f"000000000{i}", rating: 5.0, time: 1_400_000_000_000 + u} for u, i in pairs]
+    meta = meta or [{item: f"000000000{i}", "title": f"Salt &amp; pepper {i}"} for i in range(6)]
+    names = ("reviews_Toys_5.json.gz", "meta_Toys.json.gz") if release == 2014 else ("Toys.jsonl.gz", "meta_Toys.jsonl.gz")
+    for name, records, write in zip(names, (reviews, meta), (json.dumps, str if release == 2014 else json.dumps)):
+        (raw / name).write_bytes(packed(records, write))
+
+
+@pytest.mark.filterwarnings("ignore:.*have no")
+def test_ids_and_texts_survive(home):
+    toys(home / "Toys" / "raw")
+    data = load_data(prepare("Toys", images=False))
+    assert data.inter.item_ids.tolist() == [f"000000000{i}" for i in range(5)] and data.texts[1] == "Salt & pepper 1"
+
+
+@pytest.mark.parametrize("line, field", [("{'not': 'json'}", ""), ("[1]", ""), ('{"reviewerID": "U", "asin": "x"}', "asin"),
+    ('{"reviewerID": "U", "asin": "0000000000", "overall": NaN, "unixReviewTime": 1}', "overall")])
+def test_bad_review_line_is_named(tmp_path, line, field):
+    good = {"reviewerID": "U", "asin": "0000000000", "overall": 1, "unixReviewTime": 1}
+    (tmp_path / "r.json").write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(DataError, match=f"r.json, line 2.*{field}"):
+        read_reviews(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("value", ["__import__('pathlib').Path('{}').touch()", "open('{}', 'w')", "'cut"])
+def test_bad_meta_line_is_named_and_code_never_runs(tmp_path, value):
+    line = "{'asin': '0000000000', 'title': " + value.format(tmp_path / "ran") + "}"
+    (tmp_path / "m.json").write_text(f"{{'asin': '0000000001'}}\n{line}\n")
+    with pytest.raises(DataError, match="m.json, line 2: cannot be read"):
+        read_meta(tmp_path / "m.json", ["0000000000"])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*have no")
+@pytest.mark.parametrize("images", [{"large": ["http://x/1"]}, ["http://x/1"], "http://x/1", [], None])
+def test_images_of_another_shape_are_missing(tmp_path, images):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"parent_asin": "0000000000", "images": images}))
+    assert read_meta(tmp_path / "m.jsonl", ["0000000000"], 2023).image_url.isna().all()
+
+
+def test_without_network_one_sentence_at_once(home, monkeypatch):
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: pytest.fail("it waits"))
+    with pytest.raises(DataError, match="reviews_Baby_5.json.gz and meta_Baby.json.gz cannot be had.*put into .*baby/raw"):
+        prepare("baby", base_url=closed_port())
+    with pytest.raises(DataError, match="Toys.jsonl.gz and meta_Toys.jsonl.gz are not there.*put into"):
+        prepare("Toys", release=2023)
+
+
+@pytest.mark.filterwarnings("ignore:.*have no")
+def test_release_2023(home):
+    meta = [{"parent_asin": f"000000000{i}", "title": "Cup", "store": "Acme", "categories": ["A", "B"], "price": "None",
+             "description": ["one", "two"], "images": [{"thumb": "http://x/t", "large": f"http://x/{i}"}]} for i in range(6)]
+    toys(home / "hand", 2023, meta)
+    folder = prepare("Toys", release=2023, raw=home / "hand", images=False)
+    items, inter = (pd.read_parquet(folder / f"{name}.parquet") for name in ("items", "interactions"))
+    assert len(inter) == 30 and inter.timestamp.max() == 1_400_000_000 and items.image_url[3] == "http://x/3"
+    assert load_data(folder).texts[0] == "Cup. Acme. A B. one two" and folder.name == "Toys-2023"
+
+
+@pytest.mark.filterwarnings("ignore:.*have no", "ignore:.*lacks 1 of 5 items")
+def test_release_features(home):
+    raw = home / "Toys" / "raw"
+    toys(raw)
+    order = [3, 0, 5, 1, 4]  # item 2 is not there, 5 is of no interest
+    path = raw / "image_features_Toys.b"
+    path.write_bytes(b"".join(f"000000000{i}".encode() + np.full(4096, i, "<f4").tobytes() for i in order))
+    prepare("Toys", images=False, release_features=True)
+    data = load_data("Toys-release")
+    assert data.inter.item_ids.tolist() == list(range(5))
+    assert data.features["image"][:, 7].tolist() == [0, 1, 2, 3, 4]  # 2 is the mean of 0, 1, 3 and 4
+    assert not list(home.rglob("Toys-release/.*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="image_features_Toys.b has .* no multiple of 16,394"):
+        read_image_features(path, ["0000000000"])
+
+
+@pytest.mark.filterwarnings("ignore:.*have no")
+def test_half_made_folder_is_not_ready(home, monkeypatch):
+    toys(home / "baby" / "raw")
+    for path in list((home / "baby" / "raw").iterdir()):
+        path.rename(path.with_name(path.name.replace("Toys", "Baby")))
+    meta = [{"asin": f"000000000{i}", "imUrl": f"http://x/{i}"} for i in range(5)]
+    (home / "baby" / "raw" / "meta_Baby.json.gz").write_bytes(packed(meta, str))
+    with pytest.warns(UserWarning, match="as published"), pytest.raises(DataError, match="None of 5|do not answer"):
+        prepare("baby", image_base=closed_port(), wait=0.01)
+    assert (home / "baby" / "items.parquet").exists()
+    monkeypatch.setattr("ptmrec.amazon.prepare", lambda name: f"prepared {name}")
+    assert find_or_prepare("baby") == "prepared baby"
+
+
+def test_check_image_names_what_it_keeps():
+    assert [check_image(GOOD[kind])[0] for kind in GOOD] == [".jpg", ".png", ".png"]
