@@ -520,15 +520,15 @@ def _warn_of_missing_images(manifest, folder):
 
 
 def prepare(category, release=2014, base_url=None, raw=None, text_fields=TEXT_FIELDS, images=True, split_seed=0,
-            release_features=False, **download):
+            **download):
     """Make the data-set folder of an Amazon category, `data/<name>/`, from the raw release, and return it.
 
     `category`: baby, sports, clothing, or a name as the release writes it. `release`: 2014, or 2023 from files that
     you have. `raw`: folder of the raw files (default `data/<name>/raw/`); what is missing there is downloaded from
     `base_url` (2014: `BASE_URL` unless given). `text_fields`: the columns of text to keep. `images`: download them;
-    further arguments go to `download_images`. `release_features`: also make `data/<name>-release/` from
-    `image_features_<Category>.b`, which you put among the raw files. Run again after any interruption.
-    Raises `DataError`.
+    further arguments go to `download_images`. If the release's own features, `image_features_<Category>.b`, are
+    among the raw files, `data/<name>-release/` is made of them, to rerun published baselines. Run again after any
+    interruption. Raises `DataError`.
     """
     if release not in FILES or not set(text_fields) <= set(TEXT_FIELDS):
         raise DataError(f"release is one of {', '.join(map(str, FILES))} (not {release}); text_fields are some of "
@@ -538,8 +538,6 @@ def prepare(category, release=2014, base_url=None, raw=None, text_fields=TEXT_FI
     folder = data_dir() / (short if release == 2014 else f"{short}-{release}")
     raw = Path(raw or folder / "raw")
     features = raw / f"image_features_{official}.b"
-    if release_features and not features.exists():
-        raise DataError(f"{features.name} is not there. Download it from the release's page and put it into {raw}.")
     reviews, meta = raw_files(official, release, raw, base_url)
     interactions = make_interactions(read_reviews(reviews, release), split_seed)
     if release == 2014:
@@ -548,7 +546,7 @@ def prepare(category, release=2014, base_url=None, raw=None, text_fields=TEXT_FI
     write_atomically(folder / "items.parquet", lambda path: items.to_parquet(path, index=False))
     if images:
         _warn_of_missing_images(download_images(items, folder, **download), folder)
-    if release_features:
+    if features.exists():
         write_release(folder, features, interactions)
     write_atomically(folder / "interactions.parquet", lambda path: interactions.to_parquet(path, index=False))
     return folder

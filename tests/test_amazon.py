@@ -272,13 +272,15 @@ def packed(records, write=json.dumps):
     return gzip.compress("".join(f"{write(r)}\n" for r in records).encode(), 1)
 
 
-@pytest.mark.parametrize("name, official", [("baby", "Baby"), ("sports", "Sports_and_Outdoors")])
+@pytest.mark.parametrize("name, official", [("baby", "Baby"), ("sports", "Sports_and_Outdoors"),
+                                            ("clothing", "Clothing_Shoes_and_Jewelry")])
 def test_published_statistics(files, home, name, official):
     source = SHARED / "amazon" / name
     if not source.is_dir():
         pytest.skip(f"the Amazon interactions are not at {source} (set PTMREC_SHARED)")
-    asin = pd.read_csv(source / "items.tsv", sep="\t", dtype=str).asin.tolist()
-    inter = pd.read_csv(source / f"{name}.inter", sep="\t")
+    inter, items = pd.read_csv(source / f"{name}.inter", sep="\t"), source / "items.tsv"
+    asin = (pd.read_csv(items, sep="\t", dtype=str).asin.tolist() if items.exists()
+            else [f"B{i:09}" for i in range(inter.itemID.max() + 1)])
     reviews = [{"reviewerID": f"A{u}", "asin": asin[i], "overall": 5.0, "unixReviewTime": 1}
                for u, i in zip(inter.userID.tolist(), inter.itemID.tolist())]
     files.content = {f"/reviews_{official}_5.json.gz": packed(reviews),
@@ -366,7 +368,7 @@ def test_release_features(home):
     order = [3, 0, 5, 1, 4]  # item 2 is not there, 5 is of no interest
     path = raw / "image_features_Toys.b"
     path.write_bytes(b"".join(f"000000000{i}".encode() + np.full(4096, i, "<f4").tobytes() for i in order))
-    prepare("Toys", images=False, release_features=True)
+    prepare("Toys", images=False)
     data = load_data("Toys-release")
     assert data.inter.item_ids.tolist() == list(range(5))
     assert data.features["image"][:, 7].tolist() == [0, 1, 2, 3, 4]  # 2 is the mean of 0, 1, 3 and 4
