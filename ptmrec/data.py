@@ -64,7 +64,7 @@ def find_dataset(dataset):
         if place.is_dir():
             return place.resolve()
     known = sorted({p.name for d in (data_dir(), repo_root() / "data") if d.is_dir() for p in d.iterdir()
-                    if p.is_dir() and any(x.is_file() for x in p.iterdir())})
+                    if p.is_dir() and p.name[0] != "." and any(x.is_file() for x in p.iterdir())})
     raise DataError(f"No data set '{dataset}'. Known by name: {', '.join(known) or 'none'}. For any other, put an "
                     f"interactions file (and items, images) into {places[0]}, or give the path of a folder that has one.")
 

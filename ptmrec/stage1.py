@@ -107,7 +107,7 @@ def training_of(p):
 # %% ../nbs/04_stage1.ipynb #4aff4792
 @torch.no_grad()
 def check_fit(history, inter, evaluator):
-    """Warn if Stage 1 underfits: its best validation Recall@20 is no better than that of the most bought items.
+    """Warn if Stage 1 underfits: its best validation Recall@20 is below that of the most bought items.
 
     Returns both.
     """
@@ -115,7 +115,7 @@ def check_fit(history, inter, evaluator):
     item_emb = torch.as_tensor(n_bought, dtype=torch.float32, device=evaluator.masked.item.device)[:, None]
     popular, _ = evaluator("valid", torch.ones_like(item_emb[:1]).expand(inter.n_users, 1), item_emb)
     report = {"trained": history[f"valid {METRIC}"].max(), "most bought": popular[METRIC].mean()}
-    if report["trained"] <= report["most bought"]:
+    if report["trained"] < report["most bought"]:
         warnings.warn(f"Stage 1 underfits: its best validation {METRIC} is {report['trained']:.4f}, and showing everybody "
                       f"the most bought items has {report['most bought']:.4f}. Raise lr, epochs or patience, or lower "
                       "batch_size.")
