@@ -35,7 +35,7 @@ from anyio.from_thread import start_blocking_portal
 from PIL import Image
 from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from .data import (IMAGE_ENDINGS, TEXT_FIELDS, DataError, data_dir, find_dataset, k_core, progress, random_split,
+from .data import (IMAGE_ENDINGS, TEXT_FIELDS, DataError, data_dir, find_dataset, k_core, make_split, progress,
                          write_atomically)
 
 # %% ../nbs/00a_amazon.ipynb #1b077ab8
@@ -189,7 +189,8 @@ def make_interactions(reviews, split_seed=0, core=5):
     kept = k_core(table[~twice], core)
     if kept.empty:
         raise DataError(f"No interactions are left in the {core}-core of {len(table):,} reviews.")
-    return kept.assign(x_label=random_split(pd.factorize(kept.user, sort=True)[0], split_seed))
+    user, item = (pd.factorize(kept[side], sort=True)[0] for side in ("user", "item"))
+    return kept.assign(x_label=make_split("random", user, item, seed=split_seed))
 
 
 def check_published(name, interactions):

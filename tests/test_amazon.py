@@ -272,6 +272,9 @@ def packed(records, write=json.dumps):
     return gzip.compress("".join(f"{write(r)}\n" for r in records).encode(), 1)
 
 
+SPLIT_SIZES = {"baby": [118551, 20559, 21682], "sports": [218409, 37899, 40029], "clothing": [197338, 40150, 41189]}
+
+
 @pytest.mark.parametrize("name, official", [("baby", "Baby"), ("sports", "Sports_and_Outdoors"),
                                             ("clothing", "Clothing_Shoes_and_Jewelry")])
 def test_published_statistics(files, home, name, official):
@@ -290,6 +293,7 @@ def test_published_statistics(files, home, name, official):
         warnings.simplefilter("error")
         data = load_data(prepare(name, base_url=files.address, images=False))
     assert (data.inter.n_users, data.inter.n_items, len(data.inter)) == PUBLISHED[name]
+    assert np.bincount(data.inter.split).tolist() == SPLIT_SIZES[name]  # as in MMRec
     assert set(data.inter.item_ids) == set(asin)
     if name == "baby":
         (home / "baby" / "raw" / "reviews_Baby_5.json.gz").write_bytes(packed(reviews[5000:]))

@@ -2,12 +2,11 @@
 import os
 import warnings
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import SHARED
 from PIL import Image
 
 from ptmrec.backbones import backbone_settings
@@ -356,8 +355,3 @@ def test_groups_that_are_empty_or_unknown():
 
 
 # Benchmarks
-
-def test_benchmarks_have_one_parameters_cell():
-    cells = nbformat.read(ROOT / "nbs" / "08_benchmarks.ipynb", 4).cells
-    tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
-    assert tagged == ["measure = False"]

@@ -66,6 +66,13 @@ def test_parameters_cell_equals_the_function(notebook):
     assert cell == {name: q.default for name, q in inspect.signature(function).parameters.items()}
 
 
+@pytest.mark.parametrize("notebook", ["05a_when_it_helps", "08_benchmarks"])
+def test_measurements_have_one_parameters_cell(notebook):
+    cells = nbformat.read(ROOT / "nbs" / f"{notebook}.ipynb", 4).cells
+    tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1 and tagged[0].startswith("measure = False")
+
+
 def test_package_needs_no_development_tools():
     tools = ("nbdev", "fastcore", "execnb", "jupyter", "IPython")
     code = f"import sys, ptmrec.stage2; print([m for m in {tools} if m in sys.modules])"
