@@ -88,30 +88,51 @@ class _Propagate(torch.autograd.Function):
     def backward(ctx, grad):
         return None, ctx.graph.transposed(grad.contiguous())
 
+# %% ../nbs/02_backbones.ipynb #5f3d7431
+def _horner(graph, user_emb, item_emb, n_layers):
+    "e + A (e + A (e + ...)) with `n_layers` products, for the symmetric A that `graph` (U, I) and its transpose make up."
+    user_sum, item_sum = user_emb, item_emb
+    for _ in range(n_layers):
+        user_sum, item_sum = (torch.addmm(user_emb, graph.csr, item_sum), torch.addmm(item_emb, graph.csr_t, user_sum))
+    return user_sum, item_sum
+
+
+class _Polynomial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graph, user_emb, item_emb, n_layers):
+        ctx.graph, ctx.n_layers = graph, n_layers
+        with torch.autocast(user_emb.device.type, enabled=False):
+            return tuple(x.clone() if not n_layers else x for x in _horner(graph, user_emb, item_emb, n_layers))
+
+    @staticmethod
+    def backward(ctx, user_grad, item_grad):
+        grads = _horner(ctx.graph, user_grad.contiguous(), item_grad.contiguous(), ctx.n_layers)
+        return None, *grads, None
+
+
+class _PolynomialRows(torch.autograd.Function):
+    "Rows `user` and `item` of the polynomial: the outermost product is of their size."
+
+    @staticmethod
+    def forward(ctx, graph, user_emb, item_emb, n_layers, user, item):
+        ctx.graph, ctx.n_layers, ctx.user, ctx.item = graph, n_layers, user, item
+        with torch.autocast(user_emb.device.type, enabled=False):
+            user_sum, item_sum = _horner(graph, user_emb, item_emb, n_layers - 1)
+            return (torch.addmm(user_emb[user], graph.rows(user).csr, item_sum),
+                    torch.addmm(item_emb[item], graph.T.rows(item).csr, user_sum))
+
+    @staticmethod
+    def backward(ctx, user_grad, item_grad):
+        n_users, n_items = ctx.graph.shape
+        spread = (user_grad.new_zeros(n_users, user_grad.shape[1]).index_add_(0, ctx.user, user_grad),
+                  item_grad.new_zeros(n_items, item_grad.shape[1]).index_add_(0, ctx.item, item_grad))
+        return None, *_horner(ctx.graph, *spread, ctx.n_layers), None, None, None
+
 # %% ../nbs/02_backbones.ipynb #c58e35d6
 def user_item_graph(user, item, n_users, n_items):
     "The normalised user-item matrix (U, I): 1 / sqrt(d_u d_i) for each pair of `user`, `item` (n,) (LightGCN, Eq. 3)."
     d_user, d_item = torch.bincount(user, minlength=n_users), torch.bincount(item, minlength=n_items)
     return Graph(user, item, (d_user[user] * d_item[item]).float().rsqrt(), (n_users, n_items))
-
-
-class _Horner(torch.autograd.Function):
-    "e + A (e + A (e + ...)) with `n_layers` products, for the symmetric A that `graph` (U, I) and its transpose make up."
-
-    @staticmethod
-    def forward(ctx, graph, user_emb, item_emb, n_layers):
-        ctx.graph, ctx.n_layers = graph, n_layers
-        with torch.autocast(user_emb.device.type, enabled=False):
-            user_ego, item_ego = user_emb, item_emb = user_emb.float(), item_emb.float()
-            for _ in range(n_layers):
-                user_emb, item_emb = (torch.addmm(user_ego, graph.csr, item_emb),
-                                      torch.addmm(item_ego, graph.csr_t, user_emb))
-        return user_emb.view_as(user_emb), item_emb.view_as(item_emb)
-
-    @staticmethod
-    def backward(ctx, user_grad, item_grad):
-        user_grad, item_grad = _Horner.apply(ctx.graph, user_grad.contiguous(), item_grad.contiguous(), ctx.n_layers)
-        return None, user_grad, item_grad, None
 
 
 def take(table, rows):
@@ -124,14 +145,13 @@ def propagate(graph, user_emb, item_emb, n_layers, user=None, item=None):
 
     `user`, `item`: compute these rows only.
     """
-    if user is None or not n_layers:
-        user_sum, item_sum = _Horner.apply(graph, user_emb, item_emb, n_layers)
-        user_sum, item_sum = take(user_sum, user), take(item_sum, item)
+    if user is None:
+        sums = _Polynomial.apply(graph, user_emb, item_emb, n_layers)
+    elif n_layers:
+        sums = _PolynomialRows.apply(graph, user_emb, item_emb, n_layers, user, item)
     else:
-        user_sum, item_sum = _Horner.apply(graph, user_emb, item_emb, n_layers - 1)
-        user_sum, item_sum = (take(user_emb, user) + graph.rows(user) @ item_sum,
-                              take(item_emb, item) + graph.T.rows(item) @ user_sum)
-    return user_sum / (n_layers + 1), item_sum / (n_layers + 1)
+        sums = take(user_emb, user), take(item_emb, item)
+    return tuple(s / (n_layers + 1) for s in sums)
 
 # %% ../nbs/02_backbones.ipynb #0369f56b
 def knn_graph(features, k, weighted=False, block=4096):

@@ -14,10 +14,27 @@ from scipy import stats
 from .data import DataError
 
 # %% ../nbs/03a_ranking.ipynb #09579ff9
-def stable_topk(scores, k):
+def _candidates(scores, k, width=32):
+    "Values and item numbers (B, about k x width) among which are the `k` highest of each row of `scores` (B, I)."
+    n = scores.shape[1] // width * width
+    chunks = scores[:, :n].unflatten(1, (-1, width))
+    best = chunks.amax(2).topk(k, sorted=False).indices  # (B, k)
+    values = chunks.gather(1, best[:, :, None].expand(-1, -1, width)).flatten(1)
+    items = (best[:, :, None] * width + torch.arange(width, device=scores.device)).flatten(1)
+    rest = torch.arange(n, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    return torch.cat([values, scores[:, n:]], 1), torch.cat([items, rest], 1)
+
+
+def stable_topk(scores, k, width=32):
     "The `k` highest of each row of `scores` (B, I) as item numbers (B, k), ties by the lower number."
-    values, items = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more shows whether a tie was cut
-    cut_tie = values[:, k - 1] == values[:, k] if values.shape[1] > k else torch.zeros(len(values), dtype=torch.bool)
+    n = min(k + 1, scores.shape[1])  # one more shows whether a tie was cut
+    if scores.shape[1] > 2 * n * width:
+        values, items = _candidates(scores, n, width)
+        values, order = values.topk(n, dim=1)
+        items = items.gather(1, order)
+    else:
+        values, items = scores.topk(n, dim=1)
+    cut_tie = values[:, k - 1] == values[:, k] if n > k else torch.zeros(len(values), dtype=torch.bool)
     values, items = values[:, :k], items[:, :k]
     items, order = items.sort(dim=1)
     items = items.gather(1, values.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
@@ -44,7 +61,7 @@ class Pairs:
 
 
 @torch.no_grad()
-def rank_items(user_emb, item_emb, users, masked, k=50, block=256):
+def rank_items(user_emb, item_emb, users, masked, k=50, block=128):
     """Top-`k` items (n, k) for `users` (n,) by inner product of `user_emb` (U, d), `item_emb` (I, d).
 
     `masked`: `Pairs` that are never recommended, as a rule the training pairs.

@@ -22,7 +22,7 @@ from .clip_prompting import frozen_features, load_clip
 from .data import DataError, load_data
 from .ranking import Evaluator
 from .runs import Run, choose, pick_device, set_seed
-from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler
+from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, reuse_memory
 
 # %% ../nbs/04_stage1.ipynb #c91af327
 METRIC = "recall@20"  # early stopping and every choice between variants use it, on validation
@@ -59,6 +59,7 @@ def train_backbone(backbone, evaluator, lr=1e-3, batch_size=2048, epochs=1000, p
 
     `checkpoint`: a file to resume from. Returns the history: one row per epoch, with losses and validation metrics.
     """
+    reuse_memory()
     sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
     optimiser = torch.optim.Adam(backbone.parameters(), lr, fused=True)
 
