@@ -223,3 +223,32 @@ def test_feature_tables_learn_only_where_asked(views_shop, name):
         assert set(tables) == ({"features.image", "features.text"} if train_features else set())
         assert all(q.grad.abs().sum() > 0 for q in tables.values())
         assert all(torch.equal(b.features[m], f) for m, f in features.items())
+
+
+@pytest.mark.parametrize("train_features", [False, True])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_batch_equals_its_rows_of_the_whole(views_shop, name, train_features, monkeypatch):
+    """A step computes its batch's rows only; value and every gradient are those of computing all and taking rows."""
+    shop, features = views_shop
+    torch.manual_seed(0)
+    backbone = BACKBONES[name](*shop, emb_size=8, train_features=train_features, **backbone_settings(name, "", **{
+        k: v for k, v in {"knn_k": 4, "knn_k_image": 5, "knn_k_text": 4, "dropout": 0.0}.items() if k in BACKBONES[name].settings}))
+    if backbone.uses_features:
+        backbone.set_features(features)
+    user, pos, neg = torch.tensor([3, 3, 19, 0]), torch.tensor([2, 14, 2, 7]), torch.tensor([5, 2, 0, 1])
+    found = torch.autograd.grad(sum(backbone.loss(user, pos, neg).values()), list(backbone.parameters()), allow_unused=True)
+
+    def whole(graph, user_emb, item_emb, n_layers, user=None, item=None):
+        layers = [(user_emb, item_emb)]
+        for _ in range(n_layers):
+            layers.append((graph.to_dense() @ layers[-1][1], graph.to_dense().T @ layers[-1][0]))
+        users, items = (sum(side) / len(layers) for side in zip(*layers))
+        return (users, items) if user is None else (users[user], items[item])
+
+    monkeypatch.setattr("ptmrec.backbones.propagate", whole)
+    monkeypatch.setattr("ptmrec.backbones.smooth", lambda graph, item_emb, n_layers, item=None: (
+        torch.linalg.matrix_power(graph.to_dense(), n_layers) @ item_emb)[slice(None) if item is None else item])
+    monkeypatch.setattr("ptmrec.backbones.take", lambda table, rows: table if rows is None else table[rows])
+    wanted = torch.autograd.grad(sum(backbone.loss(user, pos, neg).values()), list(backbone.parameters()), allow_unused=True)
+    for a, b in zip(found, wanted):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
