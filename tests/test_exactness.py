@@ -3,7 +3,7 @@ import open_clip
 import pytest
 import torch
 
-from ptmrec.backbones import BACKBONES, backbone_settings
+from ptmrec.backbones import BACKBONES, backbone_settings, knn_graph
 from ptmrec.clip_prompting import Clip, DeepPrompts, ItemEncoder, encode_image, encode_text, frozen_features, load_clip
 from ptmrec.data import DataError, load_data
 from ptmrec.stage1 import build_backbone, run_stage1
@@ -231,8 +231,9 @@ def test_a_batch_equals_its_rows_of_the_whole(views_shop, name, train_features, 
     """A step computes its batch's rows only; value and every gradient are those of computing all and taking rows."""
     shop, features = views_shop
     torch.manual_seed(0)
-    backbone = BACKBONES[name](*shop, emb_size=8, train_features=train_features, **backbone_settings(name, "", **{
-        k: v for k, v in {"knn_k": 4, "knn_k_image": 5, "knn_k_text": 4, "dropout": 0.0}.items() if k in BACKBONES[name].settings}))
+    changes = {"knn_k": 4, "knn_k_image": 5, "knn_k_text": 4, "dropout": 0.0}
+    settings = BACKBONES[name].settings | {k: v for k, v in changes.items() if k in BACKBONES[name].settings}
+    backbone = BACKBONES[name](*shop, emb_size=8, train_features=train_features, **settings)
     if backbone.uses_features:
         backbone.set_features(features)
     user, pos, neg = torch.tensor([3, 3, 19, 0]), torch.tensor([2, 14, 2, 7]), torch.tensor([5, 2, 0, 1])
@@ -252,3 +253,18 @@ def test_a_batch_equals_its_rows_of_the_whole(views_shop, name, train_features, 
     wanted = torch.autograd.grad(sum(backbone.loss(user, pos, neg).values()), list(backbone.parameters()), allow_unused=True)
     for a, b in zip(found, wanted):
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
+
+
+def test_an_approximate_item_graph_finds_nearly_all_neighbours(monkeypatch):
+    pytest.importorskip("faiss")
+    torch.manual_seed(0)
+    centres = torch.randn(60, 16).repeat_interleave(50, 0)
+    features = centres + 0.3 * torch.randn_like(centres)
+    exact = knn_graph(features, 5).to_dense() > 0
+    monkeypatch.setattr("ptmrec.backbones.EXACT_ITEMS", 1000)
+    approximate = knn_graph(features, 5).to_dense() > 0
+    assert (approximate.sum(1) == 5).all()
+    assert 0.95 < (exact & approximate).sum() / exact.sum()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="3,000 items.*faiss"):
+        assert torch.equal(knn_graph(features, 5).to_dense() > 0, exact)
