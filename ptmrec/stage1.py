@@ -332,9 +332,10 @@ def _run_all(ps, names, prepared, processes, test, title, after_each=lambda runs
         for n, call in _calls(ps, prepared, processes, test):
             try:
                 runs[n] = call()
-                after_each(runs)
             except Exception as error:
                 failed[n] = error
+            else:
+                after_each(runs)
             bar.update()
     if failed:
         told = [", ".join(f"{k}={getattr(ps[n], k)}" for k in names) + f": {type(e).__name__}: {e}"
@@ -343,7 +344,7 @@ def _run_all(ps, names, prepared, processes, test, title, after_each=lambda runs
                            ) from next(iter(failed.values()))
     return runs
 
-
+# %% ../nbs/04_stage1.ipynb #b0d1fa34
 def _trial_table(runs, names):
     "One row per trial {number: run}, best validation first; the earlier one where two are equal."
     rows = {}
@@ -371,7 +372,7 @@ def search(backbone, dataset, grid=None, n_trials=None, n_seeds=1, processes=1, 
     defaults = {name: q.default for name, q in inspect.signature(run_stage1).parameters.items()}
     p = SimpleNamespace(**defaults | parameters(run_stage1, params))
     settings_of(p)
-    grid = {k: v for k, v in (grid or BACKBONES[backbone].grid).items() if k not in params}
+    grid = {k: v for k, v in (BACKBONES[backbone].grid if grid is None else grid).items() if k not in params}
     trials = _trials(p, grid, n_trials)
     prepared = data, clip, *_ = prepare(p)
     kept = Run("search", data.name, vars(p) | {"grid": grid, "n_trials": n_trials},
