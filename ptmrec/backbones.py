@@ -249,11 +249,13 @@ class Backbone(nn.Module):
 
     `user`, `item` (n,): training pairs. `feature_dims`: {modality: d_m}. `train_features`: whether the raw feature
     tables learn as well, as in the published code of FREEDOM, MGCN and SMORE.
-    `settings` of a subclass: its tunable arguments with our defaults; `published`: what papers use, per data set.
+    `settings` of a subclass: its tunable arguments with our defaults; `published`: what papers use, per data set;
+    `grid`: {setting: the values among which papers choose by validation}.
     """
 
     settings = {}
     published = {}
+    grid = {}
     uses_features = True
     lr_decay = 1.0  # factor of the learning rate per 50 epochs
 
@@ -321,6 +323,7 @@ class LightGCN(Backbone):
     "LightGCN (He et al., SIGIR 2020): ID embeddings smoothed over the user-item graph; BPR and L2 on the batch's rows."
 
     settings = {"n_layers": 3, "reg_weight": 1e-4}
+    grid = {"n_layers": [1, 2, 3, 4], "reg_weight": [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]}
     uses_features = False
 
     def __init__(self, *args, reg_weight, **kwargs):
@@ -342,6 +345,7 @@ class BPRMF(LightGCN):
     "Matrix factorisation with BPR (Rendle et al., UAI 2009)."
 
     settings = {"n_layers": 0, "reg_weight": 1e-3}
+    grid = {"reg_weight": [2, 1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]}
 
 # %% ../nbs/02_backbones.ipynb #fde82fbc
 @register("vbpr")
@@ -349,6 +353,7 @@ class VBPR(Backbone):
     "VBPR (He & McAuley, AAAI 2016, Eq. 3): ID embeddings beside projected features; BPR and L2 on the batch's rows."
 
     settings = {"n_layers": 0, "reg_weight": 1e-2}
+    grid = {"reg_weight": [2, 1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]}
 
     def __init__(self, *args, reg_weight, **kwargs):
         super().__init__(*args, **kwargs)
@@ -380,6 +385,7 @@ class FREEDOM(Backbone):
     settings = {"n_layers": 2, "n_item_layers": 1, "knn_k": 10, "image_weight": 0.1, "edge_dropout": 0.8,
                 "aux_weight": 1e-3}
     published = {"sample": {"image_weight": 0.5}}
+    grid = {"edge_dropout": [0.8, 0.9], "aux_weight": [0, 1e-5, 1e-4, 1e-3]}
 
     def __init__(self, *args, n_item_layers, knn_k, image_weight, edge_dropout, aux_weight, **kwargs):
         super().__init__(*args, **kwargs)
@@ -454,6 +460,7 @@ class MGCN(Views):
     "MGCN (Yu et al., ACM MM 2023): gated views, an attention for what they share, preferences for what is their own."
 
     settings = {"n_layers": 2, "n_item_layers": 1, "knn_k": 10, "reg_weight": 1e-4, "cl_weight": 1e-2, "cl_tau": 0.2}
+    grid = {"cl_weight": [1e-3, 1e-2, 1e-1]}
 
     def __init__(self, *args, knn_k, **kwargs):
         super().__init__(*args, **kwargs)
@@ -487,6 +494,8 @@ class SMORE(Views):
                 "cl_weight": 1e-2, "cl_tau": 0.2, "dropout": 0.1}
     published = {"sports": {"n_layers": 3, "knn_k_image": 10, "knn_k_text": 10, "cl_weight": 3e-2, "dropout": 0.0},
                  "clothing": {"n_layers": 3, "knn_k_text": 10, "reg_weight": 1e-5, "dropout": 0.0}}
+    grid = {"n_layers": [3, 4], "knn_k_image": [10, 40], "knn_k_text": [10, 15], "cl_weight": [1e-2, 3e-2],
+            "reg_weight": [1e-4, 1e-5], "dropout": [0.0, 0.1]}
 
     def __init__(self, *args, knn_k_image, knn_k_text, dropout, **kwargs):
         super().__init__(*args, **kwargs)

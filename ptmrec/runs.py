@@ -79,9 +79,15 @@ class Run:
     def finished(self):
         return (self.folder / "metrics.json").exists()
 
+    @property
+    def trained(self):
+        "Whether history.csv is there, which Stage 1 writes after the weights: all is done but to score the test split."
+        return (self.folder / "history.csv").exists()
+
     def begin(self):
         "Make the folder and write run.json: parameters, seed, versions, fingerprints. Returns the run."
-        (self.folder / "metrics.json").unlink(missing_ok=True)
+        for name in ("metrics.json", "history.csv"):
+            (self.folder / name).unlink(missing_ok=True)
         packages = ("torch", "open_clip_torch", "numpy", "pandas")
         versions = {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
         self._json("run.json", {"parameters": self.params, "seed": self.params.get("seed"), "data": self.data,

@@ -5,10 +5,20 @@
 # %% auto #0
 __all__ = ['METRIC', 'TRAINING', 'SMALL', 'SETTINGS', 'STAGE1', 'build_backbone', 'evaluate', 'mean_metrics', 'train_backbone',
            'seeds_of', 'training_of', 'check_fit', 'compare_features', 'prepare', 'settings_of', 'save_lists',
-           'stage1_run', 'run_stage1', 'metrics_table', 'plot_history']
+           'place_run', 'stage1_run', 'score_run', 'run_stage1', 'metrics_table', 'plot_history', 'search',
+           'plot_search']
 
 # %% ../nbs/04_stage1.ipynb #2e4981e7
+import inspect
+import itertools
+import multiprocessing
+import os
+import random
+import threading
+import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -19,9 +29,9 @@ import torch
 from .amazon import find_or_prepare
 from .backbones import BACKBONES, backbone_settings
 from .clip_prompting import frozen_features, load_clip
-from .data import DataError, load_data
+from .data import DataError, load_data, progress
 from .ranking import Evaluator
-from .runs import Run, choose, pick_device, set_seed
+from .runs import Run, choose, parameters, pick_device, set_seed
 from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, reuse_memory
 
 # %% ../nbs/04_stage1.ipynb #c91af327
@@ -57,13 +67,18 @@ def train_backbone(backbone, evaluator, lr=1e-3, batch_size=2048, epochs=1000, p
                    checkpoint=None):
     """Train `backbone` until validation Recall@20 has not risen for `patience` epochs; the best epoch is kept.
 
-    `checkpoint`: a file to resume from. Returns the history: one row per epoch, with losses and validation metrics.
+    `checkpoint`: a file to resume from. Returns the history: one row per epoch, with losses, validation metrics and the
+    seconds that both took.
     """
     reuse_memory()
     sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
     optimiser = torch.optim.Adam(backbone.parameters(), lr, fused=True)
 
+    start = 0.0
+
     def train_epoch(epoch):
+        nonlocal start
+        start = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = lr * backbone.lr_decay ** ((epoch - 1) / 50)
         backbone.train()
@@ -80,7 +95,8 @@ def train_backbone(backbone, evaluator, lr=1e-3, batch_size=2048, epochs=1000, p
 
     def validate(epoch):
         per_user, _ = evaluate(backbone, evaluator, "valid")
-        return {f"valid {m}": float(per_user[m].mean()) for m in ("recall@10", METRIC, "ndcg@20")}
+        means = {f"valid {m}": float(per_user[m].mean()) for m in ("recall@10", METRIC, "ndcg@20")}
+        return means | {"seconds": time.perf_counter() - start}
 
     best = f"valid {METRIC}"
     callbacks = [Progress(name, ["bpr", best]), Health("bpr", "Lower lr."), KeepBest(best, patience)]
@@ -174,31 +190,47 @@ STAGE1 = ("dataset min_rating core split split_seed eval_users eval_items clip_m
           "emb_size lr batch_size epochs patience seed device").split()
 
 
-def stage1_run(p, data, clip, features, device, reuse=False):
-    "One seed of Stage 1 as a finished `Run`; with `reuse`, a finished run of the same parameters, data and code serves."
-    settings = settings_of(p)
-    params = {k: getattr(p, k) for k in STAGE1} | settings | training_of(p)
-    run = Run("stage1", data.name, params, [data.fingerprint(), clip.fingerprint() if clip else None])
-    if reuse and run.finished:
+def place_run(p, data, clip):
+    "The run of parameters `p`, done or not."
+    params = {k: getattr(p, k) for k in STAGE1} | settings_of(p) | training_of(p)
+    return Run("stage1", data.name, params, [data.fingerprint(), clip.fingerprint() if clip else None])
+
+
+def stage1_run(p, data, clip, features, device, reuse=False, test=True):
+    """One seed of Stage 1 as a finished `Run`.
+
+    `reuse`: what a run of the same parameters, data and code has done is not done again. `test=False` stops when the
+    training is over, before the test split is scored.
+    """
+    run = place_run(p, data, clip)
+    if reuse and (run.finished if test else run.trained):
         return run
-    run.begin()
     set_seed(p.seed)
     evaluator = Evaluator(data.inter, device, p.eval_items, p.eval_users)
-    backbone = build_backbone(p.backbone, data.inter, features, settings, p.emb_size, p.train_features,
-                              device)
-    history = train_backbone(backbone, evaluator, **training_of(p), name=f"Stage 1, seed {p.seed}",
-                             checkpoint=run.folder / "checkpoint.pt")
-    check_fit(history, data.inter, evaluator)
-    run.save_table("history.csv", history.reset_index())
-    run.save_weights("backbone", dict(backbone.named_parameters()))
+    backbone = build_backbone(p.backbone, data.inter, features, settings_of(p), p.emb_size, p.train_features, device)
+    if reuse and run.trained:
+        backbone.load_state_dict(run.load_weights("backbone"), strict=False)
+    else:
+        run.begin()
+        history = train_backbone(backbone, evaluator, **training_of(p), name=f"Stage 1, seed {p.seed}",
+                                 checkpoint=run.folder / "checkpoint.pt")
+        run.save_weights("backbone", dict(backbone.named_parameters()))
+        run.save_table("history.csv", history.reset_index())
+    if test:
+        score_run(run, backbone, evaluator, data.inter)
+    return run
+
+
+def score_run(run, backbone, evaluator, inter):
+    "Score a trained run on both splits, and finish it."
+    check_fit(run.load_table("history.csv"), inter, evaluator)
     metrics = {}
     for split in ("valid", "test"):
         per_user, lists = evaluate(backbone, evaluator, split)
         metrics[split] = mean_metrics(per_user)
     run.save_table("per_user.parquet", per_user.reset_index())
-    save_lists(run, lists, per_user.index, data.inter)
+    save_lists(run, lists, per_user.index, inter)
     run.finish(metrics)
-    return run
 
 # %% ../nbs/04_stage1.ipynb #6cd36a7a
 def run_stage1(dataset="sample", min_rating=None, core=0, split=None, split_seed=0, eval_users="all", eval_items="all",
@@ -240,4 +272,134 @@ def plot_history(runs, columns, title=""):
         ax.set(xlabel="epoch", ylabel=column)
     axes[0, -1].legend(fontsize=8)
     figure.suptitle(title)
+    return figure
+
+# %% ../nbs/04_stage1.ipynb #d2aae9f3
+def _trials(p, grid, n_trials=None):
+    "The parameters of each trial: `p` with a cell of `grid` {name: values}; all cells, or `n_trials` drawn with the seed."
+    allowed = [*BACKBONES[p.backbone].settings, "lr", "batch_size", "emb_size"]
+    if unknown := [name for name in grid if name not in allowed]:
+        raise ValueError(f"The grid varies {', '.join(unknown)}; for backbone '{p.backbone}' it may vary "
+                         f"{', '.join(allowed)}.")
+    if bad := [name for name, values in grid.items() if not isinstance(values, (list, tuple)) or not values]:
+        raise ValueError(f"The grid needs a list of values for {bad[0]}, and has {grid[bad[0]]!r}.")
+    cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    if n_trials is not None:
+        random.Random(p.seed).shuffle(cells)
+    return [SimpleNamespace(**vars(p) | cell) for cell in cells[:n_trials]]
+
+# %% ../nbs/04_stage1.ipynb #5c47a1d2
+_worker = {}
+
+
+def _start_worker(p, lifeline):
+    "Make this process a worker. It ends when the process that searches closes its end of the pipe `lifeline`, or dies."
+    threading.Thread(target=lambda: (lifeline.poll(None), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
+    _worker["prepared"] = prepare(p)
+
+
+def _work(p, test):
+    return stage1_run(p, *_worker["prepared"], reuse=True, test=test)
+
+
+def _calls(ps, prepared, processes, test):
+    "For each of `ps`, in the order in which they end: its number, and a function that returns its run or raises."
+    runs = [place_run(p, *prepared[:2]) for p in ps]
+    far = [n for n, run in enumerate(runs) if not (run.finished if test else run.trained)]
+    if processes == 1 or len(far) == 1:
+        far = []
+    yield from ((n, partial(stage1_run, p, *prepared, reuse=True, test=test)) for n, p in enumerate(ps) if n not in far)
+    if far:
+        context = multiprocessing.get_context("spawn")
+        lifeline, mine = context.Pipe(duplex=False)
+        with ProcessPoolExecutor(min(processes, len(far)), context, _start_worker, (ps[0], lifeline)) as pool:
+            try:
+                numbers = {pool.submit(_work, ps[n], test): n for n in far}
+                yield from ((numbers[future], future.result) for future in as_completed(numbers))
+            except BaseException:
+                mine.close()  # without this, the pool would wait for all trials that have begun
+                raise
+
+# %% ../nbs/04_stage1.ipynb #f8ee3b3a
+def _run_all(ps, names, prepared, processes, test, title, after_each=lambda runs: None):
+    """`stage1_run` for each of `ps`; returns {number: run}. `after_each` gets those that are done, as they are done.
+
+    Raises `RuntimeError`, once all have ended, if some failed; it tells them by those of their parameters in `names`.
+    """
+    runs, failed = {}, {}
+    with progress(total=len(ps), desc=title, unit="run") as bar:
+        for n, call in _calls(ps, prepared, processes, test):
+            try:
+                runs[n] = call()
+            except Exception as error:
+                failed[n] = error
+            else:
+                after_each(runs)
+            bar.update()
+    if failed:
+        told = [", ".join(f"{k}={getattr(ps[n], k)}" for k in names) + f": {type(e).__name__}: {e}"
+                for n, e in sorted(failed.items())]
+        raise RuntimeError("\n".join([f"{title}: {len(failed)} of {len(ps)} runs failed; the others are kept.", *told])
+                           ) from next(iter(failed.values()))
+    return runs
+
+# %% ../nbs/04_stage1.ipynb #b0d1fa34
+def _trial_table(runs, names):
+    "One row per trial {number: run}, best validation first; the earlier one where two are equal."
+    rows = {}
+    for n, run in sorted(runs.items()):
+        history = run.load_table("history.csv")
+        best = history.loc[history[f"valid {METRIC}"].idxmax()]
+        rows[n] = {k: run.params[k] for k in [*names, "seed"]} | {
+            f"valid {METRIC}": best[f"valid {METRIC}"], "epoch": int(best.epoch), "epochs": len(history),
+            "seconds": history.seconds.sum()}
+    table = pd.DataFrame(rows.values(), pd.Index(rows, name="trial"))
+    return table.sort_values(f"valid {METRIC}", ascending=False, kind="stable")
+
+# %% ../nbs/04_stage1.ipynb #14f46c42
+def search(backbone, dataset, grid=None, n_trials=None, n_seeds=1, processes=1, **params):
+    """Train every trial of `grid` {setting: values} on seed `seed`, choose by validation, score only the winner on test.
+
+    `grid`: None is the published one of the backbone; what `params` sets is not varied. `n_trials`: so many cells of it,
+    drawn at random; None: all. `n_seeds`: seeds of the winner. `params`: other arguments of `run_stage1`. `processes`:
+    trials at a time (a script that asks for several needs `if __name__ == "__main__":`).
+
+    Returns a table of the trials, best first, and the winner's finished runs, one per seed. The table is also kept as
+    `runs/search/<dataset>/<key>/trials.csv` while it grows. Trials are runs of Stage 1: what is done is not done again.
+    """
+    params |= {"backbone": choose("backbone", backbone, BACKBONES), "dataset": str(dataset), "n_seeds": n_seeds}
+    defaults = {name: q.default for name, q in inspect.signature(run_stage1).parameters.items()}
+    p = SimpleNamespace(**defaults | parameters(run_stage1, params))
+    settings_of(p)
+    grid = {k: v for k, v in (BACKBONES[backbone].grid if grid is None else grid).items() if k not in params}
+    trials = _trials(p, grid, n_trials)
+    prepared = data, clip, *_ = prepare(p)
+    kept = Run("search", data.name, vars(p) | {"grid": grid, "n_trials": n_trials},
+               [data.fingerprint(), clip.fingerprint() if clip else None]).begin()
+    runs = _run_all(trials, grid, prepared, processes, False, f"Search, {backbone}",
+                    lambda runs: kept.save_table("trials.csv", _trial_table(runs, grid)))
+    table = _trial_table(runs, grid)
+    winner = [SimpleNamespace(**vars(trials[table.index[0]]) | {"seed": seed}) for seed in seeds_of(p)]
+    finished = _run_all(winner, ["seed"], prepared, processes, True, f"Winner, {backbone}")
+    kept.finish({"winner": {k: runs[table.index[0]].params[k] for k in grid},
+                 "seeds": {run.params["seed"]: run.metrics() for _, run in sorted(finished.items())}})
+    return table, [run for _, run in sorted(finished.items())]
+
+# %% ../nbs/04_stage1.ipynb #fbc9b1e0
+def plot_search(table):
+    "Validation Recall@20 of the trials against each setting that varies; the line joins the best. Returns the figure."
+    varied = [name for name in table.loc[:, :"seed"] if table[name].nunique() > 1]
+    figure, axes = plt.subplots(1, len(varied), figsize=(3.2 * len(varied), 2.8), sharey=True, squeeze=False,
+                                layout="constrained")
+    for ax, name in zip(axes[0], varied):
+        best = table.groupby(name)[f"valid {METRIC}"].max()
+        place = best.index.get_indexer(table[name])
+        ax.plot(range(len(best)), best, color="C0")
+        ax.scatter(place, table[f"valid {METRIC}"], color="C0", s=15)
+        ax.scatter(place[:1], table[f"valid {METRIC}"][:1], color="C1", s=60, zorder=3, label="winner")
+        ax.set(xlabel=name, xticks=range(len(best)), xticklabels=[f"{value:g}" for value in best.index])
+    axes[0, 0].set_ylabel(f"valid {METRIC}")
+    axes[0, -1].legend(fontsize=8)
     return figure

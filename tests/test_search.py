@@ -1,0 +1,186 @@
+"""Searches: chosen on validation alone, stopped at any moment, in one process or several."""
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import ptmrec.stage1 as stage1
+from ptmrec.stage1 import plot_search, search
+
+GRID = {"reg_weight": [1e-1, 1e-3, 1e-5]}
+
+
+@pytest.fixture
+def shop(tmp_path):
+    "A folder with 60 users and 40 items, two groups of each that keep to themselves, and one split."
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = [(u, 20 * (u % 2) + i, [0, 0, 0, 0, 1, 2][n]) for u in range(60)
+            for n, i in enumerate(rng.choice(20, 6, replace=False))]
+    pd.DataFrame(rows, columns=["user", "item", "x_label"]).to_csv(folder / "interactions.csv", index=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    "The parameters of each training in this process, in order."
+    calls, build = [], stage1.train_backbone
+    monkeypatch.setattr(stage1, "train_backbone", lambda backbone, *args, **kw: (
+        calls.append(backbone.reg_weight), build(backbone, *args, **kw))[1])
+    return calls
+
+
+def scored(runs):
+    "Keys of the Stage 1 runs that hold anything of the test split."
+    return {f.parent.name for name in ("metrics.json", "per_user.parquet", "topk.parquet")
+            for f in (runs / "stage1").rglob(name)}
+
+
+def kept_table(runs):
+    path, = (runs / "search").rglob("trials.csv")
+    return pd.read_csv(path, index_col="trial")
+
+
+def test_losers_never_meet_the_test_split(shop, runs, monkeypatch, trained):
+    asked, evaluate = [], stage1.evaluate
+    monkeypatch.setattr(stage1, "evaluate", lambda backbone, evaluator, split: (
+        asked.append((split, backbone.reg_weight)), evaluate(backbone, evaluator, split))[1])
+    table, winners = search("bpr", shop, GRID, epochs=3, n_seeds=2)
+    best = table.reg_weight.iloc[0]
+    assert [r for s, r in asked if s == "test"] == [best, best] and trained == [*GRID["reg_weight"], best]
+    assert [w.params["seed"] for w in winners] == [0, 1] and {w.params["reg_weight"] for w in winners} == {best}
+    assert scored(runs) == {w.key for w in winners} and len(list((runs / "stage1").rglob("history.csv"))) == 4
+    assert not [c for c in table if "test" in c]
+    pd.testing.assert_frame_equal(kept_table(runs), table)
+
+
+def test_the_winner_is_the_run_that_run_stage1_makes(shop, runs):
+    table, (winner,) = search("bpr", shop, GRID, epochs=3)
+    assert table["valid recall@20"].is_monotonic_decreasing
+    found = winner.metrics()
+    assert found["valid"]["recall@20"] == table["valid recall@20"].iloc[0]
+    again, = stage1.run_stage1(str(shop), backbone="bpr", epochs=3, n_seeds=1, reg_weight=table.reg_weight.iloc[0])
+    assert again.folder == winner.folder and again.metrics() == found
+
+
+def test_what_is_done_is_not_done_again(shop, runs, trained):
+    search("bpr", shop, {"reg_weight": [1e-1, 1e-3]}, epochs=3)
+    table, _ = search("bpr", shop, {"reg_weight": [1e-1, 1e-5, 1e-3]}, epochs=3)
+    assert trained == [1e-1, 1e-3, 1e-5] and sorted(table.index) == [0, 1, 2]
+
+
+def test_two_processes_find_the_same_and_a_failure_in_one_is_told(shop, tmp_path, monkeypatch):
+    grids, tables = {1: [1e-2, 1e-3], 2: [1e-2, 1e-3, "fast"]}, []
+    for processes, grid in grids.items():
+        monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / f"runs{processes}"))
+        if processes == 2:
+            with pytest.raises(RuntimeError, match="1 of 3 runs failed.*\nlr=fast: TypeError"):
+                search("bpr", shop, {"lr": grid}, epochs=3, processes=2)
+            assert not multiprocessing.active_children() and not scored(tmp_path / "runs2")
+        else:
+            _, (one,) = search("bpr", shop, {"lr": grid}, epochs=3)
+        tables.append(kept_table(tmp_path / f"runs{processes}").drop(columns="seconds"))
+    pd.testing.assert_frame_equal(*tables)
+    _, (two,) = search("bpr", shop, {"lr": [1e-2, 1e-3]}, epochs=3)
+    assert two.key == one.key and two.folder != one.folder and two.metrics() == one.metrics()
+
+
+def test_a_failed_trial_is_named_and_the_others_are_kept(shop, runs, monkeypatch, trained):
+    train = stage1.train_backbone
+
+    def fails(backbone, *args, **kw):
+        if backbone.reg_weight == 1e-3:
+            raise FloatingPointError("Epoch 1: bpr is not a number.")
+        return train(backbone, *args, **kw)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(stage1, "train_backbone", fails)
+        with pytest.raises(RuntimeError, match="1 of 3 runs failed.*\nreg_weight=0.001: FloatingPointError: Epoch 1"):
+            search("bpr", shop, GRID, epochs=3)
+    assert kept_table(runs).reg_weight.isin([1e-1, 1e-5]).all() and not scored(runs)
+    table, _ = search("bpr", shop, GRID, epochs=3)
+    assert trained == [1e-1, 1e-5, 1e-3] and len(table) == 3
+
+
+def alive(pid):
+    return os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().rsplit(")")[1].split()[0] != "Z"
+
+
+def children(pid):
+    return [int(p) for task in os.listdir(f"/proc/{pid}/task")
+            for p in open(f"/proc/{pid}/task/{task}/children").read().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc, as on Linux")
+def test_killed_and_called_again(shop, runs, trained):
+    "SIGKILL in the middle: the workers end, what was trained stays, and only the rest is trained when called again."
+    grid, epochs = {"reg_weight": [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]}, {"epochs": 200, "patience": 200}
+    code = f"from ptmrec.stage1 import search; search('bpr', {str(shop)!r}, {grid}, processes=2, **{epochs})"
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not list((runs / "stage1").rglob("history.csv")):
+        assert first.poll() is None, "the search ended before it could be killed"
+        time.sleep(0.01)
+    workers = children(first.pid)
+    first.kill()
+    first.wait()
+    for _ in range(1200):
+        if not any(map(alive, workers)):
+            break
+        time.sleep(0.05)
+    assert len(workers) >= 2 and not any(map(alive, workers))
+    done = {path: path.stat().st_mtime_ns for path in (runs / "stage1").rglob("history.csv")}
+    assert 1 <= len(done) < 6 and not scored(runs)
+
+    table, (winner,) = search("bpr", shop, grid, **epochs)
+    assert len(trained) == len(set(trained)) == 6 - len(done)
+    assert done == {path: path.stat().st_mtime_ns for path in done}
+    assert sorted(table.reg_weight) == sorted(grid["reg_weight"]) and (table.epochs == 200).all()
+    assert scored(runs) == {winner.key}
+    half = [path for path in runs.rglob("*") if path.name == "checkpoint.pt"]
+    about, = (path for path in (runs / "search").rglob("metrics.json"))
+    assert not half and json.loads(about.read_text())["winner"] == {"reg_weight": table.reg_weight.iloc[0]}
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"grid": {"layers": [1, 2]}}, "The grid varies layers; for backbone 'lightgcn' it may vary n_layers, reg_weight, lr"),
+    ({"grid": {"n_layers": 3}}, "needs a list of values for n_layers, and has 3"),
+    ({"grid": {"n_layers": []}}, "needs a list of values for n_layers"),
+    ({"learning_rate": 0.1}, "Unknown parameter learning_rate. run_stage1 takes: dataset"),
+    ({"cl_weight": 0.1}, "has no setting cl_weight; it has n_layers, reg_weight"),
+    ({"backbone": "svd"}, "backbone='svd' is not known"),
+])
+def test_wrong_searches_stop_before_anything_is_trained(runs, wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        search(**{"backbone": "lightgcn", "dataset": "sample"} | wrong)
+    assert not runs.exists()
+
+
+def test_published_grids_are_of_the_backbones_own_settings(runs):
+    for name, backbone in stage1.BACKBONES.items():
+        assert backbone.grid and backbone.grid.keys() <= backbone.settings.keys(), name
+
+
+def test_a_setting_that_is_given_is_not_varied(shop, runs):
+    table, (winner,) = search("lightgcn", shop, n_layers=2, n_trials=3, epochs=2)
+    assert list(table.columns[:2]) == ["reg_weight", "seed"] and winner.params["n_layers"] == 2
+    assert len(table) == table.reg_weight.nunique() == 3
+    figure = plot_search(table)
+    assert [ax.get_xlabel() for ax in figure.axes] == ["reg_weight"]
+    stage1.plt.close(figure)
