@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from functools import partial
 from types import SimpleNamespace
 
@@ -73,7 +74,6 @@ def train_backbone(backbone, evaluator, lr=1e-3, batch_size=2048, epochs=1000, p
     reuse_memory()
     sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
     optimiser = torch.optim.Adam(backbone.parameters(), lr, fused=True)
-
     start = 0.0
 
     def train_epoch(epoch):
@@ -329,8 +329,8 @@ def _run_all(ps, names, prepared, processes, test, title, after_each=lambda runs
     Raises `RuntimeError`, once all have ended, if some failed; it tells them by those of their parameters in `names`.
     """
     runs, failed = {}, {}
-    with progress(total=len(ps), desc=title, unit="run") as bar:
-        for n, call in _calls(ps, prepared, processes, test):
+    with progress(total=len(ps), desc=title, unit="run") as bar, closing(_calls(ps, prepared, processes, test)) as calls:
+        for n, call in calls:
             try:
                 runs[n] = call()
             except Exception as error:
@@ -341,7 +341,7 @@ def _run_all(ps, names, prepared, processes, test, title, after_each=lambda runs
     if failed:
         told = [", ".join(f"{k}={getattr(ps[n], k)}" for k in names) + f": {type(e).__name__}: {e}"
                 for n, e in sorted(failed.items())]
-        raise RuntimeError("\n".join([f"{title}: {len(failed)} of {len(ps)} runs failed; the others are kept.", *told])
+        raise RuntimeError("\n".join([f"{title}: {len(failed)} of {len(ps)} runs failed; what is done is kept.", *told])
                            ) from next(iter(failed.values()))
     return runs
 
