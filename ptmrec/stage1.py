@@ -20,6 +20,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -176,7 +177,7 @@ SETTINGS = ("n_layers reg_weight n_item_layers knn_k image_weight edge_dropout a
 
 def settings_of(p):
     "The backbone's settings: our defaults, the published ones for the data set, and those of `p` that are not None."
-    return backbone_settings(p.backbone, p.dataset, **{name: getattr(p, name) for name in SETTINGS})
+    return backbone_settings(p.backbone, Path(p.dataset).name, **{name: getattr(p, name) for name in SETTINGS})
 
 
 def save_lists(run, lists, users, inter, n=20):
