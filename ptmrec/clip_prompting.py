@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Clip', 'load_clip', 'DeepPrompts', 'encode_image', 'trim', 'encode_text', 'token_map', 'ItemEncoder',
-           'frozen_features']
+           'encode_in_blocks', 'frozen_features']
 
 # %% ../nbs/01_clip_prompting.ipynb #9c0c8b4e
 import os
+import shutil
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .data import DataError, cache_dir, find_dataset, fingerprint, image_map, progress, repo_root, write_atomically
+from .distributed import agreed, main_first, rank, split_work, wait, world
 
 # %% ../nbs/01_clip_prompting.ipynb #e9fde7d2
 @dataclass
@@ -211,10 +214,11 @@ class ItemEncoder(nn.Module):
         self.clip, self.prompts, self.n_items = clip, prompts, data.inter.n_items
         self.device, self.fallback = clip.mean.device, 0.0
         self.modalities = [m for m, there in (("image", any(data.images)), ("text", any(data.texts))) if there]
-        if "image" in self.modalities:
-            self.pixels, self.seen = image_map(data, clip.image_size)
-        if "text" in self.modalities:
-            self.tokens = token_map(clip, data.texts)
+        with main_first():
+            if "image" in self.modalities:
+                self.pixels, self.seen = image_map(data, clip.image_size)
+            if "text" in self.modalities:
+                self.tokens = token_map(clip, data.texts)
 
     def _texts(self, items):
         tokens = torch.from_numpy(self.tokens[items.numpy()]).long().to(self.device)
@@ -234,15 +238,41 @@ class ItemEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_all(self, batch_size=256):
-        "Features of all items: {modality: (I, d_m)}; missing images have the mean of those seen."
-        batches = torch.arange(self.n_items).split(batch_size)
-        parts = [self(b) for b in progress(batches, desc="Encoding items", unit="batch")]
-        features = {m: torch.cat([p[m] for p in parts]) for m in self.modalities}
+        "Features of all items: {modality: (I, d_m)}, in shares by all ranks; missing images have the mean of those seen."
+        def encode(items):
+            parts = [self(b) for b in progress(items.split(batch_size), desc="Encoding items", unit="batch")]
+            return {m: torch.cat([p[m] for p in parts]) for m in self.modalities}
+
+        return self.fill_missing(split_work(encode, torch.arange(self.n_items)))
+
+    def fill_missing(self, features):
+        "Give missing images the mean of those seen, in `features` of all items and in what `forward` makes from now on."
         if "image" in features:
             seen = torch.from_numpy(self.seen).to(self.device)
             self.fallback = features["image"][seen].mean(0)
             features["image"][~seen] = self.fallback
         return features
+
+# %% ../nbs/01_clip_prompting.ipynb #fe6c58a6
+@torch.no_grad()
+def encode_in_blocks(encoder, folder, block=256):
+    """Features as `encoder.encode_all()` has them; every `block` of items is kept in `folder` as soon as it is encoded.
+
+    What is in `folder` already is not encoded again, so it must belong to this encoder alone.
+    """
+    def features_of(items):
+        path = Path(folder) / f"{items[0]}-{items[-1]}.safetensors"
+        if not path.exists():
+            features = {m: f.cpu().contiguous() for m, f in encoder(items).items()}
+            write_atomically(path, lambda temporary: save_file(features, temporary))
+        return load_file(path, device=str(encoder.device))
+
+    blocks = torch.arange(encoder.n_items).split(block)
+    for items in progress(blocks[rank() :: world()], desc="Encoding items", unit="block"):
+        features_of(items)
+    wait()
+    parts = [features_of(items) for items in blocks]
+    return encoder.fill_missing({m: torch.cat([p[m] for p in parts]) for m in encoder.modalities})
 
 # %% ../nbs/01_clip_prompting.ipynb #9641ba67
 def frozen_features(data, clip, device="cpu"):
@@ -255,7 +285,11 @@ def frozen_features(data, clip, device="cpu"):
     key = fingerprint("features", clip.fingerprint(), data.texts, [p is not None for p in data.images],
                       *[p for p in data.images if p])
     path = cache_dir() / f"features-{key}.safetensors"
-    if not path.exists():
-        features = {m: f.cpu().contiguous() for m, f in ItemEncoder(clip, data).encode_all().items()}
-        write_atomically(path, lambda temporary: save_file(features, temporary))
+    if not agreed({"there": path.exists()})["there"]:
+        blocks = path.with_suffix(".blocks")
+        features = {m: f.cpu().contiguous() for m, f in encode_in_blocks(ItemEncoder(clip, data), blocks).items()}
+        if not rank():
+            write_atomically(path, lambda temporary: save_file(features, temporary))
+            shutil.rmtree(blocks, ignore_errors=True)
+        wait()
     return load_file(path, device=str(device))

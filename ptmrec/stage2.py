@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'BATCHES', 'VARIANTS', 'teacher', 'item_batches', 'interaction_batches', 'Stage2', 'with_features', 'tune',
            'variants', 'stage2_run', 'evaluate_variants', 'run_stage2', 'best_variant', 'per_user_values',
-           'results_table', 'verdict', 'plot_results']
+           'results_table', 'verdict', 'plot_results', 'main']
 
 # %% ../nbs/05_stage2.ipynb #144074d5
 from types import SimpleNamespace
@@ -16,12 +16,14 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .amazon import find_or_prepare
 from .backbones import BACKBONES
 from .clip_prompting import DeepPrompts, ItemEncoder
 from .data import DataError
+from .distributed import agreed, main_first, my_share, rank, split_work, start, sum_gradients, summed, wait, world
 from .losses import SIMILARITIES, kt_loss
 from .ranking import Evaluator, Pairs, paired_test
-from .runs import Run, choose, set_seed
+from .runs import Run, choose, command_line, set_seed
 from .stage1 import (METRIC, build_backbone, evaluate, mean_metrics, metrics_table, prepare, save_lists, seeds_of,
                            settings_of, stage1_run, train_backbone, training_of)
 from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features
@@ -81,19 +83,22 @@ class Stage2(nn.Module):
 
     def live_features(self, items):
         "Features of `items` with gradients to the prompts; with no prompts nothing changes, and the bank serves."
-        return self.encoder(items) if self.encoder.prompts is not None else {m: f[items] for m, f in self.bank.items()}
+        if self.encoder.prompts is None:
+            return {m: f[items] for m, f in self.bank.items()}
+        return split_work(self.encoder, items)
 
     def losses(self, user, pos, neg):
-        "Weighted loss terms of a batch of triples (B,): {name: scalar}."
+        "Weighted loss terms of a batch of triples (B,): {name: scalar}; of several ranks, each has its part of the sum."
         items = pos.unique()
         live = self.live_features(items)  # {m: (J, d_m)}
         id_user, id_item, modal_user = self.know
-        terms = {f"kt_{m}": self.kt_weight * kt_loss(id_user[user], id_item[items], modal_user[user],
-                                                     self.backbone.project[m](f), self.tau, self.similarity)
+        rows = my_share(user)
+        terms = {f"kt_{m}": self.kt_weight * kt_loss(id_user[rows], id_item[items], modal_user[rows],
+                                                     self.backbone.project[m](f), self.tau, self.similarity, len(user))
                  for m, f in live.items()}
         if self.task_weight:
             tables = {m: self.bank[m].index_copy(0, items, f) for m, f in live.items()}
-            terms |= {k: self.task_weight * term for k, term in self.backbone.loss(user, pos, neg, tables).items()}
+            terms |= {k: self.task_weight * term / world() for k, term in self.backbone.loss(user, pos, neg, tables).items()}
         for m, f in live.items():
             self.bank[m][items] = f.detach()
         return terms
@@ -138,16 +143,18 @@ def tune(model, evaluator, prompt_lr=2e-2, project_lr=1e-2, batch_by="items", ba
             terms = model.losses(users, pos, sampler.negatives(users))
             (sum(terms.values()) / accumulate).backward()
             if n % accumulate == 0 or n == len(batches):
+                sum_gradients(model.parameters())
                 optimiser.step()
                 optimiser.zero_grad()
             total = {k: total.get(k, 0) + v.detach() for k, v in terms.items()}
+        total = summed(total)
         return {"loss": float(sum(total.values())) / n} | {k: float(v) / n for k, v in total.items()}
 
     def validate(epoch):
         if epoch % validate_every and epoch != epochs:
             return {}
         per_user, _ = evaluate(with_features(backbone, *model.tuned(), feature_space), evaluator, "valid")
-        return {f"valid {m}": float(per_user[m].mean()) for m in ("recall@10", METRIC, "ndcg@20")}
+        return agreed({f"valid {m}": float(per_user[m].mean()) for m in ("recall@10", METRIC, "ndcg@20")})
 
     remedy = "Lower prompt_lr or raise tau."
     callbacks = [Progress(name, ["loss", f"valid {METRIC}"]), Health("loss", remedy), KeepBest(f"valid {METRIC}", epochs)]
@@ -159,11 +166,10 @@ def tune(model, evaluator, prompt_lr=2e-2, project_lr=1e-2, batch_by="items", ba
 VARIANTS = ("as_is", "continued", "fresh")
 
 
-def variants(model, data, evaluator, p):
+def variants(backbone, features, projected, data, evaluator, p):
     "The three backbones to evaluate after tuning, one after the other: yields (name, backbone)."
-    features, projected = model.tuned()
     check_features(features)
-    backbone = with_features(model.backbone, features, projected, p.feature_space)
+    backbone = with_features(backbone, features, projected, p.feature_space)
     yield "as_is", backbone
     set_seed(p.seed)
     backbone.requires_grad_(True)
@@ -179,7 +185,8 @@ def variants(model, data, evaluator, p):
 # %% ../nbs/05_stage2.ipynb #ce77adca
 def stage2_run(p, data, clip, features, device):
     "One seed of Stage 2 as a finished `Run`."
-    stage1 = stage1_run(p, data, clip, features, device, reuse=True)
+    with main_first():
+        stage1 = stage1_run(p, data, clip, features, device, reuse=True)
     params = vars(p) | settings_of(p) | training_of(p) | {"stage1": stage1.key}
     run = Run("stage2", data.name, params, [data.fingerprint(), clip.fingerprint()]).begin()
     evaluator = Evaluator(data.inter, device, p.eval_items, p.eval_users)
@@ -197,14 +204,16 @@ def stage2_run(p, data, clip, features, device):
     run.save_weights("prompts", dict(prompts.named_parameters()) if prompts else {})
     tuned, projected = model.tuned()
     run.save_weights("features", tuned | {f"projected_{m}": f for m, f in projected.items()})
-    evaluate_variants(run, model, data, evaluator, p, stage1)
+    if not rank():  # a backbone trains in one process
+        evaluate_variants(run, variants(backbone, tuned, projected, data, evaluator, p), data, evaluator, stage1)
+    wait()
     return run
 
 
-def evaluate_variants(run, model, data, evaluator, p, stage1):
-    "Evaluate the variants on both splits; write metrics.json, per_user.parquet and the lists of the best on validation."
+def evaluate_variants(run, tuned_backbones, data, evaluator, stage1):
+    "Evaluate variants (name, backbone) on both splits; write metrics, per-user values and the lists of the best on validation."
     metrics, per_user, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("per_user.parquet")}, {}
-    for name, backbone in variants(model, data, evaluator, p):
+    for name, backbone in tuned_backbones:
         run.save_weights(f"backbone_{name}", dict(backbone.named_parameters()))
         metrics[name] = {"valid": mean_metrics(evaluate(backbone, evaluator, "valid")[0])}
         table, lists[name] = evaluate(backbone, evaluator, "test")
@@ -239,6 +248,9 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
         raise ValueError(f"backbone='{backbone}' has no features, so there is nothing to tune. "
                          f"Use one of {', '.join(n for n, cls in BACKBONES.items() if cls.uses_features)}.")
     settings_of(p)
+    start(device)
+    with main_first():
+        find_or_prepare(dataset)
     data, clip, features, device = prepare(p)
     if clip is None:
         raise DataError(f"Data set '{data.name}' brings ready-made features and no images or texts of its own to encode; "
@@ -287,3 +299,14 @@ def plot_results(runs, metrics=("recall@10", "recall@20", "ndcg@20")):
         ax.plot(names, values.mean(0), "o-", lw=2.5)
         ax.set(title=f"test {metric}")
     return figure
+
+# %% ../nbs/05_stage2.ipynb #9fc20b73
+def main(arguments=None):
+    "`run_stage2` as a program: see `command_line`."
+    runs = command_line(run_stage2, arguments)
+    if not rank():
+        print(results_table(runs).to_string(), verdict(runs), runs[0].folder.parent, sep="\n\n")
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()
