@@ -226,8 +226,9 @@ class ItemEncoder(nn.Module):
 
     def _images(self, items):
         seen = torch.from_numpy(self.seen[items.numpy()])
-        pixels = torch.from_numpy(self.pixels[items[seen].numpy()]).to(self.device)
-        found = F.normalize(encode_image(self.clip, self.clip.normalise(pixels), self.prompts), dim=1)
+        some = items[seen] if seen.any() else items[:1]  # no tower takes an empty batch
+        pixels = torch.from_numpy(self.pixels[some.numpy()]).to(self.device)
+        found = F.normalize(encode_image(self.clip, self.clip.normalise(pixels), self.prompts), dim=1)[: int(seen.sum())]
         features = found.new_zeros(len(items), found.shape[1]) + self.fallback
         return features.index_copy(0, seen.nonzero().flatten().to(self.device), found)
 
