@@ -18,7 +18,7 @@ from torch import nn
 
 from .amazon import find_or_prepare
 from .backbones import BACKBONES
-from .clip_prompting import DeepPrompts, ItemEncoder
+from .clip_prompting import PRECISIONS, DeepPrompts, ItemEncoder
 from .data import DataError
 from .distributed import agreed, main_first, my_share, rank, split_work, start, sum_gradients, summed, wait, world
 from .losses import SIMILARITIES, kt_loss
@@ -195,8 +195,8 @@ def stage2_run(p, data, clip, features, device):
 
     set_seed(p.seed)
     prompts = DeepPrompts(clip, p.n_ctx, p.prompt_depth).to(device) if p.n_ctx else None
-    model = Stage2(backbone, ItemEncoder(clip, data, prompts), p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight,
-                   p.tune_backbone)
+    model = Stage2(backbone, ItemEncoder(clip, data, prompts, p.precision), p.kt_source, p.similarity, p.tau,
+                   p.kt_weight, p.task_weight, p.tune_backbone)
     history = tune(model, evaluator, p.prompt_lr, p.project_lr, p.batch_by, p.stage2_batch_size, p.accumulate,
                    p.stage2_epochs, p.validate_every, p.feature_space, f"Stage 2, seed {p.seed}",
                    run.folder / "checkpoint.pt")
@@ -211,7 +211,7 @@ def stage2_run(p, data, clip, features, device):
 
 
 def evaluate_variants(run, tuned_backbones, data, evaluator, stage1):
-    "Evaluate variants (name, backbone) on both splits; write metrics, per-user values and the lists of the best on validation."
+    "Evaluate variants (name, backbone) on both splits; write metrics, users' values and the lists of the best on validation."
     metrics, per_user, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("per_user.parquet")}, {}
     for name, backbone in tuned_backbones:
         run.save_weights(f"backbone_{name}", dict(backbone.named_parameters()))
@@ -231,18 +231,20 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
                train_features=False, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, n_ctx=8,
                prompt_depth=3, kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0,
                tune_backbone=False, feature_space="projected", prompt_lr=2e-2, project_lr=1e-2, batch_by="items",
-               stage2_batch_size=128, accumulate=1, stage2_epochs=20, validate_every=5, seed=0, n_seeds=None, device="auto"):
+               stage2_batch_size=128, accumulate=1, stage2_epochs=20, validate_every=5, precision="float32", seed=0,
+               n_seeds=None, device="auto"):
     """Both stages for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.
 
     Stage 1 (see `run_stage1` for its parameters) is trained unless a run of the same parameters, data and code is there.
     `n_ctx`, `prompt_depth`: prompts per layer, and in how many layers; n_ctx=0 trains the projections alone.
     `kt_source`, `similarity`, `tau`, `kt_weight`, `task_weight`, `tune_backbone`: see `Stage2`. `feature_space`: what item
-    graphs and the fresh backbone are made of. `prompt_lr` ... `validate_every`: see `tune`.
+    graphs and the fresh backbone are made of. `prompt_lr` ... `validate_every`: see `tune`. `precision`: see `ItemEncoder`.
     Unknown names raise errors that list what is allowed.
     """
     p = SimpleNamespace(**locals())
     for name, allowed in (("backbone", BACKBONES), ("kt_source", SOURCES), ("similarity", SIMILARITIES),
-                          ("feature_space", ("raw", "projected")), ("batch_by", BATCHES)):
+                          ("feature_space", ("raw", "projected")), ("batch_by", BATCHES),
+                          ("precision", PRECISIONS)):
         choose(name, getattr(p, name), allowed)
     if not BACKBONES[backbone].uses_features:
         raise ValueError(f"backbone='{backbone}' has no features, so there is nothing to tune. "

@@ -38,7 +38,8 @@ BATCHES = {
     "one item": dict(user=[3], item=[5]),  # the other rank has neither a user nor an item of its own
 }
 SETTINGS = {"kt": dict(), "task": dict(task_weight=1.0, tune_backbone=True)}
-SHORT = dict(epochs=3, stage2_epochs=2, validate_every=1, stage2_batch_size=9, n_seeds=1, n_ctx=2, prompt_depth=2, device="cpu")
+SHORT = dict(epochs=3, stage2_epochs=2, validate_every=1, stage2_batch_size=9, n_seeds=1, n_ctx=2, prompt_depth=2,
+             device="cpu")
 
 
 def make_shop(folder):
@@ -48,7 +49,7 @@ def make_shop(folder):
     rows = [(u, (2 * i + u % 2) % N_ITEMS, [0, 0, 0, 0, 0, 1, 2][n]) for u in range(60)
             for n, i in enumerate(rng.choice((N_ITEMS + 1) // 2, 7, replace=False))]
     pd.DataFrame(rows, columns=["user", "item", "x_label"]).to_csv(folder / "interactions.csv", index=False)
-    titles = [f"{['red', 'blue', 'green'][i % 3]} {['mug', 'hat'][i % 2]} number {i}" * (1 + i % 4) for i in range(N_ITEMS - 1)]
+    titles = [f"{['red', 'blue', 'green'][i % 3]} {['mug', 'hat'][i % 2]} " * (1 + i % 4) for i in range(N_ITEMS - 1)]
     pd.DataFrame({"item": range(N_ITEMS - 1), "title": titles}).to_csv(folder / "items.csv", index=False)
     for i in range(N_ITEMS):
         if i != 5:
@@ -70,7 +71,7 @@ def joint_batch(data, clip, batch, settings):
     sum(terms.values()).backward()
     sum_gradients(model.parameters())
     gradients = {n: q.grad for n, q in model.named_parameters() if q.grad is not None}
-    return {"terms": summed({k: float(v) for k, v in terms.items()}), "gradients": gradients, "bank": model.bank}
+    return {"terms": summed({k: v.item() for k, v in terms.items()}), "gradients": gradients, "bank": model.bank}
 
 
 def whole_training(data, clip, folder, disagree):
@@ -85,7 +86,8 @@ def whole_training(data, clip, folder, disagree):
         return (per_user + rank() * len(live) if disagree else per_user), lists
 
     ptmrec.stage2.evaluate = evaluate
-    history = tune(model, Evaluator(data.inter), batch_size=9, epochs=2, validate_every=1, checkpoint=folder / "checkpoint.pt")
+    history = tune(model, Evaluator(data.inter), batch_size=9, epochs=2, validate_every=1,
+                   checkpoint=folder / "checkpoint.pt")
     ptmrec.stage2.evaluate = real
     kept = {n: q.detach() for n, q in model.named_parameters() if q.requires_grad}
     return {"live": live, "history": history.to_dict("list"), "kept": kept}
@@ -139,7 +141,8 @@ def two(tmp_path_factory):
         torch.set_num_threads(1)
         alone = everything(folder)
         torch.set_num_threads(threads)
-    return SimpleNamespace(folder=folder, alone=alone, ranks=[torch.load(folder / f"{r}.pt", weights_only=True) for r in (0, 1)])
+    ranks = [torch.load(folder / f"{r}.pt", weights_only=True) for r in (0, 1)]
+    return SimpleNamespace(folder=folder, alone=alone, ranks=ranks)
 
 
 def close(a, b, relative=1e-4):
@@ -207,8 +210,8 @@ def test_torchrun_on_the_command_line(tmp_path, monkeypatch):
     "The whole experiment as README has it, and the same by a function call."
     make_shop(tmp_path / "data" / "shop")
     options = [x for name, value in SHORT.items() for x in (f"--{name}", str(value))]
-    launch = f"-m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port {free_port()} -m ptmrec.stage2"
-    result = subprocess.run([sys.executable, *launch.split(), "--dataset", "shop", *options], cwd=tmp_path,
+    launch = f"-m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port {free_port()}"
+    result = subprocess.run([sys.executable, *launch.split(), "-m", "ptmrec.stage2", "--dataset", "shop", *options], cwd=tmp_path,
                             capture_output=True, text=True, env=environment(tmp_path))
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("paired t-test") == 1
@@ -237,6 +240,25 @@ def test_command_line_has_the_notebooks_parameters(capsys):
     assert end.value.code == 0
     assert re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M) == list(
         inspect.signature(run_stage2).parameters)
+
+
+def test_mixed_precision_is_close(tmp_path, monkeypatch):
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    make_shop(tmp_path / "shop")
+    data, clip = load_data("shop"), load_clip()
+    torch.manual_seed(0)
+    prompts, done = DeepPrompts(clip, 2, 2), {}
+    for precision in ("float32", "bf16"):
+        features = ItemEncoder(clip, data, prompts, precision)(torch.arange(5))
+        sum(f[:, ::2].sum() for f in features.values()).backward()
+        done[precision] = features, [q.grad.clone() for q in prompts.parameters()]
+        prompts.zero_grad()
+    for m, f in done["float32"][0].items():
+        g = done["bf16"][0][m]
+        assert g.dtype == torch.float32 and 0 < (f - g).abs().max() < 0.05
+        assert torch.cosine_similarity(f, g).min() > 0.999
+    for a, b in zip(done["float32"][1], done["bf16"][1]):
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
 
 
 KILLED = """
