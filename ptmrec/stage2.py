@@ -211,7 +211,7 @@ def stage2_run(p, data, clip, features, device):
 
 
 def evaluate_variants(run, tuned_backbones, data, evaluator, stage1):
-    "Evaluate variants (name, backbone) on both splits; write metrics, users' values and the lists of the best on validation."
+    "Evaluate variants (name, backbone) on both splits; write metrics, users' values and the lists of validation's best."
     metrics, per_user, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("per_user.parquet")}, {}
     for name, backbone in tuned_backbones:
         run.save_weights(f"backbone_{name}", dict(backbone.named_parameters()))

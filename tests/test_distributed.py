@@ -211,8 +211,8 @@ def test_torchrun_on_the_command_line(tmp_path, monkeypatch):
     make_shop(tmp_path / "data" / "shop")
     options = [x for name, value in SHORT.items() for x in (f"--{name}", str(value))]
     launch = f"-m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port {free_port()}"
-    result = subprocess.run([sys.executable, *launch.split(), "-m", "ptmrec.stage2", "--dataset", "shop", *options], cwd=tmp_path,
-                            capture_output=True, text=True, env=environment(tmp_path))
+    result = subprocess.run([sys.executable, *launch.split(), "-m", "ptmrec.stage2", "--dataset", "shop", *options],
+                            cwd=tmp_path, capture_output=True, text=True, env=environment(tmp_path))
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("paired t-test") == 1
     for name, value in environment(tmp_path, PTMREC_RUNS=str(tmp_path / "alone")).items():
