@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file
 
 import ptmrec.clip_prompting
 import ptmrec.runs
@@ -49,7 +50,7 @@ def make_shop(folder):
     rows = [(u, (2 * i + u % 2) % N_ITEMS, [0, 0, 0, 0, 0, 1, 2][n]) for u in range(60)
             for n, i in enumerate(rng.choice((N_ITEMS + 1) // 2, 7, replace=False))]
     pd.DataFrame(rows, columns=["user", "item", "x_label"]).to_csv(folder / "interactions.csv", index=False)
-    titles = [f"{['red', 'blue', 'green'][i % 3]} {['mug', 'hat'][i % 2]} " * (1 + i % 4) for i in range(N_ITEMS - 1)]
+    titles = [f"{['red', 'blue', 'green'][i % 3]} {['mug', 'hat'][i % 2]} {i} " * (1 + i % 4) for i in range(N_ITEMS - 1)]
     pd.DataFrame({"item": range(N_ITEMS - 1), "title": titles}).to_csv(folder / "items.csv", index=False)
     for i in range(N_ITEMS):
         if i != 5:
@@ -193,7 +194,8 @@ def test_a_training_is_the_same_and_ranks_agree(two):
     for mine in both:
         assert mine["history"].keys() == one["history"].keys() and mine["history"] == both[0]["history"]
         for name, values in one["history"].items():
-            assert mine["history"][name] == pytest.approx(values, rel=1e-3, abs=0.02 if "valid" in name else 0), name
+            assert mine["history"][name] == pytest.approx(values, rel=1e-5), name
+        close(one["kept"], mine["kept"])
         same(both[0]["kept"], mine["kept"])
     agreeing, disagreeing = two.ranks[0]["training"], [mine["disagreeing"] for mine in two.ranks]
     assert disagreeing[0]["history"] == disagreeing[1]["history"] == agreeing["history"]
@@ -221,10 +223,13 @@ def test_torchrun_on_the_command_line(tmp_path, monkeypatch):
     folder, = (tmp_path / "runs" / "stage2" / "shop").iterdir()
     assert folder.name == run.folder.name and not list((tmp_path / "runs").rglob(".*"))
     assert sorted(f.name for f in folder.iterdir()) == sorted(f.name for f in run.folder.iterdir())
+    for weights in ("prompts", "features"):
+        close(run.load_weights(weights), load_file(folder / f"{weights}.safetensors"), 1e-3)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["stage1"] == run.metrics()["stage1"]
     for variant in metrics:
-        assert metrics[variant]["test"] == pytest.approx(run.metrics()[variant]["test"], abs=0.03), variant
+        for name, value in run.metrics()[variant]["test"].items():  # one user's hit, where an item graph had a near tie
+            assert metrics[variant]["test"][name] == pytest.approx(value, abs=0.02), (variant, name)
     history = pd.read_csv(folder / "history.csv")
     assert np.allclose(history.loss, run.load_table("history.csv").loss, rtol=1e-3)
 
