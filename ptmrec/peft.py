@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'TUNINGS', 'PARTS', 'Tuning', 'register', 'Combined', 'tuning_methods', 'attach', 'Nothing', 'Prompt',
-           'CoupledPrompts', 'CoupledPrompt', 'sublayers', 'Bottleneck', 'Adapter', 'StockWeights', 'Lora', 'Full',
+           'CoupledPrompts', 'CoupledPrompt', 'sublayers', 'Bottleneck', 'Adapter', 'LowRank', 'Lora', 'Full',
            'tower_weights', 'count_parameters']
 
 # %% ../nbs/01a_peft.ipynb #571ef925
 import re
 
-import peft
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from .clip_prompting import DeepPrompts, prompt_width, text_module
 from .data import DataError, write_atomically
@@ -236,28 +235,31 @@ class Adapter(Tuning):
         for hook in self.hooks:
             hook.remove()
 
-# %% ../nbs/01a_peft.ipynb #ade33ffb
-class StockWeights:
-    "A hook that puts the weights of an attention module back after `peft` has added to them and subtracted."
+# %% ../nbs/01a_peft.ipynb #83a2ea16
+class LowRank(nn.Module):
+    "A change alpha / rank B A of `weight` (out, in), or (out, in, 1, 1) where a layer maps channels."
 
-    def __init__(self, attention):
-        self.kept = [(m, dict(m._parameters)) for m in (attention, attention.out_proj)]
+    def __init__(self, weight, rank, alpha):
+        super().__init__()
+        self.scale, self.axis = alpha / rank, 1 if weight.dim() == 4 else -1
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, weight.shape[1]), 5**0.5))
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank))
 
-    def __call__(self, *forward):
-        for module, parameters in self.kept:
-            module._parameters = dict(parameters)
+    def forward(self, weight):
+        "The changed weight: what torch's parametrisation calls."
+        return weight + self.scale * (self.B @ self.A).view_as(weight)
 
-# %% ../nbs/01a_peft.ipynb #7bf36b1b
-def _weights(name, module):
-    "What LoRA changes in a sublayer: names in the model. torch's attention goes as a whole."
-    return [name] if isinstance(module, nn.MultiheadAttention) else [f"{name}.{n}" for n in _linear(module)]
+    def hook(self, layer, args, output):
+        "Forward hook on a layer that is called: what its changed weight would return."
+        change = self.scale * (args[0].movedim(self.axis, -1) @ self.A.T @ self.B.T)
+        return output + change.movedim(-1, self.axis)
 
-
+# %% ../nbs/01a_peft.ipynb #a31c7339
 @register("lora")
 class Lora(Tuning):
     """Low-rank changes of the weights of attention, MLP or both (`lora_targets`), in all blocks or the last ones.
 
-    Rank 0 changes nothing. In torch's attention all four projections change; query, key and value share one A.
+    Rank 0 changes nothing. Query, key and value share one A where they are one weight.
     """
 
     settings = {"lora_rank": 8, "lora_alpha": 16, "lora_targets": "attention+mlp", "last_layers": None, "lora_lr": 2e-3}
@@ -267,30 +269,32 @@ class Lora(Tuning):
         parts = lora_targets.split("+")
         if not set(parts) <= set(PARTS):
             raise ValueError(f"lora_targets='{lora_targets}' is not known. Allowed: {', '.join(PARTS)}, {'+'.join(PARTS)}.")
-        self.undo = []
-        found = {t: sublayers(clip, t, last_layers, parts) for t in towers}
-        if lora_rank:
-            self._inject(clip.model, found, lora_rank, lora_alpha)
-
-    def _inject(self, model, found, rank, alpha):
-        names = {t: [w for n, m in modules.items() for w in _weights(n, m)] for t, modules in found.items()}
-        kept = {n: StockWeights(m) for modules in found.values() for n, m in modules.items()
-                if isinstance(m, nn.MultiheadAttention)}
-        exactly = "|".join(re.escape(n) for group in names.values() for n in group)
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=exactly)
-        self.undo = [peft.LoraModel(model, config, "lora").unload, *kept.values()]
-        inside = dict(model.eval().named_modules())
-        for tower, group in names.items():
-            layers = [m for n in group for m in inside[n].modules() if isinstance(m, LoraLayer)]
-            self.add_module(tower, nn.ModuleList(nn.ModuleDict({"A": m.lora_A["lora"], "B": m.lora_B["lora"]})
-                                                 for m in layers))
-        for name, put_back in kept.items():
-            put_back()  # looking for modules has touched them
-            inside[name].register_forward_hook(put_back)
+        self.hooks, self.changed = [], []
+        for tower in towers:
+            self.add_module(tower, nn.ModuleList())
+            for name, module in sublayers(clip, tower, last_layers, parts).items() if lora_rank else ():
+                for layer, weight in _weights(module):
+                    change = LowRank(getattr(layer, weight), lora_rank, lora_alpha)
+                    getattr(self, tower).append(change)
+                    if name.endswith(PARTS["mlp"]):
+                        self.hooks.append(layer.register_forward_hook(change.hook))
+                    else:
+                        self.changed.append((layer, weight, dict(layer._parameters)))
+                        register_parametrization(layer, weight, change)
 
     def detach(self):
-        for step in self.undo:
-            step()
+        for hook in self.hooks:
+            hook.remove()
+        while self.changed:
+            layer, weight, parameters = self.changed.pop()
+            remove_parametrizations(layer, weight, leave_parametrized=False)
+            layer._parameters = parameters  # in their old order, of which a CLIP's fingerprint is made
+
+
+def _weights(module):
+    "Weights of a sublayer that LoRA changes: (layer, name of its weight)."
+    fused = [(module, "in_proj_weight")] if getattr(module, "in_proj_weight", None) is not None else []
+    return fused + [(layer, "weight") for layer in _linear(module).values()]
 
 # %% ../nbs/01a_peft.ipynb #b481b147
 @register("full")
