@@ -347,11 +347,11 @@ def test_shops_with_texts_or_images_alone(content, tmp_path, monkeypatch, runs):
     rng = np.random.default_rng(0)
     folder = tmp_path / "shop"
     (folder / "images").mkdir(parents=True)
-    pairs = sorted({(u, (u + d) % 12) for u in range(12) for d in rng.choice(12, 6, replace=False)})
+    pairs = sorted({(u, (u + d) % 24) for u in range(24) for d in rng.choice(24, 6, replace=False)})
     (folder / "interactions.csv").write_text("userID,itemID\n" + "".join(f"u{u},i{i:02}\n" for u, i in pairs))
     if content == "texts":
-        (folder / "items.csv").write_text("itemID,title\n" + "".join(f"i{i:02},thing {i}\n" for i in range(12)))
-    for i in range(12 if content == "images" else 0):
+        (folder / "items.csv").write_text("itemID,title\n" + "".join(f"i{i:02},thing {i}\n" for i in range(24)))
+    for i in range(24 if content == "images" else 0):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / "images" / f"i{i:02}.png")
     monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
     for method in set(TUNINGS) - {"none"}:
