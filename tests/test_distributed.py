@@ -24,9 +24,10 @@ import ptmrec.runs
 import ptmrec.stage2
 import ptmrec.training
 from ptmrec.backbones import backbone_settings
-from ptmrec.clip_prompting import DeepPrompts, ItemEncoder, encode_in_blocks, frozen_features, load_clip
+from ptmrec.clip_prompting import ItemEncoder, encode_in_blocks, frozen_features, load_clip
 from ptmrec.data import cache_dir, load_data
 from ptmrec.distributed import rank, start, sum_gradients, summed, world
+from ptmrec.peft import attach
 from ptmrec.ranking import Evaluator
 from ptmrec.runs import Run, set_seed
 from ptmrec.stage1 import build_backbone
@@ -38,7 +39,7 @@ BATCHES = {
     "interactions": dict(user=range(31), item=[n % 30 for n in range(31)]),  # item 0 in both halves
     "one item": dict(user=[3], item=[5]),  # the other rank has neither a user nor an item of its own
 }
-SETTINGS = {"kt": dict(), "task": dict(task_weight=1.0, tune_backbone=True)}
+SETTINGS = {"kt": dict(), "task": dict(task_weight=1.0, tune_backbone=True), "lora": dict(tuning="lora")}
 SHORT = dict(epochs=3, stage2_epochs=2, validate_every=1, stage2_batch_size=9, n_seeds=1, n_ctx=2, prompt_depth=2,
              device="cpu")
 
@@ -57,11 +58,11 @@ def make_shop(folder):
             Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / "images" / f"{i}.png")
 
 
-def make_model(data, clip, **settings):
+def make_model(data, clip, tuning="prompt", **settings):
     set_seed(0)
     features = frozen_features(data, clip)
     backbone = build_backbone("vbpr", data.inter, features, backbone_settings("vbpr", "sample"))
-    return Stage2(backbone, ItemEncoder(clip, data, DeepPrompts(clip, 2, 2)), **settings)
+    return Stage2(backbone, ItemEncoder(clip, data, attach(clip, tuning, n_ctx=2, prompt_depth=2)), **settings)
 
 
 def joint_batch(data, clip, batch, settings):
@@ -72,6 +73,7 @@ def joint_batch(data, clip, batch, settings):
     sum(terms.values()).backward()
     sum_gradients(model.parameters())
     gradients = {n: q.grad for n, q in model.named_parameters() if q.grad is not None}
+    model.encoder.tuning.detach()
     return {"terms": summed({k: v.item() for k, v in terms.items()}), "gradients": gradients, "bank": model.bank}
 
 
@@ -161,9 +163,10 @@ def same(a, b):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_losses_and_gradients_are_those_of_the_joint_batch(two, batch, settings):
     one, *both = (done[f"{batch}, {settings}"] for done in (two.alone, *two.ranks))
-    assert {"encoder.prompts.image", "encoder.prompts.text", "backbone.project.image.weight"} <= one["gradients"].keys()
+    tuned = [n for n in one["gradients"] if n.startswith("encoder.tuning.") and not n.endswith(".A")]
+    assert tuned and "backbone.project.image.weight" in one["gradients"]
     if batch != "one item":  # its softmax is 1 and teaches nothing
-        assert all(one["gradients"][f"encoder.prompts.{m}"].abs().max() > 1e-3 for m in ("image", "text"))
+        assert all(one["gradients"][name].abs().max() > 1e-4 for name in tuned), tuned
         assert one["terms"]["kt_image"] > 0.01
     for mine in both:
         assert mine["terms"] == pytest.approx(one["terms"], rel=1e-4, abs=1e-6)
@@ -223,7 +226,7 @@ def test_torchrun_on_the_command_line(tmp_path, monkeypatch):
     folder, = (tmp_path / "runs" / "stage2" / "shop").iterdir()
     assert folder.name == run.folder.name and not list((tmp_path / "runs").rglob(".*"))
     assert sorted(f.name for f in folder.iterdir()) == sorted(f.name for f in run.folder.iterdir())
-    for weights in ("prompts", "features"):
+    for weights in ("tuning", "features"):
         close(run.load_weights(weights), load_file(folder / f"{weights}.safetensors"), 1e-3)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["stage1"] == run.metrics()["stage1"]
@@ -252,12 +255,12 @@ def test_mixed_precision_is_close(tmp_path, monkeypatch):
     make_shop(tmp_path / "shop")
     data, clip = load_data("shop"), load_clip()
     torch.manual_seed(0)
-    prompts, done = DeepPrompts(clip, 2, 2), {}
+    tuning, done = attach(clip, n_ctx=2, prompt_depth=2), {}
     for precision in ("float32", "bf16"):
-        features = ItemEncoder(clip, data, prompts, precision)(torch.arange(5))
+        features = ItemEncoder(clip, data, tuning, precision)(torch.arange(5))
         sum(f[:, ::2].sum() for f in features.values()).backward()
-        done[precision] = features, [q.grad.clone() for q in prompts.parameters()]
-        prompts.zero_grad()
+        done[precision] = features, [q.grad.clone() for q in tuning.parameters()]
+        tuning.zero_grad()
     for m, f in done["float32"][0].items():
         g = done["bf16"][0][m]
         assert g.dtype == torch.float32 and 0 < (f - g).abs().max() < 0.05
