@@ -29,14 +29,15 @@ def info_nce(a, b, tau):
 SIMILARITIES = {"dot": lambda a, b: a @ b.T, "cosine": lambda a, b: F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T}
 
 
-def kt_loss(id_user, id_item, modal_user, modal_item, tau, similarity="cosine"):
+def kt_loss(id_user, id_item, modal_user, modal_item, tau, similarity="cosine", n_rows=None):
     """In-batch knowledge transfer (PTMRec, Eq. 13): KL(P_id || P_m), mean over rows.
 
     `id_user`, `modal_user` (B, d): a user per row; `id_item`, `modal_item` (J, d): the batch's distinct items.
+    `n_rows`: rows of the whole batch, if these are only a share of it; the shares' losses add up to the batch's.
     Gradients reach `modal_item` only.
     """
     s = SIMILARITIES[similarity]
     with torch.no_grad():
         target = F.log_softmax(s(id_user, id_item) / tau, 1)  # (B, J)
     modal = F.log_softmax(s(modal_user.detach(), modal_item) / tau, 1)
-    return F.kl_div(modal, target, reduction="batchmean", log_target=True)
+    return F.kl_div(modal, target, reduction="sum", log_target=True) / (n_rows or len(id_user))

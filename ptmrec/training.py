@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from .data import progress, write_atomically
+from .distributed import rank
 
 # %% ../nbs/03b_training.ipynb #e62217c9
 class TripleSampler:
@@ -143,7 +144,10 @@ class KeepBest(Callback):
 
 # %% ../nbs/03b_training.ipynb #57f53944
 class Checkpoint(Callback):
-    "Writes `path` every `every` epochs and resumes from it if it is there; it is removed when the training is over."
+    """Writes `path` every `every` epochs and resumes from it if it is there; it is removed when the training is over.
+
+    Of several processes, the first writes.
+    """
 
     def __init__(self, path, every=1):
         self.path, self.every = Path(path), every
@@ -160,7 +164,7 @@ class Checkpoint(Callback):
         torch.set_rng_state(saved["random"])
 
     def after_epoch(self, loop):
-        if len(loop.history) % self.every:
+        if len(loop.history) % self.every or rank():
             return
         weights = {n: p.detach() for n, p in loop.module.named_parameters() if p.requires_grad}
         saved = {"weights": weights, "optimiser": loop.optimiser.state_dict(), "history": loop.history, "stop": loop.stop,
@@ -168,7 +172,8 @@ class Checkpoint(Callback):
         write_atomically(self.path, lambda temporary: torch.save(saved, temporary))
 
     def after(self, loop):
-        self.path.unlink(missing_ok=True)
+        if not rank():
+            self.path.unlink(missing_ok=True)
 
 # %% ../nbs/03b_training.ipynb #b00366ab
 def effective_rank(features):

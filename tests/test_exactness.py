@@ -6,6 +6,7 @@ import torch
 from ptmrec.backbones import BACKBONES, backbone_settings, knn_graph
 from ptmrec.clip_prompting import Clip, DeepPrompts, ItemEncoder, encode_image, encode_text, frozen_features, load_clip
 from ptmrec.data import DataError, load_data
+from ptmrec.peft import attach
 from ptmrec.stage1 import build_backbone, run_stage1
 from ptmrec.stage2 import Stage2
 
@@ -70,7 +71,7 @@ def stage2_model(sample, name, **changes):
     data, clip, features = sample
     torch.manual_seed(0)
     backbone = build_backbone(name, data.inter, features, backbone_settings(name, "sample"))
-    model = Stage2(backbone, ItemEncoder(clip, data, DeepPrompts(clip, 2, 2)), **changes)
+    model = Stage2(backbone, ItemEncoder(clip, data, attach(clip, n_ctx=2, prompt_depth=2)), **changes)
     user, item = (torch.as_tensor(x[:64]) for x in data.inter.part("train"))
     return model, (user, item, torch.randint(data.inter.n_items, (64,)))
 
@@ -80,7 +81,7 @@ def test_only_prompts_and_projections_learn_from_kt(sample, name):
     model, batch = stage2_model(sample, name, tune_backbone=True)  # even where embeddings could move
     sum(model.losses(*batch).values()).backward()
     moved = {n for n, q in model.named_parameters() if q.grad is not None and q.grad.abs().sum() > 0}
-    assert moved == {"encoder.prompts.image", "encoder.prompts.text"} | {
+    assert moved == {"encoder.tuning.prompts.image", "encoder.tuning.prompts.text"} | {
         f"backbone.project.{m}.{q}" for m in ("image", "text") for q in ("weight", "bias")}
     assert model.backbone.user_emb.grad is None and model.backbone.item_emb.grad is None
 
@@ -88,7 +89,7 @@ def test_only_prompts_and_projections_learn_from_kt(sample, name):
 def test_task_loss_reaches_prompts_through_the_batch(sample):
     model, batch = stage2_model(sample, "vbpr", kt_weight=0.0, task_weight=1.0)
     sum(model.losses(*batch).values()).backward()
-    assert all(q.grad.abs().sum() > 0 for q in model.encoder.prompts.parameters())
+    assert all(q.grad.abs().sum() > 0 for q in model.encoder.tuning.parameters())
 
 
 def test_same_seed_same_metrics_bit_for_bit(runs):

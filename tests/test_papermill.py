@@ -17,11 +17,11 @@ def papermill(notebook, output, cwd=ROOT, **parameters):
 
 
 def tuned_runs(runs, dataset):
-    "Folders and metrics of the Stage 2 runs that had prompts (the notebook's control has none)."
+    "Folders and metrics of the Stage 2 runs that tuned a CLIP (the notebook's control does not)."
     folders = [f.parent for f in (runs / "stage2" / dataset).glob("*/metrics.json")]
-    prompted = [f for f in folders if json.loads((f / "run.json").read_text())["parameters"]["n_ctx"]]
-    assert len(folders) == 2 * len(prompted) > 0
-    return [(f, json.loads((f / "metrics.json").read_text())) for f in prompted]
+    tuned = [f for f in folders if json.loads((f / "run.json").read_text())["parameters"]["tuning"] != "none"]
+    assert len(folders) == 2 * len(tuned) > 0
+    return [(f, json.loads((f / "metrics.json").read_text())) for f in tuned]
 
 
 def test_short_form_as_written(runs, tmp_path):
@@ -48,6 +48,8 @@ def test_short_form_as_written(runs, tmp_path):
     ({"dataset": "no-such-shop"}, "No data set 'no-such-shop'. Known by name: sample"),
     ({"backbone": "svd"}, "backbone='svd' is not known. Allowed: lightgcn, bpr, vbpr, freedom"),
     ({"backbone": "bpr"}, "has no features, so there is nothing to tune. Use one of vbpr, freedom"),
+    ({"tuning": "prefix"}, "tuning='prefix' is not known. Allowed: none, prompt, coupled_prompt, adapter, lora, full"),
+    ({"kt_weight": 0}, "kt_weight and task_weight are both 0"),
     ({"tau": "cold"}, "tau='cold' is not a number"),
 ])
 def test_wrong_parameters_stop_at_once(runs, tmp_path, wrong, message):
@@ -63,10 +65,22 @@ def test_vbpr_and_the_papers_batches(runs, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     (folder, metrics), = tuned_runs(runs, "sample")
     assert metrics["as_is"] != metrics["stage1"]
-    assert {"prompts.safetensors", "features.safetensors", "history.csv", "per_user.parquet", "topk.parquet",
-            "run.json"} <= {p.name for p in folder.iterdir()}
+    assert {"tuning.safetensors", "parameters.csv", "features.safetensors", "history.csv", "per_user.parquet",
+            "topk.parquet", "run.json"} <= {p.name for p in folder.iterdir()}
     about = json.loads((folder / "run.json").read_text())
     assert about["seed"] == 0 and about["parameters"]["accumulate"] == 12 and about["versions"]["torch"] and about["data"]
+
+
+def test_joint_training_in_the_papers_words(runs, tmp_path):
+    "Tuning and recommender from nothing, beside Stage 1, through the notebook as it is."
+    result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", training="joint", tuning="lora", epochs=2, patience=5,
+                       n_seeds=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder, metrics), = tuned_runs(runs, "sample")
+    assert set(metrics) == {"stage1", "joint"} and metrics["joint"] != metrics["stage1"]
+    about = json.loads((folder / "run.json").read_text())["parameters"]
+    assert about["kt_weight"] == 0 and about["task_weight"] == 1 and about["tune_backbone"]
+    assert about["project_lr"] == about["lr"]
 
 
 def test_real_posters(runs, tmp_path, movielens):

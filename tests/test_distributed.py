@@ -1,0 +1,317 @@
+"""Two processes do what one does: the same losses, gradients, features and files, to rounding; killed, they go on."""
+import inspect
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+import ptmrec.clip_prompting
+import ptmrec.runs
+import ptmrec.stage2
+import ptmrec.training
+from ptmrec.backbones import backbone_settings
+from ptmrec.clip_prompting import ItemEncoder, encode_in_blocks, frozen_features, load_clip
+from ptmrec.data import cache_dir, load_data
+from ptmrec.distributed import rank, start, sum_gradients, summed, world
+from ptmrec.peft import attach
+from ptmrec.ranking import Evaluator
+from ptmrec.runs import Run, set_seed
+from ptmrec.stage1 import build_backbone
+from ptmrec.stage2 import Stage2, run_stage2, tune
+
+N_ITEMS = 37  # odd, so that shares are unequal
+BATCHES = {
+    "items": dict(user=range(40), item=[n % 9 for n in range(40)]),
+    "interactions": dict(user=range(31), item=[n % 30 for n in range(31)]),  # item 0 in both halves
+    "one item": dict(user=[3], item=[5]),  # the other rank has neither a user nor an item of its own
+}
+SETTINGS = {"kt": dict(), "task": dict(task_weight=1.0, tune_backbone=True), "lora": dict(tuning="lora")}
+SHORT = dict(epochs=3, stage2_epochs=2, validate_every=1, stage2_batch_size=9, n_seeds=1, n_ctx=2, prompt_depth=2,
+             device="cpu")
+
+
+def make_shop(folder):
+    "60 users in two groups, 37 items; one item has no image and one no title."
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    rows = [(u, (2 * i + u % 2) % N_ITEMS, [0, 0, 0, 0, 0, 1, 2][n]) for u in range(60)
+            for n, i in enumerate(rng.choice((N_ITEMS + 1) // 2, 7, replace=False))]
+    pd.DataFrame(rows, columns=["user", "item", "x_label"]).to_csv(folder / "interactions.csv", index=False)
+    titles = [f"{['red', 'blue', 'green'][i % 3]} {['mug', 'hat'][i % 2]} {i} " * (1 + i % 4) for i in range(N_ITEMS - 1)]
+    pd.DataFrame({"item": range(N_ITEMS - 1), "title": titles}).to_csv(folder / "items.csv", index=False)
+    for i in range(N_ITEMS):
+        if i != 5:
+            Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / "images" / f"{i}.png")
+
+
+def make_model(data, clip, tuning="prompt", **settings):
+    set_seed(0)
+    features = frozen_features(data, clip)
+    backbone = build_backbone("vbpr", data.inter, features, backbone_settings("vbpr", "sample"))
+    return Stage2(backbone, ItemEncoder(clip, data, attach(clip, tuning, n_ctx=2, prompt_depth=2)), **settings)
+
+
+def joint_batch(data, clip, batch, settings):
+    "Losses and gradients of a joint batch, on this rank, after summing."
+    model = make_model(data, clip, **SETTINGS[settings])
+    user, item = (torch.tensor(list(BATCHES[batch][side])) for side in ("user", "item"))
+    terms = model.losses(user, item, (item + 7) % N_ITEMS)
+    sum(terms.values()).backward()
+    sum_gradients(model.parameters())
+    gradients = {n: q.grad for n, q in model.named_parameters() if q.grad is not None}
+    model.encoder.tuning.detach()
+    return {"terms": summed({k: v.item() for k, v in terms.items()}), "gradients": gradients, "bank": model.bank}
+
+
+def whole_training(data, clip, folder, disagree):
+    "Two epochs of batches by items; what was encoded live in each, and the history. `disagree`: ranks see other metrics."
+    model = make_model(data, clip)
+    real, live = ptmrec.stage2.evaluate, []
+    forward = model.encoder.forward
+    model.encoder.forward = lambda items: (live.extend(items.tolist() if torch.is_grad_enabled() else []), forward(items))[1]
+
+    def evaluate(*args):
+        per_user, lists = real(*args)
+        return (per_user + rank() * len(live) if disagree else per_user), lists
+
+    ptmrec.stage2.evaluate = evaluate
+    history = tune(model, Evaluator(data.inter), batch_size=9, epochs=2, validate_every=1,
+                   checkpoint=folder / "checkpoint.pt")
+    ptmrec.stage2.evaluate = real
+    kept = {n: q.detach() for n, q in model.named_parameters() if q.requires_grad}
+    return {"live": live, "history": history.to_dict("list"), "kept": kept}
+
+
+def everything(folder):
+    "All that is compared, on this rank; also the files that it wrote outside the cache."
+    written = []
+    for module in (ptmrec.runs, ptmrec.training):
+        write = module.write_atomically
+        module.write_atomically = lambda path, how, write=write: (written.append(Path(path).name), write(path, how))
+    data, clip = load_data(folder / "shop"), load_clip()
+    done = {"rank": rank(), "world": world(), "features": frozen_features(data, clip)}
+    encoder = ItemEncoder(clip, data)
+    done["blocks"] = encode_in_blocks(encoder, folder / f"blocks{world()}", block=8)
+    done["all"] = encoder.encode_all(batch_size=8)
+    done |= {f"{b}, {s}": joint_batch(data, clip, b, s) for b in BATCHES for s in SETTINGS}
+    done["training"] = whole_training(data, clip, folder, disagree=False)
+    done["disagreeing"] = whole_training(data, clip, folder, disagree=True)
+    Run(f"files{world()}", "shop", {"seed": 0}, "").begin().save_weights("prompts", {"image": torch.ones(1)})
+    return done | {"written": written}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def environment(folder, **more):
+    return os.environ | {"PTMREC_DATA": str(folder / "data"), "PTMREC_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1",
+                         "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"} | more
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "What each of two ranks, and this process alone, get from `everything`."
+    folder = tmp_path_factory.mktemp("two")
+    make_shop(folder / "shop")
+    ranks = [subprocess.Popen([sys.executable, __file__, folder], stderr=subprocess.PIPE, text=True, env=environment(
+        folder, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=r, LOCAL_RANK=r))
+        for port in [free_port()] for r in "01"]
+    errors = [p.communicate(timeout=300)[1] for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], "\n".join(errors)[-4000:]
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTMREC_DATA", str(folder / "alone"))
+        patch.setenv("PTMREC_RUNS", str(folder / "runs"))
+        for module in (ptmrec.runs, ptmrec.training):
+            patch.setattr(module, "write_atomically", module.write_atomically)
+        torch.set_num_threads(1)
+        alone = everything(folder)
+        torch.set_num_threads(threads)
+    ranks = [torch.load(folder / f"{r}.pt", weights_only=True) for r in (0, 1)]
+    return SimpleNamespace(folder=folder, alone=alone, ranks=ranks)
+
+
+def close(a, b, relative=1e-4):
+    "Every tensor of `b` {name: tensor} equals that of `a`, within `relative` of the largest value of `a`."
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= relative * a[name].abs().max(), name
+
+
+def same(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_losses_and_gradients_are_those_of_the_joint_batch(two, batch, settings):
+    one, *both = (done[f"{batch}, {settings}"] for done in (two.alone, *two.ranks))
+    tuned = [n for n in one["gradients"] if n.startswith("encoder.tuning.") and not n.endswith(".A")]
+    assert tuned and "backbone.project.image.weight" in one["gradients"]
+    if batch != "one item":  # its softmax is 1 and teaches nothing
+        assert all(one["gradients"][name].abs().max() > 1e-4 for name in tuned), tuned
+        assert one["terms"]["kt_image"] > 0.01
+    for mine in both:
+        assert mine["terms"] == pytest.approx(one["terms"], rel=1e-4, abs=1e-6)
+        close(one["gradients"], mine["gradients"])
+        close(one["bank"], mine["bank"], 1e-5)
+    same(both[0]["gradients"], both[1]["gradients"])  # so all take the same step
+
+
+def test_features_are_shared_out(two):
+    for mine in two.ranks:
+        same(two.alone["features"], mine["features"])  # blocks are the same, whoever encodes them
+        same(two.alone["blocks"], mine["blocks"])
+        close(two.alone["all"], mine["all"], 1e-5)
+    assert not list((two.folder / "data" / ".cache").glob("*.blocks"))
+
+
+def test_every_item_is_encoded_once_per_epoch(two):
+    alone = Counter(two.alone["training"]["live"])
+    first, second = (Counter(mine["training"]["live"]) for mine in two.ranks)
+    assert set(alone.values()) == {2} and alone.keys() == (first | second).keys()  # two epochs
+    n_batches = 2 * -(-len(alone) // 9)
+    assert first.total() == second.total()
+    assert alone.total() <= (first + second).total() <= alone.total() + n_batches  # one more where a share is short
+
+
+def test_a_training_is_the_same_and_ranks_agree(two):
+    one, *both = (done["training"] for done in (two.alone, *two.ranks))
+    for mine in both:
+        assert mine["history"].keys() == one["history"].keys() and mine["history"] == both[0]["history"]
+        for name, values in one["history"].items():
+            assert mine["history"][name] == pytest.approx(values, rel=1e-5), name
+        close(one["kept"], mine["kept"])
+        same(both[0]["kept"], mine["kept"])
+    agreeing, disagreeing = two.ranks[0]["training"], [mine["disagreeing"] for mine in two.ranks]
+    assert disagreeing[0]["history"] == disagreeing[1]["history"] == agreeing["history"]
+    same(disagreeing[0]["kept"], disagreeing[1]["kept"])
+
+
+def test_only_the_first_writes(two):
+    assert [(mine["rank"], mine["world"]) for mine in two.ranks] == [(0, 2), (1, 2)]
+    assert two.ranks[0]["written"] == two.alone["written"] and "prompts.safetensors" in two.alone["written"]
+    assert two.ranks[1]["written"] == []
+
+
+def test_torchrun_on_the_command_line(tmp_path, monkeypatch):
+    "The whole experiment as README has it, and the same by a function call."
+    make_shop(tmp_path / "data" / "shop")
+    options = [x for name, value in SHORT.items() for x in (f"--{name}", str(value))]
+    launch = f"-m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port {free_port()}"
+    result = subprocess.run([sys.executable, *launch.split(), "-m", "ptmrec.stage2", "--dataset", "shop", *options],
+                            cwd=tmp_path, capture_output=True, text=True, env=environment(tmp_path))
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("paired t-test") == 1
+    for name, value in environment(tmp_path, PTMREC_RUNS=str(tmp_path / "alone")).items():
+        monkeypatch.setenv(name, value)
+    run, = run_stage2("shop", **SHORT)
+    folder, = (tmp_path / "runs" / "stage2" / "shop").iterdir()
+    assert folder.name == run.folder.name and not list((tmp_path / "runs").rglob(".*"))
+    assert sorted(f.name for f in folder.iterdir()) == sorted(f.name for f in run.folder.iterdir())
+    for weights in ("tuning", "features"):
+        close(run.load_weights(weights), load_file(folder / f"{weights}.safetensors"), 1e-3)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["stage1"] == run.metrics()["stage1"]
+    for variant in metrics:
+        for name, value in run.metrics()[variant]["test"].items():  # one user's hit, where an item graph had a near tie
+            assert metrics[variant]["test"][name] == pytest.approx(value, abs=0.02), (variant, name)
+    history = pd.read_csv(folder / "history.csv")
+    assert np.allclose(history.loss, run.load_table("history.csv").loss, rtol=1e-3)
+
+
+def test_command_line_has_the_notebooks_parameters(capsys):
+    with pytest.raises(SystemExit) as end:
+        ptmrec.stage2.main(["--learning_rate", "0.1"])
+    assert end.value.code == 2 and "unrecognized arguments: --learning_rate" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="No data set 'no-such-shop'"):
+        ptmrec.stage2.main(["--dataset", "no-such-shop"])
+    with pytest.raises(SystemExit) as end:
+        ptmrec.stage2.main(["--help"])
+    assert end.value.code == 0
+    assert re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M) == list(
+        inspect.signature(run_stage2).parameters)
+
+
+def test_mixed_precision_is_close(tmp_path, monkeypatch):
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    make_shop(tmp_path / "shop")
+    data, clip = load_data("shop"), load_clip()
+    torch.manual_seed(0)
+    tuning, done = attach(clip, n_ctx=2, prompt_depth=2), {}
+    for precision in ("float32", "bf16"):
+        features = ItemEncoder(clip, data, tuning, precision)(torch.arange(5))
+        sum(f[:, ::2].sum() for f in features.values()).backward()
+        done[precision] = features, [q.grad.clone() for q in tuning.parameters()]
+        tuning.zero_grad()
+    for m, f in done["float32"][0].items():
+        g = done["bf16"][0][m]
+        assert g.dtype == torch.float32 and 0 < (f - g).abs().max() < 0.05
+        assert torch.cosine_similarity(f, g).min() > 0.999
+    for a, b in zip(done["float32"][1], done["bf16"][1]):
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import ptmrec.clip_prompting as cp
+from ptmrec.data import load_data
+
+save = cp.save_file
+def die_in_the_third(features, path):
+    save(features, path)
+    if len(list(Path(path).parent.glob("[0-9]*"))) == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+cp.save_file = die_in_the_third
+cp.frozen_features(load_data("sample"), cp.load_clip())
+"""
+
+
+def test_a_killed_extraction_goes_on(tmp_path, monkeypatch):
+    "SIGKILL in the middle of writing the third of six blocks."
+    env = environment(tmp_path)
+    assert subprocess.run([sys.executable, "-c", KILLED], env=env).returncode == -signal.SIGKILL
+    for name in ("PTMREC_DATA", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, env[name])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    data, clip = load_data("sample"), load_clip()
+    blocks, = cache_dir().glob("*.blocks")
+    names = sorted(p.name for p in blocks.iterdir())
+    assert len(names) == 3 and names[0].startswith(".") and names[1:] == ["0-255.safetensors", "256-511.safetensors"]
+    encoded = []
+    forward = ItemEncoder.forward
+    monkeypatch.setattr(ItemEncoder, "forward", lambda self, items: (encoded.append(int(items[0])), forward(self, items))[1])
+    frozen_features(data, clip)
+    assert encoded == [512, 768, 1024, 1280] and not blocks.exists()
+    path, = cache_dir().glob("features-*.safetensors")
+    resumed = path.read_bytes()
+    path.unlink()
+    frozen_features(data, clip)
+    torch.set_num_threads(threads)
+    assert path.read_bytes() == resumed and len(encoded) == 4 + 6
+
+
+if __name__ == "__main__":
+    start("cpu")
+    torch.save(everything(Path(sys.argv[1])), Path(sys.argv[1]) / f"{rank()}.pt")
