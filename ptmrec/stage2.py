@@ -238,12 +238,13 @@ def stage2_run(p, data, clip, features, device):
     set_seed(p.seed)
     encoder = ItemEncoder(clip, data, precision=p.precision)
     method = {s: getattr(p, s) for cls in tuning_methods(p.tuning) for s in cls.settings}
+    patience = max(1, p.patience // p.validate_every) if p.training == "joint" else None  # in validations
     with attach(clip, p.tuning, encoder.modalities, **method) as encoder.tuning:
         model = Stage2(backbone, encoder, p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight, p.tune_backbone)
         run.save_table("parameters.csv", parameter_table(model))
         history = tune(model, evaluator, p.project_lr, p.batch_by, p.stage2_batch_size, p.accumulate, p.stage2_epochs,
-                       p.validate_every, p.patience if p.training == "joint" else None, p.feature_space,
-                       f"{p.training}, seed {p.seed}", run.folder / "checkpoint.pt")
+                       p.validate_every, patience, p.feature_space, f"{p.training}, seed {p.seed}",
+                       run.folder / "checkpoint.pt")
         run.save_table("history.csv", history.reset_index())
         run.save_weights("tuning", dict(encoder.tuning.named_parameters()))
         tuned, projected = model.tuned()
