@@ -181,7 +181,8 @@ def settings_of(p):
 
 
 def save_lists(run, lists, users, inter, n=20):
-    "Write the first `n` recommended items per user, with the shop's own ids, as topk.parquet."
+    "Write the first `n` recommended items per user (all, in a smaller shop), with the shop's own ids, as topk.parquet."
+    n = min(n, lists.shape[1])
     table = pd.DataFrame({"user": np.repeat(inter.user_ids[users], n), "rank": np.tile(np.arange(1, n + 1), len(users)),
                           "item": inter.item_ids[lists[:, :n].ravel()]})
     run.save_table("topk.parquet", table)
