@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ptmrec.clip_prompting import Clip, ItemEncoder, encode_image, encode_text, frozen_features
+from ptmrec.clip_prompting import Clip, ItemEncoder, encode_image, encode_text, frozen_features, text_module
 from ptmrec.data import DataError, load_data
 from ptmrec.peft import TOWERS, TUNINGS, attach, sublayers
 from ptmrec.stage2 import run_stage2
@@ -312,6 +312,19 @@ def test_coupled_prompts_equal_a_slow_forward(position):
             x = attend(block, x, torch.ones(len(x), len(x), dtype=torch.bool).tril())
         pooled = model.ln_final(x[-1:]) @ model.text_projection
         assert torch.allclose(F.normalize(pooled, dim=1)[0], found[4 + row], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TAKES_PROMPTS)
+@torch.no_grad()
+def test_text_prompts_that_are_words_act_as_words(name):
+    "Captioner's class token, padding and pooling included: three words as prompts, or written into the text."
+    clip, (_, tokens) = make(name)
+    tokens, words = tokens[:3], torch.tensor([7, 8, 9])
+    prompts = attach(clip, "prompt", n_ctx=3, prompt_depth=1).prompts
+    prompts.text[0] = text_module(clip).token_embedding(words)
+    written = torch.cat([tokens[:, :1], words.expand(3, -1), tokens[:, 1:-3]], 1)
+    assert torch.allclose(encode_text(clip, tokens, prompts), encode_text(clip, written), atol=1e-5)
+    assert not torch.allclose(encode_text(clip, tokens), encode_text(clip, written), atol=1e-3)
 
 
 @torch.no_grad()
