@@ -59,9 +59,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mine):
-        rows = mine.new_empty(world() * len(mine), mine.shape[1])
-        dist.all_gather_into_tensor(rows, mine.contiguous())
-        return rows
+        mine = mine.contiguous()
+        parts = [torch.empty_like(mine) for _ in range(world())]
+        dist.all_gather(parts, mine)
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -84,7 +85,7 @@ def split_work(function, items):
 
 
 def my_share(rows):
-    "The rows of a batch (B, ...) that this rank answers for; rank 0 has those that are over."
+    "The rows of a batch (B, ...) that this rank answers for, in equal parts or one more for the first ranks."
     return rows.tensor_split(world())[rank()]
 
 # %% ../nbs/00c_distributed.ipynb #13ef4461
