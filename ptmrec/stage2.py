@@ -30,7 +30,7 @@ from .ranking import Evaluator, Pairs, paired_test
 from .runs import Run, choose, command_line, set_seed
 from .stage1 import (METRIC, build_backbone, evaluate, mean_metrics, metrics_table, prepare, save_lists, seeds_of,
                            settings_of, stage1_run, train_backbone, training_of)
-from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features
+from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features, reuse_memory
 
 # %% ../nbs/05_stage2.ipynb #430862a5
 SOURCES = ("id", "output")
@@ -136,6 +136,7 @@ def tune(model, evaluator, project_lr=1e-2, batch_by="items", batch_size=128, ac
     pairs) or "interactions"; `accumulate`: batches per optimiser step. Returns the history: losses per epoch, and
     validation metrics every `validate_every` epochs.
     """
+    reuse_memory()
     backbone = model.backbone
     groups = [{"params": [q for q in backbone.parameters() if q.requires_grad], "lr": project_lr}]
     if model.live:
@@ -257,15 +258,16 @@ def stage2_run(p, data, clip, features, device):
     set_seed(p.seed)
     encoder = (PrefixEncoder if p.cache_prefix else ItemEncoder)(clip, data, precision=p.precision)
     method = {s: getattr(p, s) for cls in tuning_methods(p.tuning) for s in cls.settings}
+    patience = max(1, p.patience // p.validate_every) if p.training == "joint" else None  # in validations
     with attach(clip, p.tuning, encoder.modalities, **method) as encoder.tuning:
         model = Stage2(backbone, encoder, p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight, p.tune_backbone)
         need = need_of(model, p.batch_by, p.stage2_batch_size)
         model.micro_batch, memory = fit_memory(need, p.micro_batch, free_bytes(device))
         run.save_table("memory.csv", memory.reset_index())
-        run.save_table("parameters.csv", parameter_table(model).reset_index())
+        run.save_table("parameters.csv", parameter_table(model))
         history = tune(model, evaluator, p.project_lr, p.batch_by, p.stage2_batch_size, p.accumulate, p.stage2_epochs,
-                       p.validate_every, p.patience if p.training == "joint" else None, p.feature_space,
-                       f"{p.training}, seed {p.seed}", run.folder / "checkpoint.pt")
+                       p.validate_every, patience, p.feature_space, f"{p.training}, seed {p.seed}",
+                       run.folder / "checkpoint.pt")
         run.save_table("history.csv", history.reset_index())
         run.save_weights("tuning", dict(encoder.tuning.named_parameters()))
         tuned, projected = model.tuned()
