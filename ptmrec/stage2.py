@@ -263,7 +263,7 @@ def stage2_run(p, data, clip, features, device):
         model = Stage2(backbone, encoder, p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight, p.tune_backbone)
         need = need_of(model, p.batch_by, p.stage2_batch_size)
         model.micro_batch, memory = fit_memory(need, p.micro_batch, free_bytes(device))
-        run.save_table("memory.csv", memory.reset_index())
+        run.save_table("memory.csv", memory)
         run.save_table("parameters.csv", parameter_table(model))
         history = tune(model, evaluator, p.project_lr, p.batch_by, p.stage2_batch_size, p.accumulate, p.stage2_epochs,
                        p.validate_every, patience, p.feature_space, f"{p.training}, seed {p.seed}",
