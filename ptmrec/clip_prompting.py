@@ -326,16 +326,23 @@ class ItemEncoder(nn.Module):
     def prompts(self):
         return self.tuning.prompts if self.tuning is not None else None
 
+    def _tokens(self, items):
+        return torch.from_numpy(self.tokens[items.numpy()]).long().to(self.device)
+
+    def _pixels(self, items):
+        return self.clip.normalise(torch.from_numpy(self.pixels[items.numpy()]).to(self.device))
+
+    def _encode(self, modality, items):
+        encode, content = {"image": (encode_image, self._pixels), "text": (encode_text, self._tokens)}[modality]
+        return F.normalize(encode(self.clip, content(items), self.prompts).float(), dim=1)
+
     def _texts(self, items):
-        tokens = torch.from_numpy(self.tokens[items.numpy()]).long().to(self.device)
-        return F.normalize(encode_text(self.clip, tokens, self.prompts).float(), dim=1)
+        return self._encode("text", items)
 
     def _images(self, items):
         seen = torch.from_numpy(self.seen[items.numpy()])
-        some = items[seen] if seen.any() else items[:1]  # no tower takes an empty batch
-        pixels = torch.from_numpy(self.pixels[some.numpy()]).to(self.device)
-        found = encode_image(self.clip, self.clip.normalise(pixels), self.prompts)[: int(seen.sum())]
-        found = F.normalize(found.float(), dim=1)
+        found = self._encode("image", items[seen] if seen.any() else items[:1])  # no tower takes an empty batch
+        found = found[: int(seen.sum())]
         features = found.new_zeros(len(items), found.shape[1]) + self.fallback
         return features.index_copy(0, seen.nonzero().flatten().to(self.device), found)
 

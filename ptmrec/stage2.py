@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'BATCHES', 'VARIANTS', 'TRAININGS', 'teacher', 'item_batches', 'interaction_batches', 'Stage2',
-           'with_features', 'tune', 'variants', 'resolved', 'parameter_table', 'stage2_run', 'evaluate_variants',
-           'run_stage2', 'best_variant', 'per_user_values', 'results_table', 'verdict', 'plot_results', 'main']
+           'with_features', 'tune', 'variants', 'resolved', 'parameter_table', 'need_of', 'stage2_run',
+           'evaluate_variants', 'run_stage2', 'best_variant', 'per_user_values', 'results_table', 'verdict',
+           'plot_results', 'main']
 
 # %% ../nbs/05_stage2.ipynb #144074d5
 from types import SimpleNamespace
@@ -22,12 +23,14 @@ from .clip_prompting import PRECISIONS, ItemEncoder
 from .data import DataError
 from .distributed import agreed, main_first, my_share, rank, split_work, start, sum_gradients, summed, wait, world
 from .losses import SIMILARITIES, kt_loss
+from .memory import encode_in_parts, fit_memory, free_bytes, memory_need
 from .peft import attach, tower_weights, tuning_methods
+from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs, paired_test
 from .runs import Run, choose, command_line, set_seed
 from .stage1 import (METRIC, build_backbone, evaluate, mean_metrics, metrics_table, prepare, save_lists, seeds_of,
                            settings_of, stage1_run, train_backbone, training_of)
-from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features
+from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features, reuse_memory
 
 # %% ../nbs/05_stage2.ipynb #430862a5
 SOURCES = ("id", "output")
@@ -65,14 +68,16 @@ BATCHES = {"items": item_batches, "interactions": interaction_batches}
 class Stage2(nn.Module):
     """What Stage 2 trains, the tuning of `encoder` and the projections W_m of `backbone`, and its losses.
 
-    With `tune_backbone`, the backbone's other parameters move as well, by the task loss alone.
+    With `tune_backbone`, the backbone's other parameters move as well, by the task loss alone. `micro_batch`: how many items
+    of a batch are in memory at a time, see `encode_in_parts`.
     """
 
     def __init__(self, backbone, encoder, kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0,
-                 tune_backbone=False):
+                 tune_backbone=False, micro_batch=None):
         super().__init__()
         self.backbone, self.encoder = backbone, encoder
         self.similarity, self.tau, self.kt_weight, self.task_weight = similarity, tau, kt_weight, task_weight
+        self.micro_batch = micro_batch
         self.know = teacher(backbone, kt_source)
         backbone.requires_grad_(tune_backbone)
         backbone.project.requires_grad_(True)
@@ -85,12 +90,17 @@ class Stage2(nn.Module):
 
     def live_features(self, items):
         "Features of `items` with gradients to the tuning; where nothing is tuned, the bank serves."
-        return split_work(self.encoder, items) if self.live else {m: f[items] for m, f in self.bank.items()}
+        if not self.live:
+            return {m: f[items] for m, f in self.bank.items()}
+        return split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items)
 
-    def losses(self, user, pos, neg):
-        "Weighted loss terms of a batch of triples (B,): {name: scalar}; of several ranks, each has its part of the sum."
+    def losses(self, user, pos, neg, live=None):
+        """Weighted loss terms of a batch of triples (B,): {name: scalar}; of several ranks, each has its part of the sum.
+
+        `live`: features of the batch's distinct items, in order; None: they are encoded.
+        """
         items = pos.unique()
-        live = self.live_features(items)  # {m: (J, d_m)}
+        live = live or self.live_features(items)  # {m: (J, d_m)}
         terms = {}
         if self.kt_weight:
             id_user, id_item, modal_user = self.know
@@ -126,6 +136,7 @@ def tune(model, evaluator, project_lr=1e-2, batch_by="items", batch_size=128, ac
     pairs) or "interactions"; `accumulate`: batches per optimiser step. Returns the history: losses per epoch, and
     validation metrics every `validate_every` epochs.
     """
+    reuse_memory()
     backbone = model.backbone
     groups = [{"params": [q for q in backbone.parameters() if q.requires_grad], "lr": project_lr}]
     if model.live:
@@ -223,6 +234,15 @@ def parameter_table(model):
     return pd.DataFrame(rows).T.rename_axis("group")
 
 # %% ../nbs/05_stage2.ipynb #ce77adca
+def need_of(model, batch_by, batch_size):
+    "Memory that training `model` will take, found on a batch: a `MemoryNeed`. Draws from no generator."
+    backbone = model.backbone.train()
+    with torch.random.fork_rng():
+        backbone.start_epoch()
+        user, pos = next(iter(BATCHES[batch_by](backbone.user.cpu(), backbone.item.cpu(), batch_size)))
+        return memory_need(model, user.to(backbone.user.device), pos.to(backbone.user.device))
+
+
 def stage2_run(p, data, clip, features, device):
     "One seed of Stage 2, or of joint training, as a finished `Run`; the `clip` is the stock one before and after."
     with main_first():
@@ -236,11 +256,14 @@ def stage2_run(p, data, clip, features, device):
         backbone.load_state_dict(stage1.load_weights("backbone"), strict=False)
 
     set_seed(p.seed)
-    encoder = ItemEncoder(clip, data, precision=p.precision)
+    encoder = (PrefixEncoder if p.cache_prefix else ItemEncoder)(clip, data, precision=p.precision)
     method = {s: getattr(p, s) for cls in tuning_methods(p.tuning) for s in cls.settings}
     patience = max(1, p.patience // p.validate_every) if p.training == "joint" else None  # in validations
     with attach(clip, p.tuning, encoder.modalities, **method) as encoder.tuning:
         model = Stage2(backbone, encoder, p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight, p.tune_backbone)
+        need = need_of(model, p.batch_by, p.stage2_batch_size)
+        model.micro_batch, memory = fit_memory(need, p.micro_batch, free_bytes(device))
+        run.save_table("memory.csv", memory)
         run.save_table("parameters.csv", parameter_table(model))
         history = tune(model, evaluator, p.project_lr, p.batch_by, p.stage2_batch_size, p.accumulate, p.stage2_epochs,
                        p.validate_every, patience, p.feature_space, f"{p.training}, seed {p.seed}",
@@ -278,8 +301,8 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
                adapter_lr=2e-3, lora_rank=8, lora_alpha=16, lora_targets="attention+mlp", lora_lr=2e-3, last_layers=None,
                full_lr=1e-4, kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0,
                tune_backbone=False, feature_space="projected", project_lr=1e-2, batch_by="items",
-               stage2_batch_size=128, accumulate=1, stage2_epochs=20, validate_every=5, precision="float32", seed=0,
-               n_seeds=None, device="auto"):
+               stage2_batch_size=128, micro_batch=None, accumulate=1, stage2_epochs=20, validate_every=5,
+               precision="float32", cache_prefix=False, seed=0, n_seeds=None, device="auto"):
     """Both stages for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.
 
     Stage 1 (see `run_stage1` for its parameters) is trained unless a run of the same parameters, data and code is there.
@@ -287,6 +310,8 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
     several joined by +; `n_ctx` ... `full_lr`: its settings and learning rate, those of other methods are overlooked.
     `kt_source`, `similarity`, `tau`, `kt_weight`, `task_weight`, `tune_backbone`: see `Stage2`. `feature_space`: what item
     graphs and the fresh backbone are made of. `project_lr` ... `validate_every`: see `tune`. `precision`: see `ItemEncoder`.
+    `micro_batch`: how many items of a batch are in memory at a time; None: all, "auto": as many as fit. `cache_prefix`: see
+    `PrefixEncoder`, for tunings of the last layers.
     Unknown names raise errors that list what is allowed.
     """
     p = SimpleNamespace(**locals())
@@ -298,6 +323,8 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
     if not BACKBONES[backbone].uses_features:
         raise ValueError(f"backbone='{backbone}' has no features, so there is nothing to tune. "
                          f"Use one of {', '.join(n for n, cls in BACKBONES.items() if cls.uses_features)}.")
+    if micro_batch not in (None, "auto") and not (isinstance(micro_batch, int) and micro_batch > 0):
+        raise ValueError(f"micro_batch={micro_batch!r} is not known. Allowed: a number of items from 1, \"auto\", None.")
     settings_of(p)
     p = resolved(p)
     if not p.kt_weight and not p.task_weight:
