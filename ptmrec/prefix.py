@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['frozen_layers', 'PrefixEncoder']
 
-# %% ../nbs/01b_prefix.ipynb #829ad3b4
+# %% ../nbs/01b_prefix.ipynb #089cf5ec
 import tempfile
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,17 +61,21 @@ class PrefixEncoder(ItemEncoder):
         if modality not in self.stores:
             self.stores[modality] = self._store(modality, tower, prompts)
         first, store = self.stores[modality]
-        words = self._words(items) if modality == "text" else None
+        words, length, mask = None, None, None
+        if modality == "text":
+            words = self._words(items)
+            embedded, mask = tower.embed(words)
+            length = embedded.shape[1]
         with torch.no_grad():
-            x = store(items, None if words is None else words.shape[1],
-                      lambda missing: self._prefix(modality, tower, tower.blocks[:first], missing)).to(self.device)
+            compute = partial(self._prefix, modality, tower, tower.blocks[:first])
+            x = store(items, length, compute).to(self.device)
         later = {layer - first: q for layer, q in prompts.items()}
         n, rest = x.shape[1], tower.blocks[first:]
         if modality == "image":
             return F.normalize(tower.pool(_run_blocks(rest, x, later, n)[:, :n]).float(), dim=1)
         n_ctx = self.prompts.n_ctx if later else 0
         moved = torch.cat([words[:, :1].expand(-1, 1 + n_ctx), words[:, 1:]], 1)  # where the end tokens are by then
-        return F.normalize(tower.pool(_run_blocks(rest, x, later, 1, mask=tower.embed(words)[1]), moved).float(), dim=1)
+        return F.normalize(tower.pool(_run_blocks(rest, x, later, 1, mask=mask), moved).float(), dim=1)
 
     def _words(self, items):
         text = text_module(self.clip)

@@ -66,7 +66,7 @@ def test_parameters_cell_equals_the_function(notebook):
     assert cell == {name: q.default for name, q in inspect.signature(function).parameters.items()}
 
 
-@pytest.mark.parametrize("notebook", ["01a_peft", "05a_when_it_helps", "08_benchmarks"])
+@pytest.mark.parametrize("notebook", ["01a_peft", "05a_when_it_helps", "08_benchmarks", "08a_tuning_cost"])
 def test_measurements_have_one_parameters_cell(notebook):
     cells = nbformat.read(ROOT / "nbs" / f"{notebook}.ipynb", 4).cells
     tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]

@@ -1,0 +1,166 @@
+"""Less memory, less time, and the same results."""
+import sys
+
+import nbformat
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import ROOT
+from test_distributed import SHORT, make_shop
+
+import ptmrec.stage2
+from ptmrec.backbones import backbone_settings
+from ptmrec.clip_prompting import Clip, ItemEncoder, frozen_features, load_clip
+from ptmrec.data import DataError, load_data
+from ptmrec.peft import attach
+from ptmrec.prefix import PrefixEncoder
+from ptmrec.stage1 import build_backbone
+from ptmrec.stage2 import Stage2, need_of, run_stage2
+
+VISION = {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8}
+TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+CLIPS = {
+    "plain": lambda: open_clip.CLIP(16, VISION, TEXT),
+    "custom text": lambda: open_clip.CustomTextCLIP(16, VISION, TEXT | {"proj_bias": True}, quick_gelu=True),
+    "coca": lambda: open_clip.CoCa(32, TEXT | {"attn_pooler_heads": 2}, TEXT | {"embed_cls": True, "output_tokens": True},
+                                   VISION | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8,
+                                             "output_tokens": True}),
+}
+METHODS = {"prompt": {"prompt_depth": 2}, "adapter": {}, "lora": {}, "full": {}}
+IN_LAST = {"prompt": {"prompt_position": "last", "prompt_depth": 2}, "coupled_prompt": {"prompt_position": "last",
+           "prompt_depth": 1}, "adapter": {"last_layers": 1}, "lora": {"last_layers": 2}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    "60 users and 37 items, one without image and one without title; also the folder of caches."
+    folder = tmp_path_factory.mktemp("cost")
+    make_shop(folder / "shop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTMREC_DATA", str(folder))
+        yield load_data("shop")
+
+
+def stage2(data, method="prompt"):
+    torch.manual_seed(0)
+    clip = load_clip()
+    tuning = attach(clip, method, **METHODS[method])
+    with torch.no_grad():
+        for q in tuning.parameters():
+            q += 0.01 * torch.randn_like(q)
+    backbone = build_backbone("vbpr", data.inter, frozen_features(data, clip), backbone_settings("vbpr", ""))
+    return Stage2(backbone, ItemEncoder(clip, data, tuning), task_weight=1.0, tune_backbone=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_micro_batch_gives_the_loss_and_gradients_of_the_batch(data, method):
+    model = stage2(data, method)
+    user, pos = torch.arange(40), torch.arange(40) % 19
+
+    def losses_and_gradients(micro_batch):
+        model.micro_batch = micro_batch
+        model.zero_grad()
+        terms = model.losses(user, pos, (pos + 7) % 37)
+        sum(terms.values()).backward()
+        return ({k: v.item() for k, v in terms.items()},
+                {n: q.grad.clone() for n, q in model.named_parameters() if q.grad is not None})
+
+    terms, gradients = losses_and_gradients(None)
+    assert sum("tuning" in n for n, g in gradients.items() if g.abs().max() > 0) >= 2
+    for micro_batch in (1, 6, 18):
+        same, also = losses_and_gradients(micro_batch)
+        assert same == pytest.approx(terms, rel=1e-5) and also.keys() == gradients.keys()
+        largest = max(g.abs().max() for g in gradients.values())
+        for name, g in gradients.items():
+            assert torch.allclose(also[name], g, rtol=1e-3, atol=1e-5 * largest), name
+
+
+def test_asking_for_memory_changes_nothing(data):
+    model = stage2(data)
+    state, bank = torch.get_rng_state(), {m: f.clone() for m, f in model.bank.items()}
+    need = need_of(model, "items", 16)
+    assert need.items == 16 and need.training[1] > need.frozen[1] > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(model.bank[m], f) for m, f in bank.items())
+    assert all(q.grad is None for q in model.parameters())
+
+
+def test_a_run_that_does_not_fit_says_what_to_change_and_auto_fits_it(data, tmp_path, monkeypatch):
+    settings = SHORT | {"dataset": "shop", "backbone": "vbpr"}
+    monkeypatch.setattr("ptmrec.memory.MemoryNeed.refresh", lambda self: 0)  # of 37 items; it is more than a batch of 9
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "plain"))
+    plain, = run_stage2(**settings)
+    need = plain.load_table("memory.csv").set_index("memory for").MB
+    assert 0 < need["in all"] < need["free"]
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "short"))
+    monkeypatch.setattr(ptmrec.stage2, "free_bytes", lambda device: 0.9e6 * need["in all"])
+    with pytest.raises(DataError, match="Set micro_batch to [1-8] or less, or to \"auto\""):
+        run_stage2(**settings)
+    fitted, = run_stage2(**settings, micro_batch="auto")
+    table = fitted.load_table("memory.csv").set_index("memory for").MB
+    assert table["in all"] < 0.8 * table["free"] and "9 items at once" not in str(table.index)
+    for name in ("loss", "kt_image"):
+        assert np.allclose(fitted.load_table("history.csv")[name], plain.load_table("history.csv")[name], rtol=1e-4)
+    with pytest.raises(ValueError, match="micro_batch=0 is not known. Allowed: a number of items"):
+        run_stage2(**settings, micro_batch=0)
+
+
+@pytest.mark.parametrize("method", IN_LAST)
+@pytest.mark.parametrize("name", CLIPS)
+def test_prefix_changes_neither_features_nor_gradients(data, name, method):
+    torch.manual_seed(0)
+    model = CLIPS[name]().eval().requires_grad_(False)
+    clip = Clip(name, model, open_clip.SimpleTokenizer(context_length=20), 32, torch.zeros(3), torch.ones(3))
+    with attach(clip, method, **IN_LAST[method]) as tuning:
+        for q in tuning.parameters():
+            q.data += 0.05 * torch.randn_like(q)
+        plain, cached = (cls(clip, data, tuning) for cls in (ItemEncoder, PrefixEncoder))
+        blocks = []
+        image_blocks = model.visual.transformer.resblocks
+        hook = image_blocks[0].register_forward_hook(lambda *_: blocks.append(1))
+        with torch.no_grad():
+            cached(torch.tensor([3, 5, 36]))  # without image, without title
+        met = len(blocks)
+        for items in (torch.arange(8), torch.tensor([36, 3, 3, 20])):
+            results = []
+            for encoder in (plain, cached):
+                features = encoder(items)
+                tuning.zero_grad()
+                sum(f[:, ::3].sum() for f in features.values()).backward()
+                results.append((features, [q.grad.clone() for q in tuning.parameters()]))
+            for m, f in results[0][0].items():
+                assert torch.allclose(results[1][0][m], f, atol=1e-5)
+            assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*(r[1] for r in results)))
+        n = len(blocks)
+        cached(torch.arange(8))
+        hook.remove()
+        assert len(blocks) == n > met  # everybody is known by now
+
+
+def test_prefix_refuses_what_starts_at_the_first_layer(data):
+    clip = load_clip()
+    for method, settings in {"prompt": {}, "full": {}, "lora": {}}.items():
+        with attach(clip, method, **settings) as tuning, pytest.raises(DataError, match="prompt_position to last"):
+            PrefixEncoder(clip, data, tuning)(torch.arange(3))
+
+
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory):
+    "`run` of the notebook, with its drawn shop."
+    cells = [c.source for c in nbformat.read(ROOT / "nbs" / "08a_tuning_cost.ipynb", 4).cells if c.cell_type == "code"]
+    notebook = {}
+    for start in ("import json", "measure = False", "WORDS", "WORKER"):
+        exec(next(c for c in cells if c.startswith(start)), notebook)
+    yield notebook["run"]
+    notebook["shop"].cleanup()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the highest memory of a process is read from Linux' /proc")
+@pytest.mark.parametrize("task", [{"tuning": "adapter"}, {"tuning": "full", "micro_batch": 8}], ids=lambda t: t["tuning"])
+def test_memory_is_foreseen_within_a_quarter(measure, task):
+    "Two layers of a ViT-B-32, a batch of 40; the highest resident memory of a fresh process."
+    clip = {"embed_dim": 512, "vision_cfg": {"image_size": 224, "layers": 2, "width": 768, "patch_size": 32},
+            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 2}}
+    row = measure(clip=clip, items=40, steps=1, frozen=256, device="cpu", **task)
+    assert row["estimated (MB)"] == pytest.approx(row["used (MB)"], rel=0.25)
