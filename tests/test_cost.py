@@ -138,6 +138,16 @@ def test_prefix_changes_neither_features_nor_gradients(data, name, method):
         assert len(blocks) == n > met  # everybody is known by now
 
 
+def test_a_run_with_prefix_is_the_same_run(data, tmp_path, monkeypatch):
+    losses = {}
+    for cache_prefix in (False, True):
+        monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / str(cache_prefix)))
+        run, = run_stage2(**SHORT | {"prompt_depth": 1}, dataset="shop", backbone="vbpr", prompt_position="last",
+                          cache_prefix=cache_prefix, micro_batch=4)
+        losses[cache_prefix] = run.load_table("history.csv").loss
+    assert np.allclose(losses[True], losses[False], rtol=1e-4) and losses[True].iloc[-1] != losses[True].iloc[0]
+
+
 def test_prefix_refuses_what_starts_at_the_first_layer(data):
     clip = load_clip()
     for method, settings in {"prompt": {}, "full": {}, "lora": {}}.items():
