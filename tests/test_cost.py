@@ -1,5 +1,6 @@
 """Less memory, less time, and the same results."""
-import sys
+
+import platform
 
 import nbformat
 import numpy as np
@@ -165,11 +166,15 @@ def measure(tmp_path_factory):
     notebook["shop"].cleanup()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the highest memory of a process is read from Linux' /proc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux' /proc and glibc's settings of malloc")
 @pytest.mark.parametrize("task", [{"tuning": "adapter"}, {"tuning": "full", "micro_batch": 8}], ids=lambda t: t["tuning"])
-def test_memory_is_foreseen_within_a_quarter(measure, task):
-    "Two layers of a ViT-B-32, a batch of 40; the highest resident memory of a fresh process."
+def test_tensors_are_foreseen(measure, task, monkeypatch):
+    """Two layers of a ViT-B-32, a batch of 40; the highest resident memory of a fresh process.
+
+    The C library gives freed memory back at once here, so that there are no gaps between tensors.
+    """
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     clip = {"embed_dim": 512, "vision_cfg": {"image_size": 224, "layers": 2, "width": 768, "patch_size": 32},
             "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 2}}
-    row = measure(clip=clip, items=40, steps=1, memory=True, device="cpu", **task)
-    assert row["estimated (MB)"] == pytest.approx(row["used (MB)"], rel=0.25)
+    row = measure(clip=clip, items=40, memory=True, reuse=False, device="cpu", **task)
+    assert row["tensors (MB)"] == pytest.approx(row["used (MB)"], rel=0.15)
