@@ -88,8 +88,8 @@ def encoding_bytes(encoder, train=True, sizes=(4, 8)):
     per_item = (large - small) / (sizes[1] - sizes[0])
     return max(0, small - per_item * sizes[0]), per_item
 
-# %% ../nbs/03e_memory.ipynb #5766be37
-GAPS = 1.15  # what allocators take to what is in tensors
+# %% ../nbs/03e_memory.ipynb #b87f23c7
+GAPS = 1.35  # what a batch takes of the allocator, to what is in its tensors
 
 
 @dataclass
@@ -99,24 +99,18 @@ class MemoryNeed:
     items: int  # that a rank encodes per batch
     trained: float  # for each trained parameter: gradient, Adam's moments, the best so far
     losses: float  # of a batch, without the encoding
-    features: float  # of all items, while they are encoded anew
-    training: tuple  # (a, b): encoding n items with gradients takes a + b n
-    frozen: tuple  # the same without gradients
+    training: tuple  # (a, b): encoding n items takes a + b n
 
     def step(self, micro_batch=None):
         "Of a batch: its losses, and encoding its items."
         return self.losses + self.training[0] + min(micro_batch or self.items, self.items) * self.training[1]
 
-    def refresh(self):
-        "Of encoding all items, 256 at a time."
-        return self.features + self.frozen[0] + 256 * self.frozen[1]
-
     def total(self, micro_batch=None):
-        return GAPS * (self.trained + max(self.step(micro_batch), self.refresh()))
+        return self.trained + GAPS * self.step(micro_batch)
 
     def largest(self, budget):
         "The largest micro-batch for which `budget` bytes suffice, 0 if there is none."
-        left = budget / GAPS - self.trained - self.losses - self.training[0]
+        left = (budget - self.trained) / GAPS - self.losses - self.training[0]
         return min(int(left / self.training[1]), self.items) if self.total(1) <= budget else 0
 
 
@@ -124,9 +118,8 @@ def memory_need(model, user, pos):
     "The `MemoryNeed` of a `Stage2` model, found on a batch of pairs (B,); leaves no gradients."
     losses = peak_bytes(lambda: _losses(model, user, pos))
     model.zero_grad()
-    return MemoryNeed(-(-len(pos.unique()) // world()), 4 * _bytes(q for q in model.parameters() if q.requires_grad), losses,
-                      2 * _bytes(model.bank.values()), encoding_bytes(model.encoder, train=model.live),
-                      encoding_bytes(model.encoder, train=False))
+    trained = 4 * _bytes(q for q in model.parameters() if q.requires_grad)
+    return MemoryNeed(-(-len(pos.unique()) // world()), trained, losses, encoding_bytes(model.encoder, train=model.live))
 
 
 def _bytes(tensors):
@@ -154,7 +147,7 @@ def fit_memory(need, micro_batch, free):
         raise DataError(f"Stage 2 would take {need.total(chosen) / 1e9:.2g} GB of memory, and {free / 1e9:.2g} GB is free. "
                         + _remedy(need, fits, free))
     rows = {"trained parameters": need.trained, f"a batch, {min(chosen or need.items, need.items)} items at once":
-            need.step(chosen), "encoding all items": need.refresh(), "in all": need.total(chosen), "free": free}
+            need.step(chosen), "in all, with gaps": need.total(chosen), "free": free}
     return chosen, pd.DataFrame({"MB": [n / 1e6 for n in rows.values()]}, pd.Index(rows, name="memory for"))
 
 
@@ -167,4 +160,4 @@ def _remedy(need, fits, free):
         share = (free - other) / (GAPS * need.losses)
         return f"Set stage2_batch_size to {int(share * need.items * world())} or less, and micro_batch to \"auto\"."
     return (f"No micro_batch is small enough: {need.trained / 1e9:.2g} GB are for what is trained, "
-            f"{need.refresh() / 1e9:.2g} GB for encoding all items. Take a smaller CLIP, or a tuning that trains less.")
+            f"{need.step(1) / 1e9:.2g} GB for a single item. Take a smaller CLIP, or a tuning that trains less.")

@@ -1,5 +1,6 @@
 """Less memory, less time, and the same results."""
-import sys
+
+import platform
 
 import nbformat
 import numpy as np
@@ -80,7 +81,7 @@ def test_asking_for_memory_changes_nothing(data):
     model = stage2(data)
     state, bank = torch.get_rng_state(), {m: f.clone() for m, f in model.bank.items()}
     need = need_of(model, "items", 16)
-    assert need.items == 16 and need.training[1] > need.frozen[1] > 0
+    assert need.items == 16 and need.training[1] > 0
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(model.bank[m], f) for m, f in bank.items())
     assert all(q.grad is None for q in model.parameters())
@@ -88,18 +89,17 @@ def test_asking_for_memory_changes_nothing(data):
 
 def test_a_run_that_does_not_fit_says_what_to_change_and_auto_fits_it(data, tmp_path, monkeypatch):
     settings = SHORT | {"dataset": "shop", "backbone": "vbpr"}
-    monkeypatch.setattr("ptmrec.memory.MemoryNeed.refresh", lambda self: 0)  # of 37 items; it is more than a batch of 9
     monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "plain"))
     plain, = run_stage2(**settings)
     need = plain.load_table("memory.csv").set_index("memory for").MB
-    assert 0 < need["in all"] < need["free"]
+    assert 0 < need["in all, with gaps"] < need["free"]
     monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "short"))
-    monkeypatch.setattr(ptmrec.stage2, "free_bytes", lambda device: 0.9e6 * need["in all"])
+    monkeypatch.setattr(ptmrec.stage2, "free_bytes", lambda device: 0.9e6 * need["in all, with gaps"])
     with pytest.raises(DataError, match="Set micro_batch to [1-8] or less, or to \"auto\""):
         run_stage2(**settings)
     fitted, = run_stage2(**settings, micro_batch="auto")
     table = fitted.load_table("memory.csv").set_index("memory for").MB
-    assert table["in all"] < 0.8 * table["free"] and "9 items at once" not in str(table.index)
+    assert table["in all, with gaps"] < 0.8 * table["free"] and "9 items at once" not in str(table.index)
     for name in ("loss", "kt_image"):
         assert np.allclose(fitted.load_table("history.csv")[name], plain.load_table("history.csv")[name], rtol=1e-4)
     with pytest.raises(ValueError, match="micro_batch=0 is not known. Allowed: a number of items"):
@@ -166,11 +166,15 @@ def measure(tmp_path_factory):
     notebook["shop"].cleanup()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the highest memory of a process is read from Linux' /proc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux' /proc and glibc's settings of malloc")
 @pytest.mark.parametrize("task", [{"tuning": "adapter"}, {"tuning": "full", "micro_batch": 8}], ids=lambda t: t["tuning"])
-def test_memory_is_foreseen_within_a_quarter(measure, task):
-    "Two layers of a ViT-B-32, a batch of 40; the highest resident memory of a fresh process."
+def test_tensors_are_foreseen(measure, task, monkeypatch):
+    """Two layers of a ViT-B-32, a batch of 40; the highest resident memory of a fresh process.
+
+    The C library gives freed memory back at once here, so that there are no gaps between tensors.
+    """
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     clip = {"embed_dim": 512, "vision_cfg": {"image_size": 224, "layers": 2, "width": 768, "patch_size": 32},
             "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 2}}
-    row = measure(clip=clip, items=40, steps=1, frozen=256, device="cpu", **task)
-    assert row["estimated (MB)"] == pytest.approx(row["used (MB)"], rel=0.25)
+    row = measure(clip=clip, items=40, memory=True, reuse=False, device="cpu", **task)
+    assert row["tensors (MB)"] == pytest.approx(row["used (MB)"], rel=0.15)
