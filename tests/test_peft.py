@@ -68,6 +68,8 @@ def make(name):
     if name not in _made:
         torch.manual_seed(0)
         model = CLIPS[name]().eval().requires_grad_(False)
+        if name == "coca":  # open_clip leaves it uninitialised, and what memory holds may not be a number
+            torch.nn.init.normal_(model.text_decoder.text_projection)
         with torch.no_grad():
             for q in model.parameters():  # random inits make many towers blind: all images alike
                 q += 0.05 * torch.randn_like(q)
