@@ -6,6 +6,7 @@
 __all__ = ['world', 'rank', 'start', 'wait', 'main_first', 'split_work', 'my_share', 'sum_gradients', 'summed', 'agreed']
 
 # %% ../nbs/00c_distributed.ipynb #7c0ca4c2
+import atexit
 import os
 import warnings
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ def start(device="auto"):
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         PartialState(cpu=str(device) == "cpu", timeout=timedelta(days=7))
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
         if rank():
             os.environ["TQDM_DISABLE"] = "1"
             warnings.simplefilter("ignore")
