@@ -20,6 +20,30 @@ from .data import progress
 from .losses import bpr_loss, emb_loss, info_nce
 
 # %% ../nbs/02_backbones.ipynb #c22e7509
+def _csr(row, col, value, shape):
+    order = torch.argsort(row * shape[1] + col)
+    pointer = F.pad(torch.bincount(row, minlength=shape[0]).cumsum(0), (1, 0))
+    return _sparse(pointer, col[order], value[order].float(), shape)
+
+
+def _sparse(pointer, col, value, shape):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(pointer.int(), col.int(), value, shape, check_invariants=False)
+
+
+class _Propagate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graph, x):
+        ctx.graph = graph
+        with torch.autocast(x.device.type, enabled=False):
+            return graph.csr @ x.float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, ctx.graph.transposed(grad.contiguous())
+
+# %% ../nbs/02_backbones.ipynb #b4808fa8
 class Graph:
     """A fixed sparse matrix (n, m) in CSR with its transpose; `graph @ x` is differentiable in `x` (m, d).
 
@@ -52,7 +76,7 @@ class Graph:
     def to_dense(self):
         return self.csr.to_dense()
 
-
+# %% ../nbs/02_backbones.ipynb #2308923f
 class _Rows(Graph):
     "Rows of a graph, for a forward pass of their size; the backward pass uses the whole graph's transpose."
 
@@ -66,30 +90,6 @@ class _Rows(Graph):
 
     def transposed(self, y):
         return self.graph.csr_t @ y.new_zeros(self.graph.shape[0], y.shape[1]).index_add_(0, self.index, y)
-
-
-def _csr(row, col, value, shape):
-    order = torch.argsort(row * shape[1] + col)
-    pointer = F.pad(torch.bincount(row, minlength=shape[0]).cumsum(0), (1, 0))
-    return _sparse(pointer, col[order], value[order].float(), shape)
-
-
-def _sparse(pointer, col, value, shape):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(pointer.int(), col.int(), value, shape, check_invariants=False)
-
-
-class _Propagate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, graph, x):
-        ctx.graph = graph
-        with torch.autocast(x.device.type, enabled=False):
-            return graph.csr @ x.float()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, ctx.graph.transposed(grad.contiguous())
 
 # %% ../nbs/02_backbones.ipynb #5f3d7431
 def _horner(graph, user_emb, item_emb, n_layers):
@@ -105,7 +105,7 @@ class _Polynomial(torch.autograd.Function):
     def forward(ctx, graph, user_emb, item_emb, n_layers):
         ctx.graph, ctx.n_layers = graph, n_layers
         with torch.autocast(user_emb.device.type, enabled=False):
-            return tuple(x.clone() if not n_layers else x for x in _horner(graph, user_emb, item_emb, n_layers))
+            return _horner(graph, user_emb, item_emb, n_layers)
 
     @staticmethod
     def backward(ctx, user_grad, item_grad):
@@ -148,12 +148,12 @@ def propagate(graph, user_emb, item_emb, n_layers, user=None, item=None):
 
     `user`, `item`: compute these rows only.
     """
-    if user is None:
-        sums = _Polynomial.apply(graph, user_emb, item_emb, n_layers)
-    elif n_layers:
-        sums = _PolynomialRows.apply(graph, user_emb, item_emb, n_layers, user, item)
-    else:
+    if not n_layers:
         sums = take(user_emb, user), take(item_emb, item)
+    elif user is None:
+        sums = _Polynomial.apply(graph, user_emb, item_emb, n_layers)
+    else:
+        sums = _PolynomialRows.apply(graph, user_emb, item_emb, n_layers, user, item)
     return tuple(s / (n_layers + 1) for s in sums)
 
 # %% ../nbs/02_backbones.ipynb #0369f56b

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'PRECISIONS', 'Clip', 'load_clip', 'Tower', 'image_tower', 'text_module', 'text_tower', 'DeepPrompts',
-           'prompt_width', 'encode_image', 'trim', 'encode_text', 'token_map', 'ItemEncoder', 'encode_in_blocks',
-           'frozen_features']
+           'prompt_width', 'run_blocks', 'encode_image', 'trim', 'cut_tokens', 'encode_text', 'token_map',
+           'ItemContent', 'ItemEncoder', 'encode_in_blocks', 'frozen_features']
 
 # %% ../nbs/01_clip_prompting.ipynb #9c0c8b4e
 import os
@@ -210,7 +210,7 @@ def _make_room(mask, n_ctx):
     return mask
 
 
-def _run_blocks(blocks, x, prompts, at, inside=0, mask=None):
+def run_blocks(blocks, x, prompts, at, inside=0, mask=None):
     """Pass x (B, N, w) through `blocks`; before layer l of `prompts` {l: (n_ctx, w)}, they become the tokens from `at` on.
 
     `inside`: how many tokens there have been kept for prompts.
@@ -233,7 +233,7 @@ def encode_image(clip, images, prompts=None):
     tower = image_tower(clip)
     x = tower.embed(images)  # (B, class token and patches, w)
     n = x.shape[1]
-    return tower.pool(_run_blocks(tower.blocks, x, prompts.in_layers("image", len(tower.blocks)), n)[:, :n])
+    return tower.pool(run_blocks(tower.blocks, x, prompts.in_layers("image", len(tower.blocks)), n)[:, :n])
 
 
 def _pooled(output):
@@ -255,7 +255,7 @@ def trim(tokens, limit, eos_id=None, shorten=True):
     return tokens[:, : int(end.max()) + 1 if shorten else limit]
 
 
-def _cut(text, tokens, limit):
+def cut_tokens(text, tokens, limit):
     "Token ids as short as a text tower allows, at most `limit`."
     pool, eos_id = _pooling(text)
     if pool not in ("argmax", "eos"):
@@ -273,12 +273,12 @@ def encode_text(clip, tokens, prompts=None):
     deep = prompts.in_layers("text", len(tower.blocks)) if prompts is not None else {}
     n_ctx = prompts.n_ctx if deep else 0
     room = n_ctx if 0 in deep else 0  # prompts of the first layer have places inside the context, like words
-    tokens = _cut(text, tokens, text.context_length - room)
+    tokens = cut_tokens(text, tokens, text.context_length - room)
     moved = torch.cat([tokens[:, :1].expand(-1, 1 + n_ctx), tokens[:, 1:]], 1)
     x, mask = tower.embed(moved if room else tokens)  # (B, N, w)
     if room:
         deep[0] = deep[0] + text.positional_embedding[1 : 1 + n_ctx].to(x.dtype)
-    return tower.pool(_run_blocks(tower.blocks, x, deep, 1, room, mask), moved)
+    return tower.pool(run_blocks(tower.blocks, x, deep, 1, room, mask), moved)
 
 # %% ../nbs/01_clip_prompting.ipynb #81c1c163
 def token_map(clip, texts, block=4096):
@@ -296,25 +296,20 @@ def token_map(clip, texts, block=4096):
         write_atomically(path, tokenize_all)
     return np.load(path, mmap_mode="r")
 
-# %% ../nbs/01_clip_prompting.ipynb #0f6a9edf
-PRECISIONS = ("float32", "bf16")
+# %% ../nbs/01_clip_prompting.ipynb #141a9b6f
+class ItemContent(nn.Module):
+    """What there is to encode of a data set's items, in the form that a CLIP takes.
 
-
-class ItemEncoder(nn.Module):
-    """Features of items by a CLIP: {"image": (n, d_v), "text": (n, d_t)}, unit length.
-
-    `tuning`: what a method of `peft` has attached to this CLIP, or None. `precision` of the towers' products: "bf16" is
-    mixed precision (autocast), for GPUs; features are float32. A modality that no item of `data` has is left out. Raises
-    `DataError` if there is nothing to encode.
+    `modalities`: "image", "text", or both; one that no item of `data` has is left out. `seen` (I,): which items have an
+    image. Raises `DataError` if there is nothing to encode.
     """
 
-    def __init__(self, clip, data, tuning=None, precision="float32"):
+    def __init__(self, clip, data):
         super().__init__()
         if not data.has_content:
             raise DataError(f"Data set '{data.name}' has neither images nor texts, so a CLIP has nothing to encode. Put "
                             "image files into its folder images/, or texts into items.csv.")
-        self.clip, self.tuning, self.n_items = clip, tuning, data.inter.n_items
-        self.device, self.fallback, self.precision = clip.mean.device, 0.0, precision
+        self.clip, self.n_items, self.device = clip, data.inter.n_items, clip.mean.device
         self.modalities = [m for m, there in (("image", any(data.images)), ("text", any(data.texts))) if there]
         with main_first():
             if "image" in self.modalities:
@@ -322,35 +317,52 @@ class ItemEncoder(nn.Module):
             if "text" in self.modalities:
                 self.tokens = token_map(clip, data.texts)
 
+    def images(self, items):
+        "Normalised images (n, 3, h, w) of `items` (n,), on the CLIP's device."
+        return self.clip.normalise(torch.from_numpy(self.pixels[items.numpy()]).to(self.device))
+
+    def words(self, items):
+        "Token ids (n, L) of `items` (n,), on the CLIP's device."
+        return torch.from_numpy(self.tokens[items.numpy()]).long().to(self.device)
+
+# %% ../nbs/01_clip_prompting.ipynb #0f6a9edf
+PRECISIONS = ("float32", "bf16")
+
+
+class ItemEncoder(ItemContent):
+    """Features of items by a CLIP: {"image": (n, d_v), "text": (n, d_t)}, unit length.
+
+    `tuning`: what a method of `peft` has attached to this CLIP, or None. `precision` of the towers' products: "bf16" is
+    mixed precision (autocast), for GPUs; features are float32.
+    """
+
+    def __init__(self, clip, data, tuning=None, precision="float32"):
+        super().__init__(clip, data)
+        self.tuning, self.precision, self.fallback = tuning, precision, 0.0
+
     @property
     def prompts(self):
         return self.tuning.prompts if self.tuning is not None else None
 
-    def _tokens(self, items):
-        return torch.from_numpy(self.tokens[items.numpy()]).long().to(self.device)
-
-    def _pixels(self, items):
-        return self.clip.normalise(torch.from_numpy(self.pixels[items.numpy()]).to(self.device))
-
-    def _encode(self, modality, items):
-        encode, content = {"image": (encode_image, self._pixels), "text": (encode_text, self._tokens)}[modality]
-        return F.normalize(encode(self.clip, content(items), self.prompts).float(), dim=1)
-
-    def _texts(self, items):
-        return self._encode("text", items)
-
-    def _images(self, items):
-        seen = torch.from_numpy(self.seen[items.numpy()])
-        found = self._encode("image", items[seen] if seen.any() else items[:1])  # no tower takes an empty batch
-        found = found[: int(seen.sum())]
-        features = found.new_zeros(len(items), found.shape[1]) + self.fallback
-        return features.index_copy(0, seen.nonzero().flatten().to(self.device), found)
+    def encode(self, modality, items):
+        "Features (n, d_m) of one modality of `items` (n,) that have it."
+        if modality == "image":
+            found = encode_image(self.clip, self.images(items), self.prompts)
+        else:
+            found = encode_text(self.clip, self.words(items), self.prompts)
+        return F.normalize(found.float(), dim=1)
 
     def forward(self, items):
         "Live features of item numbers `items` (n,); a missing image has the mean of those that `encode_all` last saw."
-        items, encode = items.cpu(), {"image": self._images, "text": self._texts}
+        items = items.cpu()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return {m: encode[m](items) for m in self.modalities}
+            return {m: self._with_missing(items) if m == "image" else self.encode(m, items) for m in self.modalities}
+
+    def _with_missing(self, items):
+        seen = torch.from_numpy(self.seen[items.numpy()])
+        found = self.encode("image", items[seen] if seen.any() else items[:1])  # no tower takes an empty batch
+        features = found.new_zeros(len(items), found.shape[1]) + self.fallback
+        return features.index_copy(0, seen.nonzero().flatten().to(self.device), found[: int(seen.sum())])
 
     @torch.no_grad()
     def encode_all(self, batch_size=256):

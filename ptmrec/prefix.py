@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .clip_prompting import ItemEncoder, _cut, _run_blocks, image_tower, text_module, text_tower
+from .clip_prompting import ItemEncoder, cut_tokens, image_tower, run_blocks, text_module, text_tower
 from .data import DataError, cache_dir
 
 # %% ../nbs/01b_prefix.ipynb #4a2f5cbf
@@ -55,7 +55,7 @@ class PrefixEncoder(ItemEncoder):
         super().__init__(*args, **kwargs)
         self.stores = {}
 
-    def _encode(self, modality, items):
+    def encode(self, modality, items):
         tower = (image_tower if modality == "image" else text_tower)(self.clip)
         prompts = self.prompts.in_layers(modality, len(tower.blocks)) if self.prompts is not None else {}
         if modality not in self.stores:
@@ -63,7 +63,7 @@ class PrefixEncoder(ItemEncoder):
         first, store = self.stores[modality]
         words, length, mask = None, None, None
         if modality == "text":
-            words = self._words(items)
+            words = self._cut_words(items)
             embedded, mask = tower.embed(words)
             length = embedded.shape[1]
         with torch.no_grad():
@@ -72,21 +72,21 @@ class PrefixEncoder(ItemEncoder):
         later = {layer - first: q for layer, q in prompts.items()}
         n, rest = x.shape[1], tower.blocks[first:]
         if modality == "image":
-            return F.normalize(tower.pool(_run_blocks(rest, x, later, n)[:, :n]).float(), dim=1)
+            return F.normalize(tower.pool(run_blocks(rest, x, later, n)[:, :n]).float(), dim=1)
         n_ctx = self.prompts.n_ctx if later else 0
         moved = torch.cat([words[:, :1].expand(-1, 1 + n_ctx), words[:, 1:]], 1)  # where the end tokens are by then
-        return F.normalize(tower.pool(_run_blocks(rest, x, later, 1, mask=mask), moved).float(), dim=1)
+        return F.normalize(tower.pool(run_blocks(rest, x, later, 1, mask=mask), moved).float(), dim=1)
 
-    def _words(self, items):
+    def _cut_words(self, items):
         text = text_module(self.clip)
-        return _cut(text, self._tokens(items), text.context_length)
+        return cut_tokens(text, self.words(items), text.context_length)
 
     def _embedded(self, modality, tower, items):
-        return (tower.embed(self._pixels(items)), None) if modality == "image" else tower.embed(self._words(items))
+        return (tower.embed(self.images(items)), None) if modality == "image" else tower.embed(self._cut_words(items))
 
     def _prefix(self, modality, tower, blocks, items):
         x, mask = self._embedded(modality, tower, items)
-        return _run_blocks(blocks, x, {}, 1, mask=mask)
+        return run_blocks(blocks, x, {}, 1, mask=mask)
 
     @torch.enable_grad()
     def _store(self, modality, tower, prompts):
@@ -98,5 +98,5 @@ class PrefixEncoder(ItemEncoder):
                             "computed once. For prompts set prompt_position to last; for LoRA and adapters last_layers.")
         n_items, length = len(getattr(self, "pixels" if modality == "image" else "tokens")), x.shape[1]
         if modality == "text":
-            length += text_module(self.clip).context_length - self._words(torch.tensor([0])).shape[1]
+            length += text_module(self.clip).context_length - self._cut_words(torch.tensor([0])).shape[1]
         return first, _Store(n_items, (length, x.shape[2]))

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from conftest import ROOT
-from test_distributed import SHORT, make_shop
+from small import SHORT, make_shop, small_clips
 
 import ptmrec.stage2
 from ptmrec.backbones import backbone_settings
@@ -19,15 +19,7 @@ from ptmrec.prefix import PrefixEncoder
 from ptmrec.stage1 import build_backbone
 from ptmrec.stage2 import Stage2, need_of, run_stage2
 
-VISION = {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8}
-TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
-CLIPS = {
-    "plain": lambda: open_clip.CLIP(16, VISION, TEXT),
-    "custom text": lambda: open_clip.CustomTextCLIP(16, VISION, TEXT | {"proj_bias": True}, quick_gelu=True),
-    "coca": lambda: open_clip.CoCa(32, TEXT | {"attn_pooler_heads": 2}, TEXT | {"embed_cls": True, "output_tokens": True},
-                                   VISION | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8,
-                                             "output_tokens": True}),
-}
+CLIPS = small_clips(vocab_size=49408)
 METHODS = {"prompt": {"prompt_depth": 2}, "adapter": {}, "lora": {}, "full": {}}
 IN_LAST = {"prompt": {"prompt_position": "last", "prompt_depth": 2}, "coupled_prompt": {"prompt_position": "last",
            "prompt_depth": 1}, "adapter": {"last_layers": 1}, "lora": {"last_layers": 2}}

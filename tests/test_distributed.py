@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 from safetensors.torch import load_file
+from small import N_ITEMS, SHORT, make_shop
 
 import ptmrec.clip_prompting
 import ptmrec.runs
@@ -33,29 +33,12 @@ from ptmrec.runs import Run, set_seed
 from ptmrec.stage1 import build_backbone
 from ptmrec.stage2 import Stage2, run_stage2, tune
 
-N_ITEMS = 37  # odd, so that shares are unequal
 BATCHES = {
     "items": dict(user=range(40), item=[n % 9 for n in range(40)]),
     "interactions": dict(user=range(31), item=[n % 30 for n in range(31)]),  # item 0 in both halves
     "one item": dict(user=[3], item=[5]),  # the other rank has neither a user nor an item of its own
 }
 SETTINGS = {"kt": dict(), "task": dict(task_weight=1.0, tune_backbone=True), "lora": dict(tuning="lora")}
-SHORT = dict(epochs=3, stage2_epochs=2, validate_every=1, stage2_batch_size=9, n_seeds=1, n_ctx=2, prompt_depth=2,
-             device="cpu")
-
-
-def make_shop(folder):
-    "60 users in two groups, 37 items; one item has no image and one no title."
-    rng = np.random.default_rng(0)
-    (folder / "images").mkdir(parents=True)
-    rows = [(u, (2 * i + u % 2) % N_ITEMS, [0, 0, 0, 0, 0, 1, 2][n]) for u in range(60)
-            for n, i in enumerate(rng.choice((N_ITEMS + 1) // 2, 7, replace=False))]
-    pd.DataFrame(rows, columns=["user", "item", "x_label"]).to_csv(folder / "interactions.csv", index=False)
-    titles = [f"{['red', 'blue', 'green'][i % 3]} {['mug', 'hat'][i % 2]} {i} " * (1 + i % 4) for i in range(N_ITEMS - 1)]
-    pd.DataFrame({"item": range(N_ITEMS - 1), "title": titles}).to_csv(folder / "items.csv", index=False)
-    for i in range(N_ITEMS):
-        if i != 5:
-            Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / "images" / f"{i}.png")
 
 
 def make_model(data, clip, tuning="prompt", **settings):

@@ -11,6 +11,11 @@ import nbformat
 import pytest
 from conftest import ROOT
 
+from ptmrec.backbones import BACKBONES
+from ptmrec.peft import TUNINGS
+from ptmrec.stage1 import SETTINGS, run_stage1
+from ptmrec.stage2 import run_stage2
+
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 EXPERIMENTS = {"04_stage1": "run_stage1", "05_stage2": "run_stage2"}
 BIN = Path(sys.executable).parent
@@ -66,11 +71,17 @@ def test_parameters_cell_equals_the_function(notebook):
     assert cell == {name: q.default for name, q in inspect.signature(function).parameters.items()}
 
 
-@pytest.mark.parametrize("notebook", ["01a_peft", "05a_when_it_helps", "08_benchmarks", "08a_tuning_cost"])
+@pytest.mark.parametrize("notebook", ["01a_peft", "04a_published", "05a_when_it_helps", "08_benchmarks", "08a_tuning_cost"])
 def test_measurements_have_one_parameters_cell(notebook):
     cells = nbformat.read(ROOT / "nbs" / f"{notebook}.ipynb", 4).cells
     tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1 and tagged[0].startswith("measure = False")
+
+
+def test_every_setting_is_a_parameter():
+    stage1, stage2 = (inspect.signature(f).parameters for f in (run_stage1, run_stage2))
+    assert {s for cls in BACKBONES.values() for s in cls.settings} <= stage1.keys() & set(SETTINGS)
+    assert {s for cls in TUNINGS.values() for s in cls.settings} <= stage2.keys()
 
 
 def test_package_needs_no_development_tools():

@@ -7,14 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from small import TEXT, small_clips
 
 from ptmrec.clip_prompting import Clip, ItemEncoder, encode_image, encode_text, frozen_features, text_module
 from ptmrec.data import DataError, load_data
 from ptmrec.peft import TOWERS, TUNINGS, attach, sublayers
 from ptmrec.stage2 import run_stage2
-
-VISION = {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8}
-TEXT = {"context_length": 20, "vocab_size": 100, "width": 32, "heads": 2, "layers": 3}
 
 
 def timm_clip(name):
@@ -36,12 +34,7 @@ def siglip():
     return shorter(open_clip.CustomTextCLIP(192, vision, text))
 
 
-CLIPS = {
-    "plain": lambda: open_clip.CLIP(16, VISION, TEXT),
-    "custom text": lambda: open_clip.CustomTextCLIP(16, VISION, TEXT | {"proj_bias": True}, quick_gelu=True),
-    "coca": lambda: open_clip.CoCa(32, TEXT | {"attn_pooler_heads": 2}, TEXT | {"embed_cls": True, "output_tokens": True},
-                                   VISION | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8,
-                                             "output_tokens": True}),
+CLIPS = small_clips() | {
     "siglip": siglip,
     "eva02": lambda: timm_clip("eva02_tiny_patch14_224"),
     "mobileclip": lambda: timm_clip("fastvit_t8"),
@@ -68,8 +61,6 @@ def make(name):
     if name not in _made:
         torch.manual_seed(0)
         model = CLIPS[name]().eval().requires_grad_(False)
-        if name == "coca":  # open_clip leaves it uninitialised, and what memory holds may not be a number
-            torch.nn.init.normal_(model.text_decoder.text_projection)
         with torch.no_grad():
             for q in model.parameters():  # random inits make many towers blind: all images alike
                 q += 0.05 * torch.randn_like(q)
