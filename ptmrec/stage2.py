@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'BATCHES', 'VARIANTS', 'TRAININGS', 'teacher', 'item_batches', 'interaction_batches', 'Stage2',
-           'with_features', 'tune', 'variants', 'resolved', 'parameter_table', 'need_of', 'stage2_run',
+           'with_features', 'MissingImages', 'tune', 'variants', 'resolved', 'parameter_table', 'need_of', 'stage2_run',
            'evaluate_variants', 'run_stage2', 'best_variant', 'per_user_values', 'results_table', 'verdict',
            'plot_results', 'main']
 
@@ -30,7 +30,7 @@ from .ranking import Evaluator, Pairs, paired_test
 from .runs import Run, choose, command_line, set_seed
 from .stage1 import (METRIC, build_backbone, evaluate, mean_metrics, metrics_table, prepare, save_lists, seeds_of,
                            settings_of, stage1_run, train_backbone, training_of)
-from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features, reuse_memory
+from .training import Callback, Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features, reuse_memory
 
 # %% ../nbs/05_stage2.ipynb #430862a5
 SOURCES = ("id", "output")
@@ -128,6 +128,21 @@ def with_features(backbone, features, projected, feature_space):
     return backbone
 
 
+class MissingImages(Callback):
+    "What stands for missing images is made when all items are encoded, so a checkpoint has to hold it."
+
+    def __init__(self, encoder):
+        self.encoder = encoder
+
+    @property
+    def state(self):
+        return self.encoder.fallback
+
+    @state.setter
+    def state(self, fallback):
+        self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
+
+
 def tune(model, evaluator, project_lr=1e-2, batch_by="items", batch_size=128, accumulate=1, epochs=20, validate_every=5,
          patience=None, feature_space="projected", name="Stage 2", checkpoint=None):
     """Train a `Stage2` model for `epochs` passes; the validated epoch with the best Recall@20 is kept.
@@ -172,7 +187,7 @@ def tune(model, evaluator, project_lr=1e-2, batch_by="items", batch_size=128, ac
 
     remedy = "Lower the learning rate of the tuning (prompt_lr, lora_lr, ...) or raise tau."
     callbacks = [Progress(name, ["loss", f"valid {METRIC}"]), Health("loss", remedy),
-                 KeepBest(f"valid {METRIC}", patience or epochs)]
+                 KeepBest(f"valid {METRIC}", patience or epochs), MissingImages(model.encoder)]
     if checkpoint:
         callbacks.append(Checkpoint(checkpoint))
     return Loop(model, optimiser, train_epoch, validate, callbacks).run(epochs)

@@ -194,13 +194,41 @@ def test_only_the_first_writes(two):
     assert two.ranks[1]["written"] == []
 
 
-def test_torchrun_on_the_command_line(tmp_path, monkeypatch):
-    "The whole experiment as README has it, and the same by a function call."
-    make_shop(tmp_path / "data" / "shop")
-    options = [x for name, value in SHORT.items() for x in (f"--{name}", str(value))]
+def torchrun(folder, *program, **env):
+    "A program of two processes."
     launch = f"-m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port {free_port()}"
-    result = subprocess.run([sys.executable, *launch.split(), "-m", "ptmrec.stage2", "--dataset", "shop", *options],
-                            cwd=tmp_path, capture_output=True, text=True, env=environment(tmp_path))
+    return subprocess.run([sys.executable, *launch.split(), *program], cwd=folder, capture_output=True, text=True,
+                          env=environment(folder, **env))
+
+
+DIES = """
+import os, signal
+import ptmrec.training
+from ptmrec.distributed import rank
+from ptmrec.stage2 import main
+
+class Dies(ptmrec.training.Checkpoint):
+    def after_epoch(self, loop):
+        super().after_epoch(loop)
+        if rank() == int(os.environ["DIES"]) and len(loop.history) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+ptmrec.stage2.Checkpoint = Dies
+main()
+"""
+
+
+@pytest.mark.parametrize("dies", ["no", "0", "1"])
+def test_torchrun_on_the_command_line(tmp_path, monkeypatch, dies):
+    "The whole experiment as README has it, and the same by a function call; also after SIGKILL of a rank in Stage 2."
+    make_shop(tmp_path / "data" / "shop")
+    program = ["--dataset", "shop", *(x for name, value in SHORT.items() for x in (f"--{name}", str(value)))]
+    if dies != "no":
+        (tmp_path / "dies.py").write_text(DIES)
+        assert torchrun(tmp_path, "dies.py", *program, DIES=dies).returncode
+        folder, = (tmp_path / "runs" / "stage2" / "shop").iterdir()
+        assert (folder / "checkpoint.pt").exists() and not (folder / "metrics.json").exists()
+    result = torchrun(tmp_path, "-m", "ptmrec.stage2", *program)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("paired t-test") == 1
     for name, value in environment(tmp_path, PTMREC_RUNS=str(tmp_path / "alone")).items():
