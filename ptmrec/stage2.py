@@ -30,7 +30,8 @@ from .ranking import Evaluator, Pairs, paired_test
 from .runs import Run, choose, command_line, set_seed
 from .stage1 import (METRIC, build_backbone, evaluate, mean_metrics, metrics_table, prepare, save_lists, seeds_of,
                            settings_of, stage1_run, train_backbone, training_of)
-from .training import Callback, Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features, reuse_memory
+from .training import (Callback, Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features,
+                             reuse_memory)
 
 # %% ../nbs/05_stage2.ipynb #430862a5
 SOURCES = ("id", "output")
@@ -85,8 +86,8 @@ class Stage2(nn.Module):
         self.refresh()
 
     def refresh(self):
-        "Encode the bank in full."
-        self.bank = self.encoder.encode_all()
+        "Encode the bank in full, in parts of `micro_batch`."
+        self.bank = self.encoder.encode_all(self.micro_batch or 256)
 
     def live_features(self, items):
         "Features of `items` with gradients to the tuning; where nothing is tuned, the bank serves."
@@ -118,7 +119,7 @@ class Stage2(nn.Module):
     @torch.no_grad()
     def tuned(self):
         "All items encoded again: features {m: (I, d_m)} and their projections {m: (I, d)}."
-        features = self.encoder.encode_all()
+        features = self.encoder.encode_all(self.micro_batch or 256)
         return features, {m: self.backbone.project[m](f) for m, f in features.items()}
 
 # %% ../nbs/05_stage2.ipynb #3397961a
@@ -151,7 +152,7 @@ def tune(model, evaluator, project_lr=1e-2, batch_by="items", batch_size=128, ac
     pairs) or "interactions"; `accumulate`: batches per optimiser step. Returns the history: losses per epoch, and
     validation metrics every `validate_every` epochs.
     """
-    reuse_memory()
+    reuse_memory(limit=2**25)
     backbone = model.backbone
     groups = [{"params": [q for q in backbone.parameters() if q.requires_grad], "lr": project_lr}]
     if model.live:

@@ -95,12 +95,16 @@ class Loop:
         return pd.DataFrame(self.history).set_index("epoch")
 
 # %% ../nbs/03b_training.ipynb #30d121d7
-def reuse_memory():
-    "Have the C library (glibc; elsewhere nothing happens) keep freed memory for this process instead of returning it."
-    trim_threshold, mmap_max = -1, -4  # names of <malloc.h>
+def reuse_memory(limit=None):
+    """Have the C library (glibc; elsewhere nothing happens) keep freed memory for this process instead of returning it.
+
+    `limit`: keep no block of more bytes than this, 32 MiB at most; None: keep all.
+    """
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of <malloc.h>
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 0)
+        libc.mallopt(mmap_max, 65536 if limit else 0)
+        libc.mallopt(mmap_threshold, limit or 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 # %% ../nbs/03b_training.ipynb #00e216cf
