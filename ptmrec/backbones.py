@@ -203,9 +203,10 @@ def knn_graph(features, k, weighted=False):
     if k > len(features):
         raise ValueError(f"knn_k={k} is more than the {len(features)} items.")
     value, item = _nearest(F.normalize(features.float(), dim=1), k)
+    value = value.clamp(min=0)  # an item that points the other way is no neighbour, in a shop of hardly more than k items
     row, col = torch.arange(len(features), device=features.device).repeat_interleave(k), item.flatten()
     if weighted:
-        degree = value.sum(1).clamp(min=1e-7)
+        degree = value.sum(1)  # 1 at least: an item is its own neighbour
         value = value.flatten() / (degree[row] * degree[col]).sqrt()
     else:
         value = torch.full_like(col, 1 / k, dtype=torch.float32)
@@ -279,7 +280,8 @@ class Backbone(nn.Module):
 
         `graph_features`: what an item graph is built from, if there is one; None: the features themselves.
         """
-        self.features = nn.ParameterDict(features) if self.train_features else features
+        own = {m: f.detach().clone() for m, f in features.items()} if self.train_features else features
+        self.features = nn.ParameterDict(own) if self.train_features else own
 
     def start_epoch(self):
         "Called before each training epoch, for what is drawn anew per epoch."
@@ -344,19 +346,22 @@ class LightGCN(Backbone):
 class BPRMF(LightGCN):
     "Matrix factorisation with BPR (Rendle et al., UAI 2009)."
 
-    settings = {"n_layers": 0, "reg_weight": 1e-3}
+    settings = {"reg_weight": 1e-3}
     grid = {"reg_weight": [2, 1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, n_layers=0, **kwargs)
 
 # %% ../nbs/02_backbones.ipynb #fde82fbc
 @register("vbpr")
 class VBPR(Backbone):
-    "VBPR (He & McAuley, AAAI 2016, Eq. 3): ID embeddings beside projected features; BPR and L2 on the batch's rows."
+    "VBPR (He & McAuley, AAAI 2016, Eq. 3) without biases: ID embeddings beside projected features; BPR, L2 on a batch."
 
-    settings = {"n_layers": 0, "reg_weight": 1e-2}
+    settings = {"reg_weight": 1e-2}
     grid = {"reg_weight": [2, 1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]}
 
     def __init__(self, *args, reg_weight, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, n_layers=0, **kwargs)
         self.reg_weight = reg_weight
         self.modal_emb = nn.Parameter(nn.init.xavier_uniform_(torch.empty_like(self.user_emb)))  # theta_u
 

@@ -41,8 +41,9 @@ class Clip:
     std: torch.Tensor  # (3,)
 
     def fingerprint(self):
-        "Key of the weights; features are cached under it."
-        return fingerprint(*[w.detach().float().cpu().numpy() for w in self.model.state_dict().values()])
+        "Key of the weights, the architecture's name and the normalisation; features are cached under it."
+        weights = [w.detach().float().cpu().numpy() for w in self.model.state_dict().values()]
+        return fingerprint(self.name, self.image_size, self.mean.tolist(), self.std.tolist(), *weights)
 
     def normalise(self, pixels):
         "(n, h, w, 3) uint8 to the (n, 3, h, w) floats that the image tower takes."
@@ -228,7 +229,7 @@ def run_blocks(blocks, x, prompts, at, inside=0, mask=None):
 # %% ../nbs/01_clip_prompting.ipynb #d64983cf
 def encode_image(clip, images, prompts=None):
     "Image features (B, d_v) of `images` (B, 3, h, w), as the stock tower's, with `prompts` of a `DeepPrompts` if given."
-    if prompts is None:
+    if not hasattr(prompts, "image"):
         return _pooled(clip.model.visual(images))
     tower = image_tower(clip)
     x = tower.embed(images)  # (B, class token and patches, w)
@@ -267,7 +268,7 @@ def cut_tokens(text, tokens, limit):
 def encode_text(clip, tokens, prompts=None):
     "Text features (B, d_t) of token ids (B, L <= context), as the stock tower's, with `prompts` of a `DeepPrompts`."
     text = text_module(clip)
-    if prompts is None and not hasattr(text, "token_embedding"):
+    if not hasattr(prompts, "text") and not hasattr(text, "token_embedding"):
         return _pooled(text(tokens))
     tower = text_tower(clip)
     deep = prompts.in_layers("text", len(tower.blocks)) if prompts is not None else {}
@@ -420,4 +421,4 @@ def frozen_features(data, clip, device="cpu"):
             write_atomically(path, lambda temporary: save_file(features, temporary))
             shutil.rmtree(blocks, ignore_errors=True)
         wait()
-    return load_file(path, device=str(device))
+    return {m: f.to(device) for m, f in load_file(path).items()}

@@ -430,7 +430,8 @@ class RecData:
     def fingerprint(self):
         "Key of everything in the data set: interactions with their split, texts, image files, features."
         return fingerprint(self.inter.user, self.inter.item, self.inter.split, self.inter.user_ids, self.inter.item_ids,
-                           self.texts, *[p for p in self.images if p], *self.features.values())
+                           self.texts, [p is not None for p in self.images], *[p for p in self.images if p],
+                           list(self.features), *self.features.values())
 
 # %% ../nbs/00_data.ipynb #7a2e8d95
 def _item_table(folder, item_ids):

@@ -7,6 +7,7 @@ __all__ = ['GAPS', 'encode_in_parts', 'LiveBytes', 'peak_bytes', 'encoding_bytes
            'fit_memory']
 
 # %% ../nbs/03e_memory.ipynb #c4221a76
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -82,9 +83,11 @@ def encoding_bytes(encoder, train=True, sizes=(4, 8)):
             if train:
                 sum(f.sum() for f in features.values()).backward()
 
-    small, large = (peak_bytes(partial(encode, n)) for n in sizes)
-    for hook in hooks:
-        hook.remove()
+    try:
+        small, large = (peak_bytes(partial(encode, n)) for n in sizes)
+    finally:
+        for hook in hooks:
+            hook.remove()
     per_item = (large - small) / (sizes[1] - sizes[0])
     return max(0, small - per_item * sizes[0]), per_item
 
@@ -132,8 +135,10 @@ def _losses(model, user, pos):
 
 # %% ../nbs/03e_memory.ipynb #f4aabc79
 def free_bytes(device):
-    "Bytes of memory that are free on a torch device."
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    "Bytes of memory that are free on a torch device, what torch holds in reserve included; on a CPU, this rank's share."
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def fit_memory(need, micro_batch, free):

@@ -118,7 +118,14 @@ def attach(clip, tuning="prompt", towers=TOWERS, **settings):
     methods = tuning_methods(tuning)
     if unknown := settings.keys() - {s for cls in TUNINGS.values() for s in cls.settings}:
         raise ValueError(f"No method of tuning has the setting {', '.join(sorted(unknown))}.")
-    parts = [cls(clip, towers, **{s: settings.get(s, default) for s, default in cls.settings.items()}) for cls in methods]
+    parts = []
+    try:
+        for cls in methods:
+            parts.append(cls(clip, towers, **{s: settings.get(s, default) for s, default in cls.settings.items()}))
+    except BaseException:
+        for part in reversed(parts):
+            part.detach()
+        raise
     return (parts[0] if len(parts) == 1 else Combined(parts)).to(clip.mean.device)
 
 # %% ../nbs/01a_peft.ipynb #6216fdfc
@@ -194,7 +201,8 @@ def sublayers(clip, tower, last_layers=None, parts=tuple(PARTS)):
     if not blocks:
         raise DataError(f"{clip.name}: no {' or '.join(parts)} layers are known in its {tower} tower, a "
                         f"{type(getattr(clip.model, prefix)).__name__}. tuning = full trains it whole.")
-    return {n: m for found in blocks[-last_layers if last_layers else 0 :] for n, m in found.items()}
+    first = 0 if last_layers is None else max(0, len(blocks) - last_layers)
+    return {n: m for found in blocks[first:] for n, m in found.items()}
 
 # %% ../nbs/01a_peft.ipynb #614fc3cd
 class Bottleneck(nn.Module):
@@ -226,10 +234,10 @@ class Adapter(Tuning):
     def __init__(self, clip, towers, adapter_size, last_layers, adapter_lr):
         super().__init__(adapter_lr)
         self.hooks = []
-        for tower in towers:
-            places = sublayers(clip, tower, last_layers).values() if adapter_size else []
-            self.add_module(tower, nn.ModuleList(Bottleneck(m, adapter_size) for m in places))
-            self.hooks += [m.register_forward_hook(b.hook) for m, b in zip(places, getattr(self, tower))]
+        places = {tower: sublayers(clip, tower, last_layers).values() if adapter_size else [] for tower in towers}
+        for tower, found in places.items():
+            self.add_module(tower, nn.ModuleList(Bottleneck(m, adapter_size) for m in found))
+            self.hooks += [m.register_forward_hook(b.hook) for m, b in zip(found, getattr(self, tower))]
 
     def detach(self):
         for hook in self.hooks:
@@ -270,11 +278,12 @@ class Lora(Tuning):
         if not set(parts) <= set(PARTS):
             raise ValueError(f"lora_targets='{lora_targets}' is not known. Allowed: {', '.join(PARTS)}, {'+'.join(PARTS)}.")
         self.hooks, self.changed = [], []
-        for tower in towers:
+        places = {tower: sublayers(clip, tower, last_layers, parts) if lora_rank else {} for tower in towers}
+        for tower, found in places.items():
             self.add_module(tower, nn.ModuleList())
-            for name, module in sublayers(clip, tower, last_layers, parts).items() if lora_rank else ():
+            for name, module in found.items():
                 for layer, weight in _weights(module):
-                    change = LowRank(getattr(layer, weight), lora_rank, lora_alpha)
+                    change = LowRank(getattr(layer, weight), lora_rank, lora_alpha).to(getattr(layer, weight).device)
                     getattr(self, tower).append(change)
                     if name.endswith(PARTS["mlp"]):
                         self.hooks.append(layer.register_forward_hook(change.hook))

@@ -39,10 +39,11 @@ class _Store:
         "Rows (n, length, w) of `items` (n,); `compute(items)` makes those that are missing."
         missing = items[~self.done[items]].unique()
         if len(missing):
-            made = compute(missing).float().cpu().numpy()
+            made = compute(missing)
+            self.dtype, made = made.dtype, made.float().cpu().numpy()
             self.rows[missing.numpy(), : made.shape[1]] = made
             self.done[missing] = True
-        return torch.from_numpy(self.rows[items.numpy(), :length])
+        return torch.from_numpy(self.rows[items.numpy(), :length]).to(self.dtype)
 
 # %% ../nbs/01b_prefix.ipynb #f0e30aac
 class PrefixEncoder(ItemEncoder):

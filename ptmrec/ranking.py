@@ -64,13 +64,14 @@ class Pairs:
 def rank_items(user_emb, item_emb, users, masked, k=50, block=128):
     """Top-`k` items (n, k) for `users` (n,) by inner product of `user_emb` (U, d), `item_emb` (I, d).
 
-    `masked`: `Pairs` that are never recommended, as a rule the training pairs.
+    `masked`: `Pairs` that are never recommended, as a rule the training pairs; -1 where no item is left.
     """
     lists = []
     for rows in users.split(block):
         scores = user_emb[rows] @ item_emb.T
         scores[masked.rows(rows)] = -torch.inf
-        lists.append(stable_topk(scores, min(k, scores.shape[1])))
+        best = stable_topk(scores, min(k, scores.shape[1]))
+        lists.append(best.where(scores.gather(1, best) > -torch.inf, -1))
     return torch.cat(lists)
 
 # %% ../nbs/03a_ranking.ipynb #9b29d62e
@@ -135,7 +136,7 @@ class Evaluator:
         lists = rank_items(user_emb, item_emb, users, self.masked, max(CUTOFFS))
         row, item = positives.rows(users)
         wanted = torch.isin(torch.arange(len(users), device=lists.device)[:, None] * self.n_items + lists,
-                            row * self.n_items + item)
+                            row * self.n_items + item) & (lists >= 0)
         table = user_metrics(wanted.cpu(), positives.count[users].cpu())
         table.index = pd.Index(users.cpu().numpy(), name="user")
         return table, lists.cpu().numpy()

@@ -45,7 +45,7 @@ def teacher(backbone, kt_source):
     """
     backbone.eval()
     id_user, id_item = backbone.id_path() if kt_source == "id" else backbone()
-    return id_user, id_item, backbone.modal_users()
+    return tuple(table.detach().clone() for table in (id_user, id_item, backbone.modal_users()))
 
 # %% ../nbs/05_stage2.ipynb #1a2f63dc
 def item_batches(user, item, batch_size):
@@ -78,7 +78,7 @@ class Stage2(nn.Module):
         super().__init__()
         self.backbone, self.encoder = backbone, encoder
         self.similarity, self.tau, self.kt_weight, self.task_weight = similarity, tau, kt_weight, task_weight
-        self.micro_batch = micro_batch
+        self.tune_backbone, self.micro_batch, self.bank = tune_backbone, micro_batch, {}
         self.know = teacher(backbone, kt_source)
         backbone.requires_grad_(tune_backbone)
         backbone.project.requires_grad_(True)
@@ -86,8 +86,9 @@ class Stage2(nn.Module):
         self.refresh()
 
     def refresh(self):
-        "Encode the bank in full, in parts of `micro_batch`."
-        self.bank = self.encoder.encode_all(self.micro_batch or 256)
+        "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, once."
+        if self.live or not self.bank:
+            self.bank = self.encoder.encode_all(self.micro_batch or 256)
 
     def live_features(self, items):
         "Features of `items` with gradients to the tuning; where nothing is tuned, the bank serves."
@@ -119,8 +120,9 @@ class Stage2(nn.Module):
     @torch.no_grad()
     def tuned(self):
         "All items encoded again: features {m: (I, d_m)} and their projections {m: (I, d)}."
-        features = self.encoder.encode_all(self.micro_batch or 256)
-        return features, {m: self.backbone.project[m](f) for m, f in features.items()}
+        self.refresh()
+        return ({m: f.clone() for m, f in self.bank.items()},
+                {m: self.backbone.project[m](f) for m, f in self.bank.items()})
 
 # %% ../nbs/05_stage2.ipynb #3397961a
 def with_features(backbone, features, projected, feature_space):
@@ -164,14 +166,17 @@ def tune(model, evaluator, project_lr=1e-2, batch_by="items", batch_size=128, ac
     def train_epoch(epoch):
         backbone.train()
         backbone.start_epoch()
-        if model.task_weight:
-            model.refresh()
+        if model.task_weight:  # scores see items through the graph, which is made of what they are by now
+            with_features(backbone, *model.tuned(), feature_space)
+        if model.tune_backbone:
+            optimiser.param_groups[0]["lr"] = project_lr * backbone.lr_decay ** ((epoch - 1) / 50)
         batches = list(BATCHES[batch_by](user, item, batch_size))
         total = {}
         for n, batch in enumerate(batches, 1):
             users, pos = (x.to(backbone.user.device) for x in batch)
             terms = model.losses(users, pos, sampler.negatives(users))
-            (sum(terms.values()) / accumulate).backward()
+            group = min(accumulate, len(batches) - (n - 1) // accumulate * accumulate)  # the last one may be smaller
+            (sum(terms.values()) / group).backward()
             if n % accumulate == 0 or n == len(batches):
                 sum_gradients(model.parameters())
                 optimiser.step()
@@ -276,7 +281,8 @@ def stage2_run(p, data, clip, features, device):
     method = {s: getattr(p, s) for cls in tuning_methods(p.tuning) for s in cls.settings}
     patience = max(1, p.patience // p.validate_every) if p.training == "joint" else None  # in validations
     with attach(clip, p.tuning, encoder.modalities, **method) as encoder.tuning:
-        model = Stage2(backbone, encoder, p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight, p.tune_backbone)
+        model = Stage2(backbone, encoder, p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight, p.tune_backbone,
+                       None if p.micro_batch == "auto" else p.micro_batch)
         need = need_of(model, p.batch_by, p.stage2_batch_size)
         model.micro_batch, memory = fit_memory(need, p.micro_batch, free_bytes(device))
         run.save_table("memory.csv", memory)
@@ -290,6 +296,7 @@ def stage2_run(p, data, clip, features, device):
         run.save_weights("features", tuned | {f"projected_{m}": f for m, f in projected.items()})
         if not rank():  # a backbone trains in one process
             evaluate_variants(run, variants(backbone, tuned, projected, data, evaluator, p), data, evaluator, stage1)
+            (run.folder / "checkpoint.pt").unlink(missing_ok=True)
         wait()
     return run
 

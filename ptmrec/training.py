@@ -148,9 +148,9 @@ class KeepBest(Callback):
 
 # %% ../nbs/03b_training.ipynb #57f53944
 class Checkpoint(Callback):
-    """Writes `path` every `every` epochs and resumes from it if it is there; it is removed when the training is over.
+    """Writes `path` every `every` epochs and resumes from it if it is there, also when that was the last epoch.
 
-    Of several processes, the first writes.
+    Whoever trains removes it, once what has been trained is kept elsewhere. Of several processes, the first writes.
     """
 
     def __init__(self, path, every=1):
@@ -165,19 +165,19 @@ class Checkpoint(Callback):
         loop.history, loop.stop = saved["history"], saved["stop"]
         for callback, state in zip(loop.callbacks, saved["callbacks"]):
             callback.state = state
-        torch.set_rng_state(saved["random"])
+        for set_state, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), saved["random"]):
+            set_state(state)
 
     def after_epoch(self, loop):
         if len(loop.history) % self.every or rank():
             return
         weights = {n: p.detach() for n, p in loop.module.named_parameters() if p.requires_grad}
+        random = [torch.get_rng_state()]
+        if torch.cuda.is_available():
+            random.append(torch.cuda.get_rng_state())
         saved = {"weights": weights, "optimiser": loop.optimiser.state_dict(), "history": loop.history, "stop": loop.stop,
-                 "callbacks": [c.state for c in loop.callbacks], "random": torch.get_rng_state()}
+                 "callbacks": [c.state for c in loop.callbacks], "random": random}
         write_atomically(self.path, lambda temporary: torch.save(saved, temporary))
-
-    def after(self, loop):
-        if not rank():
-            self.path.unlink(missing_ok=True)
 
 # %% ../nbs/03b_training.ipynb #b00366ab
 def effective_rank(features):

@@ -130,6 +130,15 @@ def test_prefix_changes_neither_features_nor_gradients(data, name, method):
         assert len(blocks) == n > met  # everybody is known by now
 
 
+def test_prefix_is_the_same_in_bf16(data):
+    clip = load_clip()
+    with attach(clip, "prompt", prompt_position="last", prompt_depth=1) as tuning, torch.no_grad():
+        for m, f in ItemEncoder(clip, data, tuning, "bf16")(torch.arange(8)).items():
+            cached = PrefixEncoder(clip, data, tuning, "bf16")
+            for _ in range(2):  # made, and kept
+                assert torch.allclose(cached(torch.arange(8))[m], f, atol=1e-6)
+
+
 def test_a_run_with_prefix_is_the_same_run(data, tmp_path, monkeypatch):
     losses = {}
     for cache_prefix in (False, True):

@@ -299,6 +299,22 @@ def test_replaced_files_rebuild_features_and_graphs(home):
     assert not torch.equal(last_graphs[0], new_graphs[0]) and torch.equal(last_graphs[1], new_graphs[1])
 
 
+def test_fingerprint_tells_whose_image_and_which_table(home):
+    folder = folder_of(home, interactions__csv="user,item\n" + "".join(f"{u},{i}\n" for u in range(4) for i in range(6)))
+    (folder / "images").mkdir()
+    keys = []
+    for item in (2, 4):
+        for old in (folder / "images").iterdir():
+            old.unlink()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "images" / f"{item}.png")
+        keys.append(load_data("shop").fingerprint())
+    for modality in ("image", "text"):
+        np.save(folder / f"{modality}_feat.npy", np.ones((6, 3), np.float32))
+        keys.append(load_data("shop").fingerprint())
+        (folder / f"{modality}_feat.npy").unlink()
+    assert len(set(keys)) == 4
+
+
 def test_fingerprint_streams_files_and_strided_arrays(tmp_path):
     path = tmp_path / "large"
     path.write_bytes(os.urandom(3_000_001))

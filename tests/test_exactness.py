@@ -224,6 +224,10 @@ def test_feature_tables_learn_only_where_asked(views_shop, name):
         assert set(tables) == ({"features.image", "features.text"} if train_features else set())
         assert all(q.grad.abs().sum() > 0 for q in tables.values())
         assert all(torch.equal(b.features[m], f) for m, f in features.items())
+        given = {m: f.clone() for m, f in features.items()}
+        torch.optim.Adam(b.parameters(), 0.1).step()  # a backbone learns tables of its own
+        assert all(torch.equal(f, given[m]) for m, f in features.items())
+        assert all(torch.equal(b.features[m], f) == (not train_features) for m, f in features.items())
 
 
 @pytest.mark.parametrize("train_features", [False, True])

@@ -2,10 +2,12 @@
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import SHARED
 from PIL import Image
+from small import SHORT, make_shop
 
 from ptmrec.clip_prompting import ItemEncoder, frozen_features, load_clip
 from ptmrec.data import DataError, cache_dir, image_map, load_data
@@ -123,6 +125,63 @@ def test_a_killed_run_is_not_a_finished_one_and_resumes(runs, monkeypatch):
     monkeypatch.setattr(stage1, "evaluate", evaluate)
     resumed, = run_stage1(epochs=25, patience=25, n_seeds=1)
     assert resumed.metrics() == expected and not (whole.folder / "checkpoint.pt").exists()
+
+
+JOINT = {"task_weight": 1.0, "tune_backbone": True}
+
+
+@pytest.mark.parametrize("backbone, settings", [("freedom", JOINT), ("mgcn", JOINT), ("freedom", {}), ("vbpr", JOINT)])
+def test_a_killed_stage2_resumes(tmp_path, monkeypatch, backbone, settings):
+    """Two epochs before and two after; item graphs, missing images and optimiser are as if nothing had happened.
+
+    Nor does it matter to a training by the task loss how often it is validated.
+    """
+    import ptmrec.stage2 as stage2
+
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    make_shop(tmp_path / "shop")
+    settings = SHORT | settings | {"dataset": "shop", "backbone": backbone, "stage2_epochs": 4, "validate_every": 3}
+
+    def history(where, **changes):
+        monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / where))
+        run, = run_stage2(**settings | changes)
+        assert not (run.folder / "checkpoint.pt").exists()
+        return run.load_table("history.csv")
+
+    whole = history("whole")
+    if "task_weight" in settings:
+        assert whole.loss.equals(history("often", validate_every=1).loss)
+
+    class Dies(stage2.Checkpoint):
+        def after_epoch(self, loop):
+            super().after_epoch(loop)
+            if len(loop.history) == 2:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage2, "Checkpoint", Dies)
+        history("killed")
+    pd.testing.assert_frame_equal(history("killed"), whole)
+
+
+def test_what_stage2_has_trained_survives_a_kill_in_its_evaluation(tmp_path, monkeypatch, runs):
+    import ptmrec.stage2 as stage2
+
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    make_shop(tmp_path / "shop")
+    losses, calls = stage2.Stage2.losses, []
+    monkeypatch.setattr(stage2.Stage2, "losses", lambda self, *args: (calls.append(1), losses(self, *args))[1])
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage2, "evaluate_variants", dies)
+        run_stage2("shop", **SHORT)
+    trained = len(calls)
+    run, = run_stage2("shop", **SHORT)
+    asked = 1  # for the memory it takes
+    assert len(calls) == trained + asked and run.finished and len(run.load_table("history.csv")) == SHORT["stage2_epochs"]
 
 
 @pytest.mark.parametrize("name, users, items, pairs", [

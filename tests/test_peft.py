@@ -1,5 +1,6 @@
 """Every method of tuning through the same table of checks, and each against an independent reference."""
 import copy
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -184,7 +185,37 @@ def test_towers_without_room_for_prompts_are_refused_by_name(name):
         message = f"{name}: its image tower is a {NO_PROMPTS[name]}.*tuning = lora, adapter or full"
         with pytest.raises(DataError, match=message):
             attach(make(name)[0], method)
-    attach(make(name)[0], "prompt", ["text"])  # its text tower has room
+    clip, batch = make(name)
+    with torch.no_grad(), attach(clip, "prompt", ["text"]) as tuning:  # its text tower has room
+        features, stock = both(clip, batch, tuning.prompts), both(clip, batch)
+        assert torch.equal(features[:4], stock[:4]) and not torch.equal(features[4:], stock[4:])
+
+
+@pytest.mark.parametrize("wrong", [{"lora_targets": "attn"}, {"lora_rank": -1}])
+def test_what_fails_to_attach_leaves_nothing_behind(wrong):
+    clip, batch = make("plain")
+    stock, keys = both(clip, batch), list(clip.model.state_dict())
+    with pytest.raises((ValueError, RuntimeError)):
+        attach(clip, "adapter+lora", **wrong)
+    assert list(clip.model.state_dict()) == keys and torch.equal(both(clip, batch), stock)
+    assert not any(m._forward_hooks for m in clip.model.modules())
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_last_layers_are_counted(method):
+    clip, _ = make("plain")
+    trained = []
+    for last_layers in (0, 1, 2, 3, 9, None):
+        with attach(clip, method, last_layers=last_layers) as tuning:
+            trained.append(sum(q.numel() for q in tuning.parameters()))
+    one = trained[1]
+    assert one and trained == [0, one, 2 * one, 3 * one, 3 * one, 3 * one]
+
+
+def test_clips_of_the_same_weights_are_told_apart():
+    clip, _ = make("plain")
+    others = [replace(clip, name="plain-quickgelu"), replace(clip, mean=torch.ones(3)), replace(clip, image_size=16)]
+    assert len({c.fingerprint() for c in (clip, replace(clip), *others)}) == 4
 
 
 @pytest.mark.parametrize("name", NO_ATTENTION)

@@ -1,5 +1,6 @@
 """Searches: chosen on validation alone, stopped at any moment, in one process or several."""
 import json
+import linecache
 import multiprocessing
 import os
 import subprocess
@@ -107,12 +108,12 @@ def test_a_failed_trial_is_named_and_the_others_are_kept(shop, runs, monkeypatch
 
     def fails(backbone, *args, **kw):
         if backbone.reg_weight == 1e-3:
-            raise FloatingPointError("Epoch 1: bpr is not a number.")
+            raise OSError("No space left on device.")
         return train(backbone, *args, **kw)
 
     with monkeypatch.context() as broken:
         broken.setattr(stage1, "train_backbone", fails)
-        with pytest.raises(RuntimeError, match="1 of 3 runs failed.*\nreg_weight=0.001: FloatingPointError: Epoch 1"):
+        with pytest.raises(RuntimeError, match="1 of 3 runs failed.*\nreg_weight=0.001: OSError: No space"):
             search("bpr", shop, GRID, epochs=3)
     assert kept_table(runs).reg_weight.isin([1e-1, 1e-5]).all() and not scored(runs)
     table, _ = search("bpr", shop, GRID, epochs=3)
@@ -175,6 +176,73 @@ def test_wrong_searches_stop_before_anything_is_trained(runs, wrong, message):
 def test_published_grids_are_of_the_backbones_own_settings(runs):
     for name, backbone in stage1.BACKBONES.items():
         assert backbone.grid and backbone.grid.keys() <= backbone.settings.keys(), name
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    "A backbone that the user has written; returns a function that registers it with a sign of its loss."
+    monkeypatch.setattr(stage1, "BACKBONES", stage1.BACKBONES.copy())
+    monkeypatch.setattr("ptmrec.backbones.BACKBONES", stage1.BACKBONES)
+
+    def write(sign):
+        source = SOURCE.format(sign=sign)
+        path = f"<cell {sign}>"
+        linecache.cache[path] = len(source), None, source.splitlines(True), path
+        space = {"__name__": "__main__"}
+        exec(compile(source, path, "exec"), space)
+
+    return write
+
+
+SOURCE = """
+from ptmrec.backbones import BPRMF, register
+
+@register("mine")
+class Mine(BPRMF):
+    settings = {{"reg_weight": 1e-3, "alpha": 1.0}}
+    grid = {{"alpha": [0.0, 1.0, 5.0]}}
+
+    def __init__(self, *args, alpha, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.alpha = alpha
+
+    def loss(self, user, pos, neg, features=None):
+        terms = super().loss(user, pos, neg)
+        return {{"bpr": self.alpha * terms["bpr"] ** {sign}, "reg": terms["reg"]}}
+"""
+
+
+def test_a_backbone_of_ones_own_is_searched(shop, runs, trained, mine):
+    mine(1)
+    table, (winner,) = search("mine", shop, epochs=3)
+    assert len(trained) == 3 and table[f"valid {stage1.METRIC}"].nunique() > 1 and winner.params["alpha"] in (1.0, 5.0)
+    pd.testing.assert_frame_equal(search("mine", shop, epochs=3)[0], table)
+    assert len(trained) == 3
+    mine(-1)  # the same name and settings, another class
+    assert search("mine", shop, epochs=3)[0][f"valid {stage1.METRIC}"].max() < table[f"valid {stage1.METRIC}"].max()
+    assert len(trained) == 6
+    with pytest.raises(ValueError, match="'mine' is defined here, and other processes do not know it. Use processes=1"):
+        search("mine", shop, epochs=3, processes=2)
+
+
+def test_a_trial_that_diverges_loses(shop, runs):
+    grid = {"lr": [1e30, 1e-2]}
+    table, (winner,) = search("bpr", shop, grid, epochs=3)
+    assert list(table.lr) == [1e-2, 1e30] and list(table[f"valid {stage1.METRIC}"].isna()) == [False, True]
+    assert winner.params["lr"] == 1e-2 and scored(runs) == {winner.key}
+    assert kept_table(runs).lr.tolist() == table.lr.tolist()
+    with pytest.raises(RuntimeError, match="the loss of every trial is no number. Lower lr"):
+        search("bpr", shop, {"lr": [1e30]}, epochs=3)
+
+
+def test_lists_end_where_nothing_is_left(shop, runs):
+    "Who has most items in training is recommended the others alone."
+    pd.DataFrame([(0, i, 0) for i in range(35)] + [(0, 36, 1), (0, 37, 2)] + [(1, i, i % 3) for i in range(40)],
+                 columns=["user", "item", "x_label"]).to_csv(shop / "interactions.csv", index=False)
+    run, = stage1.run_stage1(str(shop), backbone="bpr", epochs=1)
+    lists = run.load_table("topk.parquet")
+    assert sorted(lists[lists.user == 0].item) == list(range(35, 40)) and (lists.user == 1).sum() == 20
+    assert list(lists[lists.user == 0]["rank"]) == [1, 2, 3, 4, 5]
 
 
 def test_a_setting_that_is_given_is_not_varied(shop, runs):
