@@ -506,7 +506,7 @@ class SMORE(Views):
         super().__init__(*args, **kwargs)
         d, self.knn_k = self.item_emb.shape[1], {"image": knn_k_image, "text": knn_k_text}
         names = [*self.project, "fused"]
-        self.filter = nn.ParameterDict({m: 0.02 * torch.randn(d // 2 + 1, 2) for m in names})  # real and imaginary parts
+        self.filter = nn.ParameterDict({m: torch.randn(d // 2 + 1, 2) for m in names})  # real and imaginary parts
         self.gate = nn.ModuleDict({m: _gate(d) for m in names})
         self.preference = nn.ModuleDict({m: nn.Sequential(*_gate(d), nn.Dropout(dropout)) for m in names})
         self.attention = nn.ModuleDict({m: nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, d, bias=False))

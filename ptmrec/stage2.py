@@ -329,6 +329,7 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
     """Both stages for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.
 
     Stage 1 (see `run_stage1` for its parameters) is trained unless a run of the same parameters, data and code is there.
+    `train_features` is for backbones that train on given features, not on those that CLIP makes as it learns.
     `training`: "two_stage", or "joint" without Stage 1's knowledge, see `resolved`. `tuning`: a method of `peft`, or
     several joined by +; `n_ctx` ... `full_lr`: its settings and learning rate, those of other methods are overlooked.
     `kt_source`, `similarity`, `tau`, `kt_weight`, `task_weight`, `tune_backbone`: see `Stage2`. `feature_space`: what item
