@@ -92,7 +92,7 @@ def encoding_bytes(encoder, train=True, sizes=(4, 8)):
     return max(0, small - per_item * sizes[0]), per_item
 
 # %% ../nbs/03e_memory.ipynb #b87f23c7
-GAPS = 1.35  # what a batch takes of the allocator, to what is in its tensors
+GAPS = 1.5  # what a batch takes of the allocator, to what is in its tensors
 
 
 @dataclass
