@@ -203,10 +203,10 @@ def knn_graph(features, k, weighted=False):
     if k > len(features):
         raise ValueError(f"knn_k={k} is more than the {len(features)} items.")
     value, item = _nearest(F.normalize(features.float(), dim=1), k)
-    value = value.clamp(min=0)  # an item that points the other way is no neighbour, in a shop of hardly more than k items
+    value = value.clamp(min=0)  # in a shop of hardly more than k items, the last ones point the other way
     row, col = torch.arange(len(features), device=features.device).repeat_interleave(k), item.flatten()
     if weighted:
-        degree = value.sum(1)  # 1 at least: an item is its own neighbour
+        degree = value.sum(1).clamp(min=1e-7)  # features of an item that are all 0 have no neighbour at all
         value = value.flatten() / (degree[row] * degree[col]).sqrt()
     else:
         value = torch.full_like(col, 1 / k, dtype=torch.float32)
