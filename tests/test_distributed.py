@@ -72,8 +72,9 @@ def whole_training(data, clip, folder, disagree):
         return (per_user + rank() * len(live) if disagree else per_user), lists
 
     ptmrec.stage2.evaluate = evaluate
-    history = tune(model, Evaluator(data.inter), batch_size=9, epochs=2, validate_every=1,
-                   checkpoint=folder / "checkpoint.pt")
+    own = folder / f"training of {world()}{' disagreeing' * disagree}"
+    own.mkdir(exist_ok=True)
+    history = tune(model, Evaluator(data.inter), batch_size=9, epochs=2, validate_every=1, checkpoint=own / "checkpoint.pt")
     ptmrec.stage2.evaluate = real
     kept = {n: q.detach() for n, q in model.named_parameters() if q.requires_grad}
     return {"live": live, "history": history.to_dict("list"), "kept": kept}
