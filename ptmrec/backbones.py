@@ -280,8 +280,9 @@ class Backbone(nn.Module):
 
         `graph_features`: what an item graph is built from, if there is one; None: the features themselves.
         """
-        own = {m: f.detach().clone() for m, f in features.items()} if self.train_features else features
-        self.features = nn.ParameterDict(own) if self.train_features else own
+        if self.train_features:
+            features = nn.ParameterDict({m: f.detach().clone() for m, f in features.items()})
+        self.features = features
 
     def start_epoch(self):
         "Called before each training epoch, for what is drawn anew per epoch."

@@ -142,6 +142,11 @@ class Run(RunFolder):
         super().__init__(runs_dir() / experiment / dataset / self.key)
 
     @property
+    def checkpoint(self):
+        "File that a training resumes from; removed once what has been trained is kept."
+        return self.folder / "checkpoint.pt"
+
+    @property
     def finished(self):
         return (self.folder / "metrics.json").exists()
 

@@ -223,10 +223,10 @@ def stage1_run(p, data, clip, features, device, reuse=False, test=True):
     else:
         run.begin()
         history = train_backbone(backbone, evaluator, **training_of(p), name=f"Stage 1, seed {p.seed}",
-                                 checkpoint=run.folder / "checkpoint.pt")
+                                 checkpoint=run.checkpoint)
         run.save_weights("backbone", dict(backbone.named_parameters()))
         run.save_table("history.csv", history.reset_index())
-        (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+        run.checkpoint.unlink(missing_ok=True)
     if test:
         score_run(run, backbone, evaluator, data.inter)
     return run

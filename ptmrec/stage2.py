@@ -130,7 +130,7 @@ def with_features(backbone, features, projected, feature_space):
     backbone.set_features(features, projected if feature_space == "projected" else features)
     return backbone
 
-
+# %% ../nbs/05_stage2.ipynb #3d3d314f
 class MissingImages(Callback):
     "What stands for missing images is made when all items are encoded, so a checkpoint has to hold it."
 
@@ -145,7 +145,7 @@ class MissingImages(Callback):
     def state(self, fallback):
         self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
 
-
+# %% ../nbs/05_stage2.ipynb #2d811794
 def tune(model, evaluator, project_lr=1e-2, batch_by="items", batch_size=128, accumulate=1, epochs=20, validate_every=5,
          patience=None, feature_space="projected", name="Stage 2", checkpoint=None):
     """Train a `Stage2` model for `epochs` passes; the validated epoch with the best Recall@20 is kept.
@@ -170,20 +170,19 @@ def tune(model, evaluator, project_lr=1e-2, batch_by="items", batch_size=128, ac
             with_features(backbone, *model.tuned(), feature_space)
         if model.tune_backbone:
             optimiser.param_groups[0]["lr"] = project_lr * backbone.lr_decay ** ((epoch - 1) / 50)
-        batches = list(BATCHES[batch_by](user, item, batch_size))
-        total = {}
-        for n, batch in enumerate(batches, 1):
-            users, pos = (x.to(backbone.user.device) for x in batch)
-            terms = model.losses(users, pos, sampler.negatives(users))
-            group = min(accumulate, len(batches) - (n - 1) // accumulate * accumulate)  # the last one may be smaller
-            (sum(terms.values()) / group).backward()
-            if n % accumulate == 0 or n == len(batches):
-                sum_gradients(model.parameters())
-                optimiser.step()
-                optimiser.zero_grad()
-            total = {k: total.get(k, 0) + v.detach() for k, v in terms.items()}
-        total = summed(total)
-        return {"loss": float(sum(total.values())) / n} | {k: float(v) / n for k, v in total.items()}
+        batches, total = list(BATCHES[batch_by](user, item, batch_size)), {}
+        for n in range(0, len(batches), accumulate):
+            group = batches[n : n + accumulate]  # the last one may be smaller
+            for batch in group:
+                users, pos = (x.to(backbone.user.device) for x in batch)
+                terms = model.losses(users, pos, sampler.negatives(users))
+                (sum(terms.values()) / len(group)).backward()
+                total = {k: total.get(k, 0) + v.detach() for k, v in terms.items()}
+            sum_gradients(model.parameters())
+            optimiser.step()
+            optimiser.zero_grad()
+        means = {k: float(v) / len(batches) for k, v in summed(total).items()}
+        return {"loss": sum(means.values())} | means
 
     def validate(epoch):
         if epoch % validate_every and epoch != epochs:
@@ -289,14 +288,14 @@ def stage2_run(p, data, clip, features, device):
         run.save_table("parameters.csv", parameter_table(model))
         history = tune(model, evaluator, p.project_lr, p.batch_by, p.stage2_batch_size, p.accumulate, p.stage2_epochs,
                        p.validate_every, patience, p.feature_space, f"{p.training}, seed {p.seed}",
-                       run.folder / "checkpoint.pt")
+                       run.checkpoint)
         run.save_table("history.csv", history.reset_index())
         run.save_weights("tuning", dict(encoder.tuning.named_parameters()))
         tuned, projected = model.tuned()
         run.save_weights("features", tuned | {f"projected_{m}": f for m, f in projected.items()})
         if not rank():  # a backbone trains in one process
             evaluate_variants(run, variants(backbone, tuned, projected, data, evaluator, p), data, evaluator, stage1)
-            (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+            run.checkpoint.unlink(missing_ok=True)
         wait()
     return run
 
