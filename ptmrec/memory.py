@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .clip_prompting import AT_ONCE
 from .data import DataError
 from .distributed import world
 
@@ -72,7 +73,7 @@ def _longest(encoder):
     return items[:1]
 
 
-def encoding_bytes(encoder, train=True, sizes=(4, 8)):
+def encoding_bytes(encoder, train=True):
     "Bytes of encoding n items at once, as (a, b) of a + b n; `train`: with the way back. Leaves no gradients."
     trained = [q for q in encoder.parameters() if q.requires_grad]
     hooks = [q.register_post_accumulate_grad_hook(lambda q: setattr(q, "grad", None)) for q in trained]
@@ -84,12 +85,11 @@ def encoding_bytes(encoder, train=True, sizes=(4, 8)):
                 sum(f.sum() for f in features.values()).backward()
 
     try:
-        small, large = (peak_bytes(partial(encode, n)) for n in sizes)
+        one, two = (peak_bytes(partial(encode, n)) for n in (1, 2))
     finally:
         for hook in hooks:
             hook.remove()
-    per_item = (large - small) / (sizes[1] - sizes[0])
-    return max(0, small - per_item * sizes[0]), per_item
+    return max(0, 2 * one - two), two - one
 
 # %% ../nbs/03e_memory.ipynb #b87f23c7
 GAPS = 1.5  # what a batch takes of the allocator, to what is in its tensors
@@ -100,13 +100,16 @@ class MemoryNeed:
     "Bytes that training a `Stage2` model takes beyond what it holds."
 
     items: int  # that a rank encodes per batch
+    all_items: int  # that a rank encodes in all
     trained: float  # for each trained parameter: gradient, Adam's moments, the best so far
     losses: float  # of a batch, without the encoding
     training: tuple  # (a, b): encoding n items takes a + b n
+    frozen: tuple  # the same, without gradients
 
     def step(self, micro_batch=None):
-        "Of a batch: its losses, and encoding its items."
-        return self.losses + self.training[0] + min(micro_batch or self.items, self.items) * self.training[1]
+        "Of a batch, its losses and encoding its items; or of encoding all items, where that is more."
+        batch, at_once = min(micro_batch or self.items, self.items), min(micro_batch or AT_ONCE, self.all_items)
+        return max(self.losses + self.training[0] + batch * self.training[1], self.frozen[0] + at_once * self.frozen[1])
 
     def total(self, micro_batch=None):
         return self.trained + GAPS * self.step(micro_batch)
@@ -117,12 +120,18 @@ class MemoryNeed:
         return min(int(left / self.training[1]), self.items) if self.total(1) <= budget else 0
 
 
-def memory_need(model, user, pos):
-    "The `MemoryNeed` of a `Stage2` model, found on a batch of pairs (B,); leaves no gradients."
+def memory_need(model, user, pos, accumulate=1):
+    """The `MemoryNeed` of a `Stage2` model, found on a batch of pairs (B,); leaves no gradients.
+
+    With `accumulate`, the gradients of a batch in parts are summed up before they join those of earlier batches.
+    """
     losses = peak_bytes(lambda: _losses(model, user, pos))
     model.zero_grad()
-    trained = 4 * _bytes(q for q in model.parameters() if q.requires_grad)
-    return MemoryNeed(-(-len(pos.unique()) // world()), trained, losses, encoding_bytes(model.encoder, train=model.live))
+    copies = 4 + (accumulate > 1)
+    trained = copies * _bytes(q for q in model.parameters() if q.requires_grad)
+    items, all_items = (-(-n // world()) for n in (len(pos.unique()), model.encoder.n_items))
+    return MemoryNeed(items, all_items, trained, losses, encoding_bytes(model.encoder, train=model.live),
+                      encoding_bytes(model.encoder, train=False))
 
 
 def _bytes(tensors):

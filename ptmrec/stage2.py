@@ -19,7 +19,7 @@ from torch import nn
 
 from .amazon import find_or_prepare
 from .backbones import BACKBONES
-from .clip_prompting import PRECISIONS, ItemEncoder
+from .clip_prompting import AT_ONCE, PRECISIONS, ItemEncoder
 from .data import DataError
 from .distributed import agreed, main_first, my_share, rank, split_work, start, sum_gradients, summed, wait, world
 from .losses import SIMILARITIES, kt_loss
@@ -88,7 +88,7 @@ class Stage2(nn.Module):
     def refresh(self):
         "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, once."
         if self.live or not self.bank:
-            self.bank = self.encoder.encode_all(self.micro_batch or 256)
+            self.bank = self.encoder.encode_all(self.micro_batch or AT_ONCE)
 
     def live_features(self, items):
         "Features of `items` with gradients to the tuning; where nothing is tuned, the bank serves."
@@ -254,13 +254,13 @@ def parameter_table(model):
     return pd.DataFrame(rows).T.rename_axis("group")
 
 # %% ../nbs/05_stage2.ipynb #ce77adca
-def need_of(model, batch_by, batch_size):
+def need_of(model, batch_by, batch_size, accumulate=1):
     "Memory that training `model` will take, found on a batch: a `MemoryNeed`. Draws from no generator."
     backbone = model.backbone.train()
     with torch.random.fork_rng():
         backbone.start_epoch()
         user, pos = next(iter(BATCHES[batch_by](backbone.user.cpu(), backbone.item.cpu(), batch_size)))
-        return memory_need(model, user.to(backbone.user.device), pos.to(backbone.user.device))
+        return memory_need(model, *(x.to(backbone.user.device) for x in (user, pos)), accumulate)
 
 
 def stage2_run(p, data, clip, features, device):
@@ -282,7 +282,7 @@ def stage2_run(p, data, clip, features, device):
     with attach(clip, p.tuning, encoder.modalities, **method) as encoder.tuning:
         model = Stage2(backbone, encoder, p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight, p.tune_backbone,
                        None if p.micro_batch == "auto" else p.micro_batch)
-        need = need_of(model, p.batch_by, p.stage2_batch_size)
+        need = need_of(model, p.batch_by, p.stage2_batch_size, p.accumulate)
         model.micro_batch, memory = fit_memory(need, p.micro_batch, free_bytes(device))
         run.save_table("memory.csv", memory)
         run.save_table("parameters.csv", parameter_table(model))
