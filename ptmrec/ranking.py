@@ -112,14 +112,17 @@ def _chosen(inter, side, group):
 class Evaluator:
     """Full ranking on the splits of `Interactions`, training pairs masked, means over users with a positive.
 
+    `mask_valid`: on test, validation pairs are masked as well.
     `items`, `users`: `all`, or only the `warm` or `cold` ones (with or without a training interaction) as positives
     and as those who are asked; all items are candidates in any case.
     `evaluator(split, user_emb, item_emb)` returns per-user metrics (index: user number) and their top-k lists. Raises
     `DataError` if no positive of the split is in the groups.
     """
 
-    def __init__(self, inter, device="cpu", items="all", users="all"):
-        self.masked = Pairs(*inter.part("train"), inter.n_users, device)
+    def __init__(self, inter, device="cpu", items="all", users="all", mask_valid=False):
+        train = inter.part("train")
+        known = {"valid": train, "test": tuple(map(np.append, train, inter.part("valid"))) if mask_valid else train}
+        self.masked = {split: Pairs(*pairs, inter.n_users, device) for split, pairs in known.items()}
         self.groups, self.n_items = f"{users} users and {items} items", inter.n_items
         counts_user, counts_item = _chosen(inter, "user", users), _chosen(inter, "item", items)
         self.positives = {}
@@ -133,7 +136,7 @@ class Evaluator:
         users = torch.nonzero(positives.count).flatten()
         if not len(users):
             raise DataError(f"The {split} split has no positive among {self.groups}.")
-        lists = rank_items(user_emb, item_emb, users, self.masked, max(CUTOFFS))
+        lists = rank_items(user_emb, item_emb, users, self.masked[split], max(CUTOFFS))
         row, item = positives.rows(users)
         wanted = torch.isin(torch.arange(len(users), device=lists.device)[:, None] * self.n_items + lists,
                             row * self.n_items + item) & (lists >= 0)

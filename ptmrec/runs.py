@@ -83,9 +83,9 @@ def command_line(function, arguments=None):
         sys.exit(str(error))
 
 # %% ../nbs/03c_runs.ipynb #20c198d0
-def set_seed(seed):
+def set_seed(seed, device="cpu"):
     "Seed Python, NumPy and torch, and have a CPU add up in a fixed order (torch's threads would not, by default)."
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    torch.use_deterministic_algorithms(torch.device(device).type == "cpu")
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
 
 

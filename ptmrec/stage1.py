@@ -130,7 +130,7 @@ def check_fit(history, inter, evaluator):
     Returns both.
     """
     n_bought = np.bincount(inter.part("train")[1], minlength=inter.n_items)
-    item_emb = torch.as_tensor(n_bought, dtype=torch.float32, device=evaluator.masked.item.device)[:, None]
+    item_emb = torch.as_tensor(n_bought, dtype=torch.float32, device=evaluator.masked["valid"].item.device)[:, None]
     popular, _ = evaluator("valid", torch.ones_like(item_emb[:1]).expand(inter.n_users, 1), item_emb)
     report = {"trained": history[f"valid {METRIC}"].max(), "most bought": popular[METRIC].mean()}
     if report["trained"] < report["most bought"]:
@@ -185,8 +185,8 @@ def save_lists(run, lists, users, inter, n=20):
     run.save_table("topk.parquet", table)
 
 # %% ../nbs/04_stage1.ipynb #f0a25f32
-STAGE1 = ("dataset min_rating core split split_seed eval_users eval_items clip_model pretrained backbone train_features "
-          "emb_size lr batch_size epochs patience seed device").split()
+STAGE1 = ("dataset min_rating core split split_seed eval_users eval_items mask_valid clip_model pretrained backbone "
+          "train_features emb_size lr batch_size epochs patience seed device").split()
 
 
 def _own_code(cls):
@@ -215,8 +215,8 @@ def stage1_run(p, data, clip, features, device, reuse=False, test=True):
     run = place_run(p, data, clip)
     if reuse and (run.finished if test else run.trained):
         return run
-    set_seed(p.seed)
-    evaluator = Evaluator(data.inter, device, p.eval_items, p.eval_users)
+    set_seed(p.seed, device)
+    evaluator = Evaluator(data.inter, device, p.eval_items, p.eval_users, p.mask_valid)
     backbone = build_backbone(p.backbone, data.inter, features, settings_of(p), p.emb_size, p.train_features, device)
     if reuse and run.trained:
         backbone.load_state_dict(run.load_weights("backbone"), strict=False)
@@ -245,7 +245,7 @@ def score_run(run, backbone, evaluator, inter):
 
 # %% ../nbs/04_stage1.ipynb #6cd36a7a
 def run_stage1(dataset="sample", min_rating=None, core=0, split=None, split_seed=0, eval_users="all", eval_items="all",
-               clip_model="tiny", pretrained="sample", backbone="freedom", n_layers=None, reg_weight=None,
+               mask_valid=False, clip_model="tiny", pretrained="sample", backbone="freedom", n_layers=None, reg_weight=None,
                n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None, aux_weight=None,
                cl_weight=None, cl_tau=None, knn_k_image=None, knn_k_text=None, dropout=None,
                train_features=False, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, seed=0, n_seeds=None,
@@ -253,7 +253,8 @@ def run_stage1(dataset="sample", min_rating=None, core=0, split=None, split_seed
     """Stage 1 for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.
 
     `dataset`: a name or a folder; `min_rating`, `core`: which interactions count; `split`, `split_seed`: see `load_data`;
-    `eval_users`, `eval_items`: all, or only the warm or cold ones, see `Evaluator`. `clip_model`, `pretrained`: a CLIP.
+    `eval_users`, `eval_items` (all, or only the warm or cold ones), `mask_valid`: see `Evaluator`. `clip_model`,
+    `pretrained`: a CLIP.
     `backbone` and its settings (None: published or our default); `train_features`: its raw feature tables learn, too.
     `epochs`, `patience`: the most epochs, and how many without a better validation Recall@20 end the training. Unknown
     names raise errors that list what is allowed.

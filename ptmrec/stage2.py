@@ -204,19 +204,19 @@ VARIANTS = ("as_is", "continued", "fresh")  # of two stages; joint training has 
 def variants(backbone, features, projected, data, evaluator, p):
     "The backbones to evaluate after tuning, one after the other: yields (name, backbone)."
     check_features(features)
+    device = backbone.user.device
     backbone = with_features(backbone, features, projected, p.feature_space)
     if p.training == "joint":
         yield "joint", backbone
         return
     yield "as_is", backbone
-    set_seed(p.seed)
+    set_seed(p.seed, device)
     backbone.requires_grad_(True)
     train_backbone(backbone, evaluator, **training_of(p), name=f"Continued, seed {p.seed}")
     yield "continued", backbone
-    set_seed(p.seed)
+    set_seed(p.seed, device)
     tables = projected if p.feature_space == "projected" else features
-    fresh = build_backbone(p.backbone, data.inter, tables, settings_of(p), p.emb_size, p.train_features,
-                           backbone.user.device)
+    fresh = build_backbone(p.backbone, data.inter, tables, settings_of(p), p.emb_size, p.train_features, device)
     train_backbone(fresh, evaluator, **training_of(p), name=f"Fresh, seed {p.seed}")
     yield "fresh", fresh
 
@@ -269,13 +269,13 @@ def stage2_run(p, data, clip, features, device):
         stage1 = stage1_run(p, data, clip, features, device, reuse=True)
     params = vars(p) | settings_of(p) | training_of(p) | {"stage1": stage1.key}
     run = Run("stage2", data.name, params, [data.fingerprint(), clip.fingerprint()]).begin()
-    evaluator = Evaluator(data.inter, device, p.eval_items, p.eval_users)
-    set_seed(p.seed)
+    evaluator = Evaluator(data.inter, device, p.eval_items, p.eval_users, p.mask_valid)
+    set_seed(p.seed, device)
     backbone = build_backbone(p.backbone, data.inter, features, settings_of(p), p.emb_size, p.train_features, device)
     if p.training == "two_stage":
         backbone.load_state_dict(stage1.load_weights("backbone"), strict=False)
 
-    set_seed(p.seed)
+    set_seed(p.seed, device)
     encoder = (PrefixEncoder if p.cache_prefix else ItemEncoder)(clip, data, precision=p.precision)
     method = {s: getattr(p, s) for cls in tuning_methods(p.tuning) for s in cls.settings}
     patience = max(1, p.patience // p.validate_every) if p.training == "joint" else None  # in validations
@@ -315,7 +315,7 @@ def evaluate_variants(run, tuned_backbones, data, evaluator, stage1):
 
 # %% ../nbs/05_stage2.ipynb #ae128803
 def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed=0, eval_users="all", eval_items="all",
-               clip_model="tiny", pretrained="sample", backbone="freedom", n_layers=None, reg_weight=None,
+               mask_valid=False, clip_model="tiny", pretrained="sample", backbone="freedom", n_layers=None, reg_weight=None,
                n_item_layers=None, knn_k=None, image_weight=None, edge_dropout=None, aux_weight=None,
                cl_weight=None, cl_tau=None, knn_k_image=None, knn_k_text=None, dropout=None,
                train_features=False, emb_size=64, lr=None, batch_size=None, epochs=1000, patience=20, training="two_stage",
