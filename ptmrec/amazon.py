@@ -221,7 +221,7 @@ def _image_url(record):
     urls = [record.get("imUrl"), *(first.get(size) for size in ("large", "hi_res", "thumb"))]
     return next((url for url in urls if isinstance(url, str) and url), None)
 
-
+# %% ../nbs/00a_amazon.ipynb #3734c2bd
 def read_meta(path, item_ids, release=2014, text_fields=TEXT_FIELDS):
     """A row for each of `item_ids`: item, the `text_fields` (of title, brand, categories, description), price, image_url.
 
@@ -409,7 +409,7 @@ async def _look(client, line, item, url, own, image_base, max_pixels, **limits):
         return row | {"status": "refused" if isinstance(e, ImageRefused) else "failed", "error": str(e)}, None
     return row | _ok(content, width, height), (ending, content)
 
-
+# %% ../nbs/00a_amazon.ipynb #f4e313c3
 def _keep(row, image, images, journal):
     "Note what became of an item, then write its image: a file that the manifest knows nothing of was put there by hand."
     journal.write(json.dumps(row) + "\n")

@@ -119,7 +119,7 @@ class MemoryNeed:
         left = (budget - self.trained) / GAPS - self.losses - self.training[0]
         return min(int(left / self.training[1]), self.items) if self.total(1) <= budget else 0
 
-
+# %% ../nbs/03e_memory.ipynb #b4bece4c
 def memory_need(model, user, pos, accumulate=1):
     """The `MemoryNeed` of a `Stage2` model, found on a batch of pairs (B,); leaves no gradients.
 

@@ -129,7 +129,7 @@ def code_fingerprint():
     "Key of the package's source code."
     return fingerprint(*sorted(Path(inspect.getfile(fingerprint)).parent.glob("[a-z]*.py")))
 
-
+# %% ../nbs/03c_runs.ipynb #4a2af923
 class Run(RunFolder):
     """The folder of one run: `runs/<experiment>/<dataset>/<key>/`.
 

@@ -205,7 +205,7 @@ def place_run(p, data, clip):
     return Run("stage1", data.name, params, [data.fingerprint(), clip.fingerprint() if clip else None,
                                              *_own_code(BACKBONES[p.backbone])])
 
-
+# %% ../nbs/04_stage1.ipynb #f6792871
 def stage1_run(p, data, clip, features, device, reuse=False, test=True):
     """One seed of Stage 1 as a finished `Run`.
 

@@ -262,7 +262,7 @@ def need_of(model, batch_by, batch_size, accumulate=1):
         user, pos = next(iter(BATCHES[batch_by](backbone.user.cpu(), backbone.item.cpu(), batch_size)))
         return memory_need(model, *(x.to(backbone.user.device) for x in (user, pos)), accumulate)
 
-
+# %% ../nbs/05_stage2.ipynb #ac50b835
 def stage2_run(p, data, clip, features, device):
     "One seed of Stage 2, or of joint training, as a finished `Run`; the `clip` is the stock one before and after."
     with main_first():
@@ -299,7 +299,7 @@ def stage2_run(p, data, clip, features, device):
         wait()
     return run
 
-
+# %% ../nbs/05_stage2.ipynb #c2ba2f62
 def evaluate_variants(run, tuned_backbones, data, evaluator, stage1):
     "Evaluate variants (name, backbone) on both splits; write metrics, users' values and the lists of validation's best."
     metrics, per_user, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("per_user.parquet")}, {}
