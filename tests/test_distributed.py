@@ -195,11 +195,15 @@ def test_only_the_first_writes(two):
     assert two.ranks[1]["written"] == []
 
 
-def torchrun(folder, *program, **env):
+LAUNCHERS = {"torchrun": "torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port",
+             "accelerate": "accelerate.commands.accelerate_cli launch --cpu --num_processes 2 --num_machines 1 "
+                           "--mixed_precision no --dynamo_backend no --main_process_port"}
+
+
+def launch(launcher, folder, *program, **env):
     "A program of two processes."
-    launch = f"-m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port {free_port()}"
-    return subprocess.run([sys.executable, *launch.split(), *program], cwd=folder, capture_output=True, text=True,
-                          env=environment(folder, **env))
+    return subprocess.run([sys.executable, "-m", *LAUNCHERS[launcher].split(), str(free_port()), *program], cwd=folder,
+                          capture_output=True, text=True, env=environment(folder, **env))
 
 
 DIES = """
@@ -219,17 +223,17 @@ main()
 """
 
 
-@pytest.mark.parametrize("dies", ["no", "0", "1"])
-def test_torchrun_on_the_command_line(tmp_path, monkeypatch, dies):
+@pytest.mark.parametrize("dies, launcher", [("no", "torchrun"), ("0", "accelerate"), ("1", "torchrun")])
+def test_two_processes_on_the_command_line(tmp_path, monkeypatch, dies, launcher):
     "The whole experiment as README has it, and the same by a function call; also after SIGKILL of a rank in Stage 2."
     make_shop(tmp_path / "data" / "shop")
     program = ["--dataset", "shop", *(x for name, value in SHORT.items() for x in (f"--{name}", str(value)))]
     if dies != "no":
         (tmp_path / "dies.py").write_text(DIES)
-        assert torchrun(tmp_path, "dies.py", *program, DIES=dies).returncode
+        assert launch(launcher, tmp_path, "dies.py", *program, DIES=dies).returncode
         folder, = (tmp_path / "runs" / "stage2" / "shop").iterdir()
         assert (folder / "checkpoint.pt").exists() and not (folder / "metrics.json").exists()
-    result = torchrun(tmp_path, "-m", "ptmrec.stage2", *program)
+    result = launch(launcher, tmp_path, "-m", "ptmrec.stage2", *program)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("paired t-test") == 1
     for name, value in environment(tmp_path, PTMREC_RUNS=str(tmp_path / "alone")).items():
