@@ -9,20 +9,25 @@ __all__ = ['CUTOFFS', 'stable_topk', 'Pairs', 'rank_items', 'user_metrics', 'Eva
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy import stats
 
 from .data import DataError
 
 # %% ../nbs/03a_ranking.ipynb #09579ff9
 def _candidates(scores, k, width=32):
-    "Values and item numbers (B, about k x width) among which are the `k` highest of each row of `scores` (B, I)."
+    "Values and item numbers (B, k or a few more) among which are the `k` highest of each row of `scores` (B, I)."
     n = scores.shape[1] // width * width
     chunks = scores[:, :n].unflatten(1, (-1, width))
-    best = chunks.amax(2).topk(k, sorted=False).indices  # (B, k)
-    values = chunks.gather(1, best[:, :, None].expand(-1, -1, width)).flatten(1)
-    items = (best[:, :, None] * width + torch.arange(width, device=scores.device)).flatten(1)
-    rest = torch.arange(n, scores.shape[1], device=scores.device).expand(len(scores), -1)
-    return torch.cat([values, scores[:, n:]], 1), torch.cat([items, rest], 1)
+    maxima, best = chunks.amax(2).topk(k)  # (B, k)
+    values = torch.cat([chunks.gather(1, best[:, :, None].expand(-1, -1, width)).flatten(1), scores[:, n:]], 1)
+    row, place = (~(values < maxima[:, -1:])).nonzero(as_tuple=True)
+    items = F.pad(best * width, (0, 1), value=n)[row, place // width] + place % width
+    count = row.bincount(minlength=len(scores))
+    column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    table = len(scores), int(count.max())
+    return (scores.new_full(table, -torch.inf).index_put((row, column), values[row, place]),
+            items.new_zeros(table).index_put((row, column), items))
 
 
 def stable_topk(scores, k, width=32):

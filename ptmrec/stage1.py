@@ -282,7 +282,8 @@ def plot_history(runs, columns, title=""):
             history = run.load_table("history.csv").dropna(subset=[column])
             ax.plot(history.epoch, history[column], label=f"seed {run.params['seed']}")
         ax.set(xlabel="epoch", ylabel=column)
-    axes[0, -1].legend(fontsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(title)
     return figure
 

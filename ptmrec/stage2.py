@@ -402,7 +402,7 @@ def plot_results(runs, metrics=("recall@10", "recall@20", "ndcg@20")):
         values = np.array([[r.metrics()[v]["test"][metric] for v in names] for r in runs])
         ax.plot(names, values.T, "o-", color="0.6", ms=3, lw=0.8)
         ax.plot(names, values.mean(0), "o-", lw=2.5)
-        ax.set(title=f"test {metric}")
+        ax.set(title=f"test {metric}", xticks=range(len(names)), xticklabels=[n.replace("_", " ") for n in names])
     return figure
 
 # %% ../nbs/05_stage2.ipynb #9fc20b73
