@@ -15,6 +15,11 @@ from scipy import stats
 from .data import DataError
 
 # %% ../nbs/03a_ranking.ipynb #09579ff9
+def _places(row, count):
+    "For entries sorted by `row` (m,), `count` (B,) to a row: the place of each within its row."
+    return torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+
+
 def _candidates(scores, k, width=32):
     "Values and item numbers (B, k or a few more) among which are the `k` highest of each row of `scores` (B, I)."
     n = scores.shape[1] // width * width
@@ -24,10 +29,8 @@ def _candidates(scores, k, width=32):
     row, place = (~(values < maxima[:, -1:])).nonzero(as_tuple=True)
     items = F.pad(best * width, (0, 1), value=n)[row, place // width] + place % width
     count = row.bincount(minlength=len(scores))
-    column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    table = len(scores), int(count.max())
-    return (scores.new_full(table, -torch.inf).index_put((row, column), values[row, place]),
-            items.new_zeros(table).index_put((row, column), items))
+    at, table = (row, _places(row, count)), (len(scores), int(count.max()))
+    return scores.new_full(table, -torch.inf).index_put(at, values[row, place]), items.new_zeros(table).index_put(at, items)
 
 
 def stable_topk(scores, k, width=32):
@@ -61,8 +64,7 @@ class Pairs:
         "For `users` (B,): row numbers (m,) in 0..B-1 and items (m,) of all their pairs."
         count = self.count[users]
         row = torch.repeat_interleave(torch.arange(len(users), device=count.device), count)
-        offset = torch.arange(len(row), device=count.device) - (count.cumsum(0) - count)[row]
-        return row, self.item[self.start[users][row] + offset]
+        return row, self.item[self.start[users][row] + _places(row, count)]
 
 
 @torch.no_grad()
@@ -126,8 +128,9 @@ class Evaluator:
 
     def __init__(self, inter, device="cpu", items="all", users="all", mask_valid=False):
         train = inter.part("train")
-        known = {"valid": train, "test": tuple(map(np.append, train, inter.part("valid"))) if mask_valid else train}
-        self.masked = {split: Pairs(*pairs, inter.n_users, device) for split, pairs in known.items()}
+        self.masked = dict.fromkeys(("valid", "test"), Pairs(*train, inter.n_users, device))
+        if mask_valid:
+            self.masked["test"] = Pairs(*map(np.append, train, inter.part("valid")), inter.n_users, device)
         self.groups, self.n_items = f"{users} users and {items} items", inter.n_items
         counts_user, counts_item = _chosen(inter, "user", users), _chosen(inter, "item", items)
         self.positives = {}
