@@ -27,7 +27,7 @@ def tuned_runs(runs, dataset):
 def test_short_form_as_written(runs, tmp_path):
     "In nbs/, without an output path, with stdout redirected."
     with (tmp_path / "out.ipynb").open("w") as out:
-        command = f"{BIN}/papermill 05_stage2.ipynb -p dataset sample"
+        command = f"{BIN}/papermill 05_stage2.ipynb -p dataset sample -p n_seeds 1"  # nbdev_test runs all three
         result = subprocess.run(command.split(), cwd=ROOT / "nbs", stdout=out, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     executed = json.loads((tmp_path / "out.ipynb").read_text())
@@ -40,7 +40,7 @@ def test_short_form_as_written(runs, tmp_path):
             assert {"recall@10", "recall@20", "ndcg@10", "ndcg@20"} < variant["valid"].keys() == variant["test"].keys()
         best = max(("as_is", "continued", "fresh"), key=lambda v: metrics[v]["valid"]["recall@20"])
         gains.append(metrics[best]["test"]["recall@10"] - metrics["stage1"]["test"]["recall@10"])
-    assert len(gains) == 3 and sum(gains) > 0, f"Stage 2 should raise test Recall@10 on the sample; by run: {gains}"
+    assert len(gains) == 1 and gains[0] > 0, f"Stage 2 should raise test Recall@10 on the sample: {gains}"
 
 
 @pytest.mark.parametrize("wrong, message", [
