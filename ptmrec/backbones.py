@@ -160,9 +160,12 @@ def propagate(graph, user_emb, item_emb, n_layers, user=None, item=None):
 EXACT_ITEMS = 200_000  # item graphs of more items are made by an approximate index
 
 
+@torch.no_grad()
 def _exact_nearest(unit, k, block=4096):
-    "Similarities and numbers (I, k) of the `k` nearest of each row of `unit` (I, d), in blocks of rows."
-    tops = [(rows @ unit.T).topk(k) for rows in unit.split(block)]
+    "Similarities and numbers (I, k) of the `k` nearest of each row of `unit` (I, d), in blocks of rows, of 1 GiB at most."
+    block = max(1, min(block, len(unit), 2**28 // len(unit)))
+    space = unit.new_empty(block, len(unit))
+    tops = [torch.mm(rows, unit.T, out=space[: len(rows)]).topk(k) for rows in unit.split(block)]
     return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
 
 
@@ -201,7 +204,8 @@ def knn_graph(features, k, weighted=False):
     Raises `ValueError` if there are fewer than `k` items.
     """
     if k > len(features):
-        raise ValueError(f"knn_k={k} is more than the {len(features)} items.")
+        raise ValueError(f"An item graph of {k} neighbours needs as many items, and there are {len(features)}. Lower knn_k "
+                         "(SMORE's knn_k_image and knn_k_text).")
     value, item = _nearest(F.normalize(features.float(), dim=1), k)
     value = value.clamp(min=0)  # in a shop of hardly more than k items, the last ones point the other way
     row, col = torch.arange(len(features), device=features.device).repeat_interleave(k), item.flatten()
@@ -250,7 +254,7 @@ class Backbone(nn.Module):
 
     `user`, `item` (n,): training pairs. `feature_dims`: {modality: d_m}. `train_features`: whether the raw feature
     tables learn as well, as in the published code of FREEDOM, MGCN and SMORE.
-    `settings` of a subclass: its tunable arguments with our defaults; `published`: what papers use, per data set;
+    `settings` of a subclass: its tunable arguments with our defaults; `published`: what papers use, and we on the sample;
     `grid`: {setting: the values among which papers choose by validation}.
     """
 

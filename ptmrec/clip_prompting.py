@@ -25,13 +25,14 @@ from open_clip.transformer import text_global_pool
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .data import DataError, cache_dir, find_dataset, fingerprint, image_map, progress, repo_root, write_atomically
+from .data import (INTERPOLATIONS, RESIZE_MODES, DataError, cache_dir, find_dataset, fingerprint, image_map, progress,
+                         repo_root, write_atomically)
 from .distributed import agreed, main_first, rank, split_work, wait, world
 
 # %% ../nbs/01_clip_prompting.ipynb #e9fde7d2
 @dataclass
 class Clip:
-    "A frozen CLIP in evaluation mode and what it takes to feed it: tokenizer, image size, normalisation."
+    "A frozen CLIP in evaluation mode and what it takes to feed it: tokenizer, and how images are resized and normalised."
 
     name: str
     model: nn.Module
@@ -39,11 +40,14 @@ class Clip:
     image_size: int
     mean: torch.Tensor  # (3,)
     std: torch.Tensor  # (3,)
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
 
     def fingerprint(self):
-        "Key of the weights, the architecture's name and the normalisation; features are cached under it."
+        "Key of name, weights, layers (an activation has no weights) and image preparation; features are cached under it."
         weights = [w.detach().float().cpu().numpy() for w in self.model.state_dict().values()]
-        return fingerprint(self.name, self.image_size, self.mean.tolist(), self.std.tolist(), *weights)
+        return fingerprint(self.name, repr(self.model), self.image_size, self.resize_mode, self.interpolation,
+                           self.mean.tolist(), self.std.tolist(), *weights)
 
     def normalise(self, pixels):
         "(n, h, w, 3) uint8 to the (n, 3, h, w) floats that the image tower takes."
@@ -85,19 +89,24 @@ def _weights(clip_model, pretrained):
 def load_clip(clip_model="tiny", pretrained="sample"):
     """Load open_clip architecture `clip_model` with weights `pretrained` (a tag of open_clip, or a file) as a `Clip`.
 
-    Weights files are read as tensors only, never unpickled as code. Raises `DataError` if there is no such model, or
-    its weights are neither here nor to be had.
+    Weights files are read as tensors only, never unpickled as code. A tag says which activation it was trained with; a
+    file cannot, so name the architecture that has it (for OpenAI's weights ViT-B-32-quickgelu). Raises `DataError` if there
+    is no such model, its weights are neither here nor to be had, or its images are prepared in a way that is not known.
     """
     open_clip.add_model_config(find_dataset("sample") / "tiny.json")
     if clip_model not in open_clip.list_models():
         raise DataError(f"open_clip has no model '{clip_model}'. Examples: tiny, ViT-B-32, ViT-B-16, ViT-L-14; "
                         "open_clip.list_models() lists all.")
-    model = open_clip.create_model(clip_model, pretrained=_weights(clip_model, pretrained)).float().eval()
+    weights, tag = _weights(clip_model, pretrained), open_clip.get_pretrained_cfg(clip_model, pretrained)
+    model = open_clip.create_model(clip_model, weights, force_quick_gelu=bool(tag.get("quick_gelu"))).float().eval()
     model.requires_grad_(False)
     how = open_clip.get_model_preprocess_cfg(model)
     size = how["size"][0] if isinstance(how["size"], (tuple, list)) else how["size"]
+    if how["resize_mode"] not in RESIZE_MODES or how["interpolation"] not in INTERPOLATIONS:
+        raise DataError(f"{clip_model} resizes its images by {how['resize_mode']}, {how['interpolation']}. Known: "
+                        f"{', '.join(RESIZE_MODES)}; {', '.join(INTERPOLATIONS)}.")
     return Clip(f"{clip_model}/{pretrained}", model, open_clip.get_tokenizer(clip_model), size,
-                torch.tensor(how["mean"]), torch.tensor(how["std"]))
+                torch.tensor(how["mean"]), torch.tensor(how["std"]), how["resize_mode"], how["interpolation"])
 
 # %% ../nbs/01_clip_prompting.ipynb #642a2233
 @dataclass
@@ -301,8 +310,8 @@ def token_map(clip, texts, block=4096):
 class ItemContent(nn.Module):
     """What there is to encode of a data set's items, in the form that a CLIP takes.
 
-    `modalities`: "image", "text", or both; one that no item of `data` has is left out. `seen` (I,): which items have an
-    image. Raises `DataError` if there is nothing to encode.
+    `modalities`: "image", "text", or both; one that no item of `data` has, in readable form, is left out. `seen` (I,):
+    which items have an image. Raises `DataError` if there is nothing to encode.
     """
 
     def __init__(self, clip, data):
@@ -314,9 +323,13 @@ class ItemContent(nn.Module):
         self.modalities = [m for m, there in (("image", any(data.images)), ("text", any(data.texts))) if there]
         with main_first():
             if "image" in self.modalities:
-                self.pixels, self.seen = image_map(data, clip.image_size)
+                self.pixels, self.seen = image_map(data, clip.image_size, clip.resize_mode, clip.interpolation)
+                if not self.seen.any():
+                    self.modalities.remove("image")
             if "text" in self.modalities:
                 self.tokens = token_map(clip, data.texts)
+        if not self.modalities:
+            raise DataError(f"Data set '{data.name}': none of its images can be read, and it has no texts.")
 
     def images(self, items):
         "Normalised images (n, 3, h, w) of `items` (n,), on the CLIP's device."
@@ -418,6 +431,7 @@ def frozen_features(data, clip, device="cpu"):
     if not agreed({"there": path.exists()})["there"]:
         blocks = path.with_suffix(".blocks")
         features = {m: f.cpu().contiguous() for m, f in encode_in_blocks(ItemEncoder(clip, data), blocks).items()}
+        wait()  # until all have read the blocks
         if not rank():
             write_atomically(path, lambda temporary: save_file(features, temporary))
             shutil.rmtree(blocks, ignore_errors=True)

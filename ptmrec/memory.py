@@ -7,9 +7,11 @@ __all__ = ['GAPS', 'LIBRARIES', 'encode_in_parts', 'LiveBytes', 'peak_bytes', 'e
            'free_bytes', 'fit_memory']
 
 # %% ../nbs/03e_memory.ipynb #c4221a76
+import math
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -148,7 +150,17 @@ def free_bytes(device):
     "Bytes of memory that are free on a torch device, what torch holds in reserve included; on a CPU, this rank's share."
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(psutil.virtual_memory().available, _container_free()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _container_free(root=Path("/sys/fs/cgroup")):
+    "Bytes that the limit of a Linux container, if there is one, leaves to its processes; files kept in memory can go."
+    try:
+        limit, used = (int((root / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (root / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # another system, or no limit ("max")
+        return math.inf
+    return limit - used + int(dict(line.split() for line in lines)["inactive_file"])
 
 
 def fit_memory(need, micro_batch, free):

@@ -206,17 +206,19 @@ def sublayers(clip, tower, last_layers=None, parts=tuple(PARTS)):
 
 # %% ../nbs/01a_peft.ipynb #614fc3cd
 class Bottleneck(nn.Module):
-    "What an adapter adds to the output of `sublayer`: (..., width), or (B, width, h, w) if that is convolutional."
+    "What an adapter adds to the output of `sublayer`: (..., width), or (B, width, h, w) if that is made of maps."
 
     def __init__(self, sublayer, size):
         super().__init__()
         last = [*_linear(sublayer).values()][-1]
-        width, self.axis = (last.out_channels, 1) if isinstance(last, nn.Conv2d) else (last.out_features, -1)
-        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
+        self.maps = isinstance(last, nn.Conv2d)
+        self.width = last.out_channels if self.maps else last.out_features
+        self.down, self.up = nn.Linear(self.width, size), nn.Linear(size, self.width)
         nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
 
     def forward(self, x):
-        return self.up(F.gelu(self.down(x.movedim(self.axis, -1)))).movedim(-1, self.axis)
+        axis = 1 if self.maps or x.shape[-1] != self.width else -1  # FastViT's attention is linear, and still returns maps
+        return self.up(F.gelu(self.down(x.movedim(axis, -1)))).movedim(-1, axis)
 
     def hook(self, sublayer, args, output):
         "Forward hook on `sublayer`; torch's attention returns a tuple, whose second half is empty."

@@ -8,6 +8,7 @@ __all__ = ['METRIC', 'TRAINING', 'SMALL', 'STAGE1', 'build_backbone', 'evaluate'
            'stage1_run', 'score_run', 'run_stage1', 'metrics_table', 'plot_history', 'search', 'plot_search']
 
 # %% ../nbs/04_stage1.ipynb #2e4981e7
+import importlib
 import inspect
 import itertools
 import math
@@ -32,8 +33,9 @@ from .amazon import find_or_prepare
 from .backbones import BACKBONES, backbone_settings
 from .clip_prompting import frozen_features, load_clip
 from .data import DataError, load_data, progress
+from .distributed import main_first
 from .ranking import Evaluator
-from .runs import Run, choose, parameters, pick_device, set_seed
+from .runs import Run, at_least_one, choose, parameters, pick_device, set_seed, to_do
 from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, reuse_memory
 
 # %% ../nbs/04_stage1.ipynb #c91af327
@@ -43,12 +45,15 @@ METRIC = "recall@20"  # early stopping and every choice between variants use it,
 def build_backbone(name, inter, features, settings, emb_size=64, train_features=False, device="cpu"):
     "A backbone on the training pairs of `inter`, with `features` {modality: (I, d_m)} set."
     user, item = (torch.as_tensor(x, device=device) for x in inter.part("train"))
+    if not len(user):
+        raise DataError("There is no training interaction: none is labelled 0.")
     dims = {m: f.shape[1] for m, f in features.items()}
     backbone = BACKBONES[name](user, item, inter.n_users, inter.n_items, dims, emb_size=emb_size,
                                train_features=train_features, **settings).to(device)
     if backbone.uses_features:
         if not features:
-            raise DataError(f"Backbone '{name}' needs item features; bpr and lightgcn need none.")
+            none = ", ".join(other for other, cls in BACKBONES.items() if not cls.uses_features)
+            raise DataError(f"Backbone '{name}' needs item features. These need none: {none}.")
         backbone.set_features(features)
     return backbone
 
@@ -112,13 +117,13 @@ SMALL = {"sample": {"lr": 5e-3, "batch_size": 512}}  # a small shop has few step
 
 def seeds_of(p):
     "The seeds of an experiment: `n_seeds` from `seed` on; where it is None, three on the sample and one elsewhere."
-    n_seeds = (3 if p.dataset in SMALL else 1) if p.n_seeds is None else p.n_seeds
+    n_seeds = (3 if Path(p.dataset).name in SMALL else 1) if p.n_seeds is None else p.n_seeds
     return range(p.seed, p.seed + n_seeds)
 
 
 def training_of(p):
     "Arguments of `train_backbone`: those of `p` that are not None, else our default for the data set."
-    default = TRAINING | SMALL.get(p.dataset, {})
+    default = TRAINING | SMALL.get(Path(p.dataset).name, {})
     given = {k: getattr(p, k) for k in ("lr", "batch_size", "epochs", "patience")}
     return default | {k: v for k, v in given.items() if v is not None}
 
@@ -158,11 +163,15 @@ def compare_features(name, inter, tables, settings, seeds, **training):
 # %% ../nbs/04_stage1.ipynb #eb139a3f
 def prepare(p):
     "The data set, its CLIP (None if the features are ready-made), its features and the device, for parameters `p`."
-    device = pick_device(p.device)
-    data = load_data(find_or_prepare(p.dataset), p.min_rating, p.core, p.split, p.split_seed)
-    if data.features or (not BACKBONES[p.backbone].uses_features and not data.has_content):
-        clip = None
-    else:
+    device, clip = pick_device(p.device), None
+    with main_first():
+        data = load_data(find_or_prepare(p.dataset), p.min_rating, p.core, p.split, p.split_seed)
+    if BACKBONES[p.backbone].uses_features and data.features:
+        own = {"image": any(data.images), "text": any(data.texts)}
+        if unused := [m for m in own if own[m] and m not in data.features]:
+            warnings.warn(f"Data set '{data.name}' brings ready-made features, {', '.join(data.features)}, and nothing else "
+                          f"is used, not its own {' and '.join(unused)}. A CLIP encodes these if the .npy files are away.")
+    elif BACKBONES[p.backbone].uses_features:
         clip = load_clip(p.clip_model, p.pretrained).to(device)
         if p.pretrained == "sample" and data.name != "sample":
             warnings.warn("The tiny CLIP has only seen the sample shop's drawings. For real photographs use a real one: "
@@ -192,7 +201,8 @@ STAGE1 = ("dataset min_rating core split split_seed eval_users eval_items mask_v
 def _own_code(cls):
     "What makes a class of the user's own, say of a notebook: its functions' source and its constants."
     own = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("ptmrec", "torch", "builtins")]
-    members = [(k, v) for c in own for k, v in vars(c).items() if not k.startswith("__") or inspect.isfunction(v)]
+    members = [(k, getattr(v, "fget", None) or getattr(v, "__func__", v)) for c in own for k, v in vars(c).items()]
+    members = [(k, v) for k, v in members if not k.startswith("__") or inspect.isfunction(v)]
     try:
         return [inspect.getsource(v) if inspect.isfunction(v) else f"{k} = {v!r}" for k, v in members]
     except OSError:  # typed into a shell: as good as new in another process
@@ -206,19 +216,18 @@ def place_run(p, data, clip):
                                              *_own_code(BACKBONES[p.backbone])])
 
 # %% ../nbs/04_stage1.ipynb #f6792871
-def stage1_run(p, data, clip, features, device, reuse=False, test=True):
-    """One seed of Stage 1 as a finished `Run`.
+def stage1_run(p, data, clip, features, device, test=True):
+    """One seed of Stage 1 as a finished `Run`; what a run of the same parameters, data and code has done is not done again.
 
-    `reuse`: what a run of the same parameters, data and code has done is not done again. `test=False` stops when the
-    training is over, before the test split is scored.
+    `test=False` stops when the training is over, before the test split is scored.
     """
     run = place_run(p, data, clip)
-    if reuse and (run.finished if test else run.trained):
+    if run.finished if test else run.trained:
         return run
     set_seed(p.seed, device)
     evaluator = Evaluator(data.inter, device, p.eval_items, p.eval_users, p.mask_valid)
     backbone = build_backbone(p.backbone, data.inter, features, settings_of(p), p.emb_size, p.train_features, device)
-    if reuse and run.trained:
+    if run.trained:
         backbone.load_state_dict(run.load_weights("backbone"), strict=False)
     else:
         run.begin()
@@ -252,6 +261,7 @@ def run_stage1(dataset="sample", min_rating=None, core=0, split=None, split_seed
                device="auto"):
     """Stage 1 for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.
 
+    A call that was killed goes on where it was; one whose runs are all finished begins anew.
     `dataset`: a name or a folder; `min_rating`, `core`: which interactions count; `split`, `split_seed`: see `load_data`;
     `eval_users`, `eval_items` (all, or only the warm or cold ones), `mask_valid`: see `Evaluator`. `clip_model`,
     `pretrained`: a CLIP.
@@ -259,11 +269,18 @@ def run_stage1(dataset="sample", min_rating=None, core=0, split=None, split_seed
     `epochs`, `patience`: the most epochs, and how many without a better validation Recall@20 end the training. Unknown
     names raise errors that list what is allowed.
     """
-    p = SimpleNamespace(**locals())
+    p = SimpleNamespace(**locals() | {"dataset": str(dataset)})
     choose("backbone", backbone, BACKBONES)
     settings_of(p)
-    prepared = prepare(p)
-    return [stage1_run(SimpleNamespace(**vars(p) | {"seed": s}), *prepared) for s in seeds_of(p)]
+    at_least_one(p, "epochs", "patience", "batch_size", "n_seeds")
+    prepared = data, clip, *_ = prepare(p)
+    ps = [SimpleNamespace(**vars(p) | {"seed": seed}) for seed in seeds_of(p)]
+    runs = [place_run(p, data, clip) for p in ps]
+    left = to_do(runs)
+    for p, run in zip(ps, runs):
+        if run in left:
+            stage1_run(p, *prepared)
+    return runs
 
 # %% ../nbs/04_stage1.ipynb #e7177b5a
 def metrics_table(metrics):
@@ -305,16 +322,20 @@ def _trials(p, grid, n_trials=None):
 _worker = {}
 
 
-def _start_worker(p, lifeline):
-    "Make this process a worker. It ends when the process that searches closes its end of the pipe `lifeline`, or dies."
+def _start_worker(p, module, lifeline):
+    """Make this process a worker, which knows the backbones of `module`.
+
+    It ends when the process that searches closes its end of the pipe `lifeline`, or dies.
+    """
     threading.Thread(target=lambda: (lifeline.poll(None), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
+    importlib.import_module(module)
     _worker["prepared"] = prepare(p)
 
 
 def _work(p, test):
-    return stage1_run(p, *_worker["prepared"], reuse=True, test=test)
+    return stage1_run(p, *_worker["prepared"], test=test)
 
 
 def _calls(ps, prepared, processes, test):
@@ -323,11 +344,12 @@ def _calls(ps, prepared, processes, test):
     far = [n for n, run in enumerate(runs) if not (run.finished if test else run.trained)]
     if processes == 1 or len(far) == 1:
         far = []
-    yield from ((n, partial(stage1_run, p, *prepared, reuse=True, test=test)) for n, p in enumerate(ps) if n not in far)
+    yield from ((n, partial(stage1_run, p, *prepared, test=test)) for n, p in enumerate(ps) if n not in far)
     if far:
         context = multiprocessing.get_context("spawn")
         lifeline, mine = context.Pipe(duplex=False)
-        with ProcessPoolExecutor(min(processes, len(far)), context, _start_worker, (ps[0], lifeline)) as pool:
+        start = ps[0], BACKBONES[ps[0].backbone].__module__, lifeline
+        with ProcessPoolExecutor(min(processes, len(far)), context, _start_worker, start) as pool:
             try:
                 numbers = {pool.submit(_work, ps[n], test): n for n in far}
                 yield from ((numbers[future], future.result) for future in as_completed(numbers))

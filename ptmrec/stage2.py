@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'BATCHES', 'VARIANTS', 'TRAININGS', 'teacher', 'item_batches', 'interaction_batches', 'Stage2',
-           'with_features', 'MissingImages', 'tune', 'variants', 'resolved', 'parameter_table', 'need_of', 'stage2_run',
-           'evaluate_variants', 'run_stage2', 'best_variant', 'per_user_values', 'results_table', 'verdict',
-           'plot_results', 'main']
+           'with_features', 'MissingImages', 'tune', 'variants', 'resolved', 'parameter_table', 'need_of',
+           'place_stage2', 'encoder_of', 'stage2_run', 'evaluate_variants', 'run_stage2', 'best_variant',
+           'per_user_values', 'results_table', 'verdict', 'plot_results', 'main']
 
 # %% ../nbs/05_stage2.ipynb #144074d5
 from types import SimpleNamespace
@@ -27,9 +27,9 @@ from .memory import encode_in_parts, fit_memory, free_bytes, memory_need
 from .peft import attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs, paired_test
-from .runs import Run, choose, command_line, set_seed
-from .stage1 import (METRIC, build_backbone, evaluate, mean_metrics, metrics_table, prepare, save_lists, seeds_of,
-                           settings_of, stage1_run, train_backbone, training_of)
+from .runs import Run, at_least_one, choose, command_line, set_seed, to_do
+from .stage1 import (METRIC, build_backbone, evaluate, mean_metrics, metrics_table, place_run, prepare, save_lists,
+                           seeds_of, settings_of, stage1_run, train_backbone, training_of)
 from .training import (Callback, Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features,
                              reuse_memory)
 
@@ -263,12 +263,26 @@ def need_of(model, batch_by, batch_size, accumulate=1):
         return memory_need(model, *(x.to(backbone.user.device) for x in (user, pos)), accumulate)
 
 # %% ../nbs/05_stage2.ipynb #ac50b835
-def stage2_run(p, data, clip, features, device):
-    "One seed of Stage 2, or of joint training, as a finished `Run`; the `clip` is the stock one before and after."
+def place_stage2(p, data, clip):
+    "The run of Stage 2, or of joint training, of parameters `p`, done or not."
+    params = vars(p) | settings_of(p) | training_of(p) | {"stage1": place_run(p, data, clip).key}
+    del params["n_seeds"]
+    return Run("stage2", data.name, params, [data.fingerprint(), clip.fingerprint()])
+
+
+def encoder_of(p, data, clip):
+    "An encoder of items by `clip`, with the tuning of parameters `p` attached to it."
+    encoder = (PrefixEncoder if p.cache_prefix else ItemEncoder)(clip, data, precision=p.precision)
+    method = {s: getattr(p, s) for cls in tuning_methods(p.tuning) for s in cls.settings}
+    encoder.tuning = attach(clip, p.tuning, encoder.modalities, **method)
+    return encoder
+
+
+def stage2_run(run, p, data, clip, features, device):
+    "Do and finish `run`, one seed of Stage 2 or of joint training; the `clip` is the stock one before and after."
     with main_first():
-        stage1 = stage1_run(p, data, clip, features, device, reuse=True)
-    params = vars(p) | settings_of(p) | training_of(p) | {"stage1": stage1.key}
-    run = Run("stage2", data.name, params, [data.fingerprint(), clip.fingerprint()]).begin()
+        stage1 = stage1_run(p, data, clip, features, device)
+    run.begin()
     evaluator = Evaluator(data.inter, device, p.eval_items, p.eval_users, p.mask_valid)
     set_seed(p.seed, device)
     backbone = build_backbone(p.backbone, data.inter, features, settings_of(p), p.emb_size, p.train_features, device)
@@ -276,10 +290,9 @@ def stage2_run(p, data, clip, features, device):
         backbone.load_state_dict(stage1.load_weights("backbone"), strict=False)
 
     set_seed(p.seed, device)
-    encoder = (PrefixEncoder if p.cache_prefix else ItemEncoder)(clip, data, precision=p.precision)
-    method = {s: getattr(p, s) for cls in tuning_methods(p.tuning) for s in cls.settings}
     patience = max(1, p.patience // p.validate_every) if p.training == "joint" else None  # in validations
-    with attach(clip, p.tuning, encoder.modalities, **method) as encoder.tuning:
+    encoder = encoder_of(p, data, clip)
+    with encoder.tuning:
         model = Stage2(backbone, encoder, p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight, p.tune_backbone,
                        None if p.micro_batch == "auto" else p.micro_batch)
         need = need_of(model, p.batch_by, p.stage2_batch_size, p.accumulate)
@@ -297,7 +310,6 @@ def stage2_run(p, data, clip, features, device):
             evaluate_variants(run, variants(backbone, tuned, projected, data, evaluator, p), data, evaluator, stage1)
             run.checkpoint.unlink(missing_ok=True)
         wait()
-    return run
 
 # %% ../nbs/05_stage2.ipynb #c2ba2f62
 def evaluate_variants(run, tuned_backbones, data, evaluator, stage1):
@@ -327,6 +339,7 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
                precision="float32", cache_prefix=False, seed=0, n_seeds=None, device="auto"):
     """Both stages for `n_seeds` seeds from `seed` on (None: 3 on the sample, else 1); returns a list of finished `Run`s.
 
+    A call that was killed goes on where it was; one whose runs are all finished begins anew.
     Stage 1 (see `run_stage1` for its parameters) is trained unless a run of the same parameters, data and code is there.
     `train_features` is for backbones that train on given features, not on those that CLIP makes as it learns.
     `training`: "two_stage", or "joint" without Stage 1's knowledge, see `resolved`. `tuning`: a method of `peft`, or
@@ -337,7 +350,7 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
     `PrefixEncoder`, for tunings of the last layers.
     Unknown names raise errors that list what is allowed.
     """
-    p = SimpleNamespace(**locals())
+    p = SimpleNamespace(**locals() | {"dataset": str(dataset)})
     for name, allowed in (("backbone", BACKBONES), ("kt_source", SOURCES), ("similarity", SIMILARITIES),
                           ("feature_space", ("raw", "projected")), ("batch_by", BATCHES), ("training", TRAININGS),
                           ("precision", PRECISIONS)):
@@ -348,6 +361,8 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
                          f"Use one of {', '.join(n for n, cls in BACKBONES.items() if cls.uses_features)}.")
     if micro_batch not in (None, "auto") and not (isinstance(micro_batch, int) and micro_batch > 0):
         raise ValueError(f"micro_batch={micro_batch!r} is not known. Allowed: a number of items from 1, \"auto\", None.")
+    at_least_one(p, "epochs", "patience", "batch_size", "stage2_epochs", "stage2_batch_size", "accumulate", "validate_every",
+                 "n_seeds")
     settings_of(p)
     p = resolved(p)
     if not p.kt_weight and not p.task_weight:
@@ -357,10 +372,19 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
         find_or_prepare(dataset)
     data, clip, features, device = prepare(p)
     if clip is None:
-        raise DataError(f"Data set '{data.name}' brings ready-made features and no images or texts of its own to encode; "
-                        "Stage 2 tunes a CLIP, so it needs them. Stage 1 runs as it is.")
-    return [stage2_run(SimpleNamespace(**vars(p) | {"seed": s}), data, clip, features, device)
-            for s in seeds_of(p)]
+        how = ("Move its .npy files away, and the CLIP encodes its own images and texts." if data.has_content else
+               "It has no images or texts of its own to encode. Stage 1 runs as it is.")
+        raise DataError(f"Data set '{data.name}' brings ready-made features, and Stage 2 tunes a CLIP to make them. {how}")
+    encoder = encoder_of(p, data, clip)
+    with encoder.tuning:
+        encoder(torch.tensor([0]))  # what does not suit this CLIP fails here, before Stage 1 is trained
+    ps = [SimpleNamespace(**vars(p) | {"seed": seed}) for seed in seeds_of(p)]
+    runs = [place_stage2(p, data, clip) for p in ps]
+    left = to_do(runs)
+    for p, run in zip(ps, runs):
+        if run in left:
+            stage2_run(run, p, data, clip, features, device)
+    return runs
 
 # %% ../nbs/05_stage2.ipynb #6dce16e6
 def best_variant(runs):

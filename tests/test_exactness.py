@@ -1,11 +1,17 @@
 """What must be exact: parity with stock CLIP, where gradients go, repeatability."""
+import copy
+from dataclasses import replace
+
+import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
+from PIL import Image
 
 from ptmrec.backbones import BACKBONES, backbone_settings, knn_graph
 from ptmrec.clip_prompting import Clip, DeepPrompts, ItemEncoder, encode_image, encode_text, frozen_features, load_clip
-from ptmrec.data import DataError, load_data
+from ptmrec.data import INTERPOLATIONS, RESIZE_MODES, DataError, load_data, load_image
 from ptmrec.peft import attach
 from ptmrec.stage1 import build_backbone, run_stage1
 from ptmrec.stage2 import Stage2
@@ -103,9 +109,45 @@ def test_same_seed_same_metrics_bit_for_bit(runs):
     assert run_stage1(epochs=3, n_seeds=1, seed=1)[0].metrics() != metrics
 
 
+@pytest.mark.parametrize("tag, activation", [("openai", QuickGELU), ("laion2b_s34b_b79k", torch.nn.GELU)])
+def test_a_tag_brings_the_activation_it_was_trained_with(monkeypatch, tag, activation):
+    create = open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", lambda name, weights, **how: create(name, pretrained=None, **how))
+    monkeypatch.setattr("ptmrec.clip_prompting._weights", lambda name, pretrained: pretrained)
+    clip = load_clip("ViT-B-32", tag)
+    for tower in (clip.model.visual, clip.model):
+        assert type(tower.transformer.resblocks[0].mlp.gelu) is activation
+
+
+@pytest.mark.parametrize("size", [(90, 71), (64, 200), (31, 31)])
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("resize_mode", RESIZE_MODES)
+def test_images_are_prepared_as_open_clip_does(tmp_path, resize_mode, interpolation, size):
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "i.png")
+    how = {"resize_mode": resize_mode, "interpolation": interpolation}
+    wanted = open_clip.image_transform(48, False, mean=(0, 0, 0), std=(1, 1, 1), **how)(Image.fromarray(pixels))
+    found = load_image(tmp_path / "i.png", 48, **how)
+    assert np.array_equal(found, (255 * wanted).round().permute(1, 2, 0).numpy().astype(np.uint8))
+
+
+def test_preparation_and_activation_are_part_of_a_clips_name(sample):
+    _, clip, _ = sample
+    other = copy.deepcopy(clip.model)
+    other.visual.transformer.resblocks[0].mlp.gelu = QuickGELU()
+    keys = [clip.fingerprint(), replace(clip, resize_mode="squash").fingerprint(),
+            replace(clip, interpolation="bilinear").fingerprint(), replace(clip, model=other).fingerprint()]
+    assert len(set(keys)) == 4
+
+
+GIVEN = [("image", "text"), ("image",), ("text",)]
+
+
+@pytest.mark.parametrize("given", GIVEN)
 @torch.no_grad()
-def test_freedom_equals_a_dense_reference(sample):
+def test_freedom_equals_a_dense_reference(sample, given):
     data, _, features = sample
+    features = {m: features[m] for m in given}
     torch.manual_seed(0)
     settings = backbone_settings("freedom", "sample", n_layers=2, knn_k=10, image_weight=0.1, n_item_layers=1)
     model = build_backbone("freedom", data.inter, features, settings).eval()
@@ -118,7 +160,8 @@ def test_freedom_equals_a_dense_reference(sample):
     ego = torch.cat([model.user_emb, model.item_emb])
     out = (ego + A_hat @ ego + A_hat @ A_hat @ ego) / 3
     S = torch.zeros(I, I)
-    for m, weight in (("image", 0.1), ("text", 0.9)):
+    for m in given:
+        weight = 1 if len(given) == 1 else {"image": 0.1, "text": 0.9}[m]
         unit = torch.nn.functional.normalize(features[m], dim=1)
         nearest = (unit @ unit.T).topk(10).indices
         S += weight * torch.zeros(I, I).scatter_(1, nearest, 1 / 10)
@@ -150,11 +193,12 @@ def dense_views(backbone, features):
     return A[:n_users, n_users:], sum(layers) / len(layers), item_graph
 
 
-@pytest.fixture
-def views_shop():
+@pytest.fixture(params=GIVEN)
+def views_shop(request):
     torch.manual_seed(1)
     pairs = (torch.rand(20, 15) < 0.3).nonzero()
     features = {"image": torch.rand(15, 12), "text": torch.rand(15, 7)}
+    features = {m: features[m] for m in request.param}
     return (*pairs.T, 20, 15, {m: f.shape[1] for m, f in features.items()}), features
 
 
@@ -171,17 +215,17 @@ def test_mgcn_equals_a_dense_reference(views_shop):
         smooth = item_graph(f, 4) @ gated
         views.append(torch.cat([R @ smooth, smooth]))
     logit = [torch.tanh(v @ b.attention[0].weight.T + b.attention[0].bias) @ b.attention[2].weight.T for v in views]
-    alpha = [x.exp() / (logit[0].exp() + logit[1].exp()) for x in logit]
-    shared = alpha[0] * views[0] + alpha[1] * views[1]
+    alpha = [x.exp() / sum(y.exp() for y in logit) for x in logit]
+    shared = sum(a * v for a, v in zip(alpha, views))
     side = shared.clone()
     for m, v in zip(features, views):
-        side += torch.sigmoid(e_id @ b.preference[m][0].weight.T + b.preference[m][0].bias) * (v - shared) / 2
+        side += torch.sigmoid(e_id @ b.preference[m][0].weight.T + b.preference[m][0].bias) * (v - shared) / len(views)
     assert torch.allclose(torch.cat(b.eval()()), e_id + side, atol=1e-5)
 
 
 @torch.no_grad()
 def test_smore_equals_a_dense_reference(views_shop):
-    "The filters as circular convolutions, term by term, and the fused graph as a loop."
+    "The filters as circular convolutions, term by term."
     shop, features = views_shop
     d = 8
     b = BACKBONES["smore"](*shop, emb_size=d, **backbone_settings("smore", "", knn_k_image=5, knn_k_text=3))
@@ -193,9 +237,9 @@ def test_smore_equals_a_dense_reference(views_shop):
         return torch.stack([sum(a[..., j] * c[..., (k - j) % d] for j in range(d)) for k in range(d)], -1)
 
     kernel = {m: torch.fft.irfft(torch.view_as_complex(w), n=d, norm="backward") for m, w in b.filter.items()}
-    x["fused"] = convolve(x["image"], x["text"]) / d**0.5
-    S = {"image": item_graph(features["image"], 5), "text": item_graph(features["text"], 3)}
-    S["fused"] = torch.maximum(S["image"], S["text"])
+    x["fused"] = convolve(x["image"], x["text"]) / d**0.5 if len(x) == 2 else next(iter(x.values()))
+    S = {m: item_graph(f, {"image": 5, "text": 3}[m]) for m, f in features.items()}
+    S["fused"] = torch.stack(list(S.values())).max(0).values
     view = {}
     for m in x:
         gate = torch.sigmoid(convolve(x[m], kernel[m]) @ b.gate[m][0].weight.T + b.gate[m][0].bias)
@@ -207,8 +251,65 @@ def test_smore_equals_a_dense_reference(views_shop):
         if m != "fused":
             q = b.attention[m]
             part = part * torch.softmax(torch.tanh(view["fused"] @ q[0].weight.T + q[0].bias) @ q[2].weight.T, 1)
-        side = side + part * torch.sigmoid(e_id @ b.preference[m][0].weight.T + b.preference[m][0].bias) / 3
+        side = side + part * torch.sigmoid(e_id @ b.preference[m][0].weight.T + b.preference[m][0].bias) / len(x)
     assert torch.allclose(torch.cat(b.eval()()), e_id + side, atol=1e-5)
+
+
+@torch.no_grad()
+def test_vbpr_equals_its_scores_written_out(views_shop):
+    shop, features = views_shop
+    b = BACKBONES["vbpr"](*shop, emb_size=8, **backbone_settings("vbpr", ""))
+    b.set_features(features)
+    users, items = b.eval()()
+    for u in range(20):
+        for i in range(15):
+            seen = sum(f[i] @ b.project[m].weight.T + b.project[m].bias for m, f in features.items())
+            assert torch.isclose(users[u] @ items[i], b.user_emb[u] @ b.item_emb[i] + b.modal_emb[u] @ seen, atol=1e-5)
+
+
+def bpr_by_pair(user, pos, neg):
+    return sum(-torch.log(torch.sigmoid(u @ p - u @ n)) for u, p, n in zip(user, pos, neg)) / len(user)
+
+
+def info_nce_by_row(a, b, tau):
+    a, b, total = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True), 0
+    for n in range(len(a)):
+        alike = [torch.exp(a[n] @ other / tau) for other in b]
+        total -= torch.log(alike[n] / sum(alike))
+    return total / len(a)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_losses_are_those_of_the_papers(views_shop, name):
+    "Written out pair by pair, from the embeddings that the tests above check."
+    shop, features = views_shop
+    changes = {"knn_k": 4, "knn_k_image": 5, "knn_k_text": 4, "edge_dropout": 0.0, "aux_weight": 0.3, "cl_weight": 0.5,
+               "cl_tau": 0.7, "reg_weight": 0.2}
+    settings = BACKBONES[name].settings | {k: v for k, v in changes.items() if k in BACKBONES[name].settings}
+    b = BACKBONES[name](*shop, emb_size=8, **settings).eval()
+    if b.uses_features:
+        b.set_features(features)
+    user, pos, neg = torch.tensor([3, 3, 19, 0]), torch.tensor([2, 14, 2, 7]), torch.tensor([5, 2, 0, 1])
+    users, items = b()
+    batch = users[user], items[pos], items[neg]
+    wanted = {"bpr": bpr_by_pair(*batch)}
+    if name in ("bpr", "lightgcn"):
+        batch = b.user_emb[user], b.item_emb[pos], b.item_emb[neg]
+    if name == "freedom":
+        for m, f in features.items():
+            seen = f @ b.project[m].weight.T + b.project[m].bias
+            wanted[f"aux_{m}"] = 0.3 * bpr_by_pair(users[user], seen[pos], seen[neg])
+    else:
+        wanted["reg"] = 0.2 * sum((row**2).sum() for e in batch for row in e) / (2 * len(user))
+    if name in ("mgcn", "smore"):
+        _, e_id, _ = dense_views(b, features)
+        side, rows = torch.cat([users, items]) - e_id, (user, 20 + pos)
+        wanted["cl"] = 0.5 * sum(info_nce_by_row(side[r], e_id[r], 0.7) for r in rows)
+    found = b.loss(user, pos, neg)
+    assert found.keys() == wanted.keys()
+    for term, value in wanted.items():
+        assert value > 0 and torch.isclose(found[term], value, rtol=1e-4), term
 
 
 @pytest.mark.parametrize("name", [n for n, cls in BACKBONES.items() if cls.uses_features])
@@ -221,7 +322,7 @@ def test_feature_tables_learn_only_where_asked(views_shop, name):
         b.set_features(features)
         sum(b.loss(user, item, item.flip(0)).values()).backward()
         tables = {n: q for n, q in b.named_parameters() if n.startswith("features.")}
-        assert set(tables) == ({"features.image", "features.text"} if train_features else set())
+        assert set(tables) == ({f"features.{m}" for m in features} if train_features else set())
         assert all(q.grad.abs().sum() > 0 for q in tables.values())
         assert all(torch.equal(b.features[m], f) for m, f in features.items())
         given = {m: f.clone() for m, f in features.items()}

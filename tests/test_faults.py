@@ -1,5 +1,8 @@
 """Bad input and bad luck: clear errors, nothing half-written."""
+import importlib
+import math
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +14,8 @@ from small import SHORT, make_shop
 
 from ptmrec.clip_prompting import ItemEncoder, frozen_features, load_clip
 from ptmrec.data import DataError, cache_dir, image_map, load_data
-from ptmrec.stage1 import run_stage1
+from ptmrec.memory import _container_free
+from ptmrec.stage1 import run_stage1, seeds_of, training_of
 from ptmrec.stage2 import run_stage2
 
 
@@ -89,8 +93,14 @@ def test_ready_made_features_run_stage1_and_are_refused_by_stage2(tmp_path, monk
     np.save(folder / "text_feat.npy", rng.normal(size=(20, 8)).astype(np.float16))
     run, = run_stage1("ready", epochs=2, n_seeds=1)
     assert 0 <= run.metrics()["test"]["recall@20"] <= 1
-    with pytest.raises(DataError, match="ready-made features and no images or texts"):
+    with pytest.raises(DataError, match="ready-made features, .* no images or texts of its own"):
         run_stage2("ready", n_seeds=1)
+    (folder / "items.csv").write_text("item,title\n" + "".join(f"{i},thing {i}\n" for i in range(20)))
+    with pytest.raises(DataError, match="Move its .npy files away, and the CLIP"):
+        run_stage2("ready", n_seeds=1)
+    (folder / "text_feat.npy").unlink()
+    with pytest.warns(UserWarning, match="ready-made features, image, .* not its own text"):
+        run_stage1("ready", epochs=1, n_seeds=1)
     np.save(folder / "image_feat.npy", np.zeros((5, 16), np.float32))
     with pytest.raises(DataError, match="image_feat.npy has 5 rows"):
         load_data("ready")
@@ -125,6 +135,34 @@ def test_a_killed_run_is_not_a_finished_one_and_resumes(runs, monkeypatch):
     monkeypatch.setattr(stage1, "evaluate", evaluate)
     resumed, = run_stage1(epochs=25, patience=25, n_seeds=1)
     assert resumed.metrics() == expected and not (whole.folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_seeds_that_are_done_stay_done_after_a_kill(tmp_path, monkeypatch, stage):
+    "The third call finds all seeds finished, and does them once more."
+    module = importlib.import_module(f"ptmrec.{stage}")
+    experiment, train = (run_stage1, "train_backbone") if stage == "stage1" else (run_stage2, "tune")
+    trained, original = [], getattr(module, train)
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    make_shop(tmp_path / "shop")
+    settings = ({"epochs": 1, "backbone": "vbpr"} if stage == "stage1" else SHORT) | {"n_seeds": 3}
+
+    def dies(*args, **more):
+        trained.append(more.get("name") or args[-2])
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **more)
+
+    monkeypatch.setattr(module, train, dies)
+    shop = tmp_path / "shop"
+    with pytest.raises(KeyboardInterrupt):
+        experiment(shop, **settings)
+    first = experiment(shop, **settings)
+    again = experiment(shop, **settings)
+    more = experiment(shop, **settings | {"n_seeds": 4})
+    assert [int(name[-1]) for name in trained] == [0, 1, 1, 2, 0, 1, 2, 3]
+    assert [run.metrics() for run in first] == [run.metrics() for run in again] == [run.metrics() for run in more[:3]]
 
 
 JOINT = {"task_weight": 1.0, "tune_backbone": True}
@@ -194,3 +232,63 @@ def test_published_interactions_are_read_whole(name, users, items, pairs):
         assert load_data(folder).features["text"].shape == (18357, 384)
     inter = load_data(folder).inter
     assert (inter.n_users, inter.n_items, len(inter)) == (users, items, pairs)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, runs):
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    make_shop(tmp_path / "shop")
+    return tmp_path / "shop"
+
+
+def test_pictures_none_of_which_can_be_read_are_no_modality(small):
+    for path in (small / "images").iterdir():
+        path.write_text("<html>404</html>")
+    with pytest.warns(UserWarning, match="36 unreadable images"):
+        assert set(frozen_features(load_data("shop"), load_clip())) == {"text"}
+    (small / "items.csv").unlink()
+    with pytest.raises(DataError, match="'shop': none of its images can be read, and it has no texts"):
+        frozen_features(load_data("shop"), load_clip())
+
+
+def test_numbers_in_texts_stay_as_written(small):
+    (small / "items.csv").write_text("item,title,brand\n0,first,007\n1,second,\n2,1984,7\n")
+    assert load_data("shop").texts[:3] == ["first. 007", "second", "1984. 7"]
+
+
+def test_no_training_interaction(small):
+    table = pd.read_csv(small / "interactions.csv")
+    table[table.x_label > 0].to_csv(small / "interactions.csv", index=False)
+    with pytest.raises(DataError, match="no training interaction"):
+        run_stage1("shop", backbone="bpr", n_seeds=1)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"epochs": 0}, "epochs=0 must be at least 1"), ({"stage2_epochs": 0}, "stage2_epochs=0 must be at least 1"),
+    ({"tuning": "lora", "lora_targets": "mpl"}, "mpl"), ({"cache_prefix": True}, "trained from its first layer on"),
+    ({"prompt_depth": 9}, "prompt_depth|layers"), ({"backbone": "smore"}, "Lower knn_k .*knn_k_image")])
+def test_what_cannot_work_is_refused_before_anything_is_trained(small, monkeypatch, changes, message):
+    monkeypatch.setattr("ptmrec.stage1.train_backbone", lambda *args, **how: pytest.fail("Stage 1 has begun"))
+    with pytest.raises((ValueError, DataError), match=message):
+        run_stage2(**SHORT | {"dataset": "shop", "backbone": "vbpr"} | changes)
+
+
+def test_a_backbone_without_features_needs_no_clip(small, monkeypatch):
+    monkeypatch.setattr("ptmrec.stage1.load_clip", lambda *args: pytest.fail("a CLIP was loaded"))
+    run, = run_stage1("shop", backbone="lightgcn", clip_model="no such", epochs=1, n_seeds=1)
+    assert run.finished
+
+
+def test_the_sample_by_name_or_by_folder_has_the_same_defaults():
+    by = [SimpleNamespace(dataset=name, n_seeds=None, seed=0, lr=None, batch_size=None, epochs=9, patience=9)
+          for name in ("sample", "data/sample")]
+    assert training_of(by[0]) == training_of(by[1]) and list(seeds_of(by[0])) == list(seeds_of(by[1])) == [0, 1, 2]
+
+
+def test_what_a_container_may_use(tmp_path):
+    assert _container_free(tmp_path) == math.inf
+    for name, content in {"max": "1000", "current": "700", "stat": "anon 600\ninactive_file 80\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert _container_free(tmp_path) == 380
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _container_free(tmp_path) == math.inf

@@ -166,17 +166,44 @@ def test_saved_and_loaded(name, method, tmp_path):
         other.load(tmp_path / "tuning.safetensors")
 
 
-@pytest.mark.parametrize("name, method", [(c, m) for c, m in PAIRS if c in ("plain", "coca", "siglip", "mobileclip")])
-def test_bf16_autocast_is_near_float32(name, method):
+@pytest.mark.parametrize("name, method", PAIRS)
+def test_bf16_autocast_is_near_float32_and_learns(name, method):
     clip, batch = make(name)
     with start(clip, method) as tuning:
+        optimiser = torch.optim.Adam([g | {"lr": 5e-3} for g in tuning.param_groups()])
         with torch.no_grad():
-            exact = both(clip, batch, tuning.prompts)
-        with torch.autocast("cpu", torch.bfloat16):
-            rough = both(clip, batch, tuning.prompts)
-        rough.float()[:, 0].sum().backward()
-        assert (exact * rough.float()).sum(1).min() > 0.98
-        assert all(q.grad.isfinite().all() for q in tuning.parameters() if q.grad is not None)
+            exact, losses = both(clip, batch, tuning.prompts), []
+        target = F.normalize(torch.randn(exact.shape, generator=torch.Generator().manual_seed(0)), dim=1)
+        for step in range(4):
+            with torch.autocast("cpu", torch.bfloat16):
+                rough = both(clip, batch, tuning.prompts).float()
+            if not step:
+                assert (exact * rough).sum(1).min() > 0.98
+            loss = (1 - (rough * target).sum(1)).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            assert all(q.grad.isfinite().all() for q in tuning.parameters() if q.grad is not None)
+            optimiser.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name, method", [
+    ("ViT-B-16", "prompt"), ("coca_ViT-B-32", "coupled_prompt"), ("ViT-B-16-SigLIP", "prompt+lora"), ("EVA02-B-16", "lora"),
+    ("MobileCLIP-S1", "adapter"), ("convnext_base", "full")])
+def test_configurations_as_open_clip_has_them(name, method):
+    "Whole architectures, with random weights, and one item."
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, pretrained=None).eval().requires_grad_(False)
+    size = model.visual.image_size
+    clip = Clip(name, model, None, size[0] if isinstance(size, tuple) else size, torch.zeros(3), torch.ones(3))
+    text = text_module(clip)
+    tokens = torch.zeros(1, text.context_length, dtype=torch.long)
+    tokens[0, :6] = torch.tensor([1, 5, 9, 7, 3, text.vocab_size - 1])
+    with attach(clip, method) as tuning:
+        (both(clip, (torch.randn(1, 3, clip.image_size, clip.image_size), tokens), tuning.prompts)[:, ::3].sum()).backward()
+        learning = [n for n, q in tuning.named_parameters() if q.grad is not None and q.grad.abs().sum() > 0]
+        assert {"image", "text"} == {t for t in TOWERS for n in learning if t in n.split(".")} or method == "coupled_prompt"
 
 
 @pytest.mark.parametrize("name", NO_PROMPTS)

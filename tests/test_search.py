@@ -1,4 +1,5 @@
 """Searches: chosen on validation alone, stopped at any moment, in one process or several."""
+import importlib
 import json
 import linecache
 import multiprocessing
@@ -252,3 +253,34 @@ def test_a_setting_that_is_given_is_not_varied(shop, runs):
     figure = plot_search(table)
     assert [ax.get_xlabel() for ax in figure.axes] == ["reg_weight"]
     stage1.plt.close(figure)
+
+
+OWN = """
+from ptmrec.backbones import BACKBONES, register
+
+@register("own")
+class Own(BACKBONES["bpr"]):
+    half = property(lambda self: self.reg_weight / 2)
+
+    @staticmethod
+    def double(x):
+        return 2 * x
+
+    @classmethod
+    def named(cls):
+        return cls.__name__
+"""
+
+
+def test_a_backbone_of_a_module_of_ones_own(shop, runs, tmp_path, monkeypatch):
+    "Other processes find it, and its runs have the same place there."
+    (tmp_path / "own_backbone.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setitem(stage1.BACKBONES, "own", None)  # and away again
+    code = stage1._own_code(importlib.import_module("own_backbone").Own)
+    assert len(code) == 3 and not [c for c in code if " at 0x" in c]
+    table, _ = search("own", shop, GRID, epochs=2, processes=2)
+    assert len(table) == 3
+    monkeypatch.setattr(stage1, "train_backbone", lambda *args, **how: pytest.fail("trained once more"))
+    assert search("own", shop, GRID, epochs=2, processes=2)[0].equals(table)
