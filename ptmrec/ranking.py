@@ -42,12 +42,13 @@ def stable_topk(scores, k, width=32):
         items = items.gather(1, order)
     else:
         values, items = scores.topk(n, dim=1)
-    cut_tie = values[:, k - 1] == values[:, k] if n > k else torch.zeros(len(values), dtype=torch.bool)
+    tied = values[:, :-1] == values[:, 1:]
     values, items = values[:, :k], items[:, :k]
-    items, order = items.sort(dim=1)
-    items = items.gather(1, values.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-    if cut_tie.any():
-        items[cut_tie] = scores[cut_tie].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    rows = tied.any(1).nonzero().flatten()
+    by_number, order = items[rows].sort(dim=1)
+    items[rows] = by_number.gather(1, values[rows].gather(1, order).sort(dim=1, descending=True, stable=True).indices)
+    rows = tied[:, k - 1 :].any(1).nonzero().flatten()
+    items[rows] = scores[rows].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return items
 
 # %% ../nbs/03a_ranking.ipynb #cb3c1991
@@ -68,13 +69,13 @@ class Pairs:
 
 
 @torch.no_grad()
-def rank_items(user_emb, item_emb, users, masked, k=50, block=128):
+def rank_items(user_emb, item_emb, users, masked, k=50):
     """Top-`k` items (n, k) for `users` (n,) by inner product of `user_emb` (U, d), `item_emb` (I, d).
 
     `masked`: `Pairs` that are never recommended, as a rule the training pairs; -1 where no item is left.
     """
     lists = []
-    for rows in users.split(block):
+    for rows in users.split(max(128, 2**21 // len(item_emb))):
         scores = user_emb[rows] @ item_emb.T
         scores[masked.rows(rows)] = -torch.inf
         best = stable_topk(scores, min(k, scores.shape[1]))
