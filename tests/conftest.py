@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Tests run in two processes, which share the cores: with more threads than cores, torch is several times slower.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # with more threads than cores, torch is several times slower
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
 SHARED = Path(os.environ.get("PTMREC_SHARED", ROOT.parent / "shared" / "data"))
 
 
