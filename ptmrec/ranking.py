@@ -9,7 +9,6 @@ __all__ = ['CUTOFFS', 'stable_topk', 'Pairs', 'rank_items', 'user_metrics', 'Eva
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from scipy import stats
 
 from .data import DataError
@@ -23,11 +22,11 @@ def _places(row, count):
 def _candidates(scores, k, width=32):
     "Values and item numbers (B, k or a few more) among which are the `k` highest of each row of `scores` (B, I)."
     n = scores.shape[1] // width * width
-    chunks = scores[:, :n].unflatten(1, (-1, width))
-    maxima, best = chunks.amax(2).topk(k)  # (B, k)
-    values = torch.cat([chunks.gather(1, best[:, :, None].expand(-1, -1, width)).flatten(1), scores[:, n:]], 1)
+    chunks = scores[:, :n].unflatten(1, (width, -1))  # (B, width, chunks)
+    maxima, best = chunks.amax(1).topk(k)  # (B, k)
+    values = torch.cat([chunks.gather(2, best[:, None].expand(-1, width, -1)).flatten(1), scores[:, n:]], 1)
     row, place = (~(values < maxima[:, -1:])).nonzero(as_tuple=True)
-    items = F.pad(best * width, (0, 1), value=n)[row, place // width] + place % width
+    items = torch.where(place < width * k, place // k * chunks.shape[2] + best[row, place % k], place - width * k + n)
     count = row.bincount(minlength=len(scores))
     at, table = (row, _places(row, count)), (len(scores), int(count.max()))
     return scores.new_full(table, -torch.inf).index_put(at, values[row, place]), items.new_zeros(table).index_put(at, items)
