@@ -74,7 +74,7 @@ def rank_items(user_emb, item_emb, users, masked, k=50):
     `masked`: `Pairs` that are never recommended, as a rule the training pairs; -1 where no item is left.
     """
     lists = []
-    for rows in users.split(max(128, 2**21 // len(item_emb))):
+    for rows in users.split(max(128, 2**21 // len(item_emb))):  # as a rule 8 MB of scores
         scores = user_emb[rows] @ item_emb.T
         scores[masked.rows(rows)] = -torch.inf
         best = stable_topk(scores, min(k, scores.shape[1]))
