@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .clip_prompting import AT_ONCE
+from .clip_prompting import ENCODE_BATCH
 from .data import DataError
-from .distributed import world
+from .distributed import world_size
 
 # %% ../nbs/03e_memory.ipynb #fa7d2096
 def encode_in_parts(encoder, items, micro_batch=None):
@@ -111,7 +111,7 @@ class MemoryNeed:
 
     def step(self, micro_batch=None):
         "Of a batch, its losses and encoding its items; or of encoding all items, where that is more."
-        batch, at_once = min(micro_batch or self.items, self.items), min(micro_batch or AT_ONCE, self.all_items)
+        batch, at_once = min(micro_batch or self.items, self.items), min(micro_batch or ENCODE_BATCH, self.all_items)
         return max(self.losses + self.training[0] + batch * self.training[1], self.frozen[0] + at_once * self.frozen[1])
 
     def total(self, micro_batch=None):
@@ -132,7 +132,7 @@ def memory_need(model, user, pos, accumulate=1):
     model.zero_grad()
     copies = 4 + (accumulate > 1)
     trained = copies * _bytes(q for q in model.parameters() if q.requires_grad)
-    items, all_items = (-(-n // world()) for n in (len(pos.unique()), model.encoder.n_items))
+    items, all_items = (-(-n // world_size()) for n in (len(pos.unique()), model.encoder.n_items))
     return MemoryNeed(items, all_items, trained, losses, encoding_bytes(model.encoder, train=model.live),
                       encoding_bytes(model.encoder, train=False))
 
@@ -185,6 +185,6 @@ def _remedy(need, fits, free):
     other = need.total(1) - GAPS * need.losses
     if other < free:
         share = (free - other) / (GAPS * need.losses)
-        return f"Set stage2_batch_size to {int(share * need.items * world())} or less, and micro_batch to \"auto\"."
+        return f"Set stage2_batch_size to {int(share * need.items * world_size())} or less, and micro_batch to \"auto\"."
     return (f"No micro_batch is small enough: {need.trained / 1e9:.2g} GB are for what is trained, "
             f"{need.step(1) / 1e9:.2g} GB for a single item. Take a smaller CLIP, or a tuning that trains less.")

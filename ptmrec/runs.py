@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .data import DataError, fingerprint, runs_dir, write_atomically
-from .distributed import agreed, rank
+from .distributed import broadcast, rank
 
 # %% ../nbs/03c_runs.ipynb #e67a8414
 def parameters(function, namespace, before=()):
@@ -191,6 +191,6 @@ def to_do(runs):
 
     All ranks get the same answer.
     """
-    finished = agreed({run.key: run.finished for run in runs})
+    finished = broadcast({run.key: run.finished for run in runs})
     left = [run for run in runs if not finished[run.key]]
     return left or [run.begin() for run in runs]

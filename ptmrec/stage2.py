@@ -19,9 +19,9 @@ from torch import nn
 
 from .amazon import find_or_prepare
 from .backbones import BACKBONES
-from .clip_prompting import AT_ONCE, PRECISIONS, ItemEncoder
+from .clip_prompting import ENCODE_BATCH, PRECISIONS, ItemEncoder
 from .data import DataError
-from .distributed import agreed, main_first, my_share, rank, split_work, start, sum_gradients, summed, wait, world
+from .distributed import broadcast, main_first, my_share, rank, split_work, init_distributed, sum_gradients, all_reduce, barrier, world_size
 from .losses import SIMILARITIES, kt_loss
 from .memory import encode_in_parts, fit_memory, free_bytes, memory_need
 from .peft import attach, tower_weights, tuning_methods
@@ -88,7 +88,7 @@ class Stage2(nn.Module):
     def refresh(self):
         "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, once."
         if self.live or not self.bank:
-            self.bank = self.encoder.encode_all(self.micro_batch or AT_ONCE)
+            self.bank = self.encoder.encode_all(self.micro_batch or ENCODE_BATCH)
 
     def live_features(self, items):
         "Features of `items` with gradients to the tuning; where nothing is tuned, the bank serves."
@@ -112,7 +112,7 @@ class Stage2(nn.Module):
                      for m, f in live.items()}
         if self.task_weight:
             tables = {m: self.bank[m].index_copy(0, items, f) for m, f in live.items()}
-            terms |= {k: self.task_weight * term / world() for k, term in self.backbone.loss(user, pos, neg, tables).items()}
+            terms |= {k: self.task_weight * term / world_size() for k, term in self.backbone.loss(user, pos, neg, tables).items()}
         for m, f in live.items():
             self.bank[m][items] = f.detach()
         return terms
@@ -181,14 +181,14 @@ def tune(model, evaluator, project_lr=1e-2, batch_by="items", batch_size=128, ac
             sum_gradients(model.parameters())
             optimiser.step()
             optimiser.zero_grad()
-        means = {k: float(v) / len(batches) for k, v in summed(total).items()}
+        means = {k: float(v) / len(batches) for k, v in all_reduce(total).items()}
         return {"loss": sum(means.values())} | means
 
     def validate(epoch):
         if epoch % validate_every and epoch != epochs:
             return {}
         per_user, _ = evaluate(with_features(backbone, *model.tuned(), feature_space), evaluator, "valid")
-        return agreed({f"valid {m}": float(per_user[m].mean()) for m in ("recall@10", METRIC, "ndcg@20")})
+        return broadcast({f"valid {m}": float(per_user[m].mean()) for m in ("recall@10", METRIC, "ndcg@20")})
 
     remedy = "Lower the learning rate of the tuning (prompt_lr, lora_lr, ...) or raise tau."
     callbacks = [Progress(name, ["loss", f"valid {METRIC}"]), Health("loss", remedy),
@@ -309,7 +309,7 @@ def stage2_run(run, p, data, clip, features, device):
         if not rank():  # a backbone trains in one process
             evaluate_variants(run, variants(backbone, tuned, projected, data, evaluator, p), data, evaluator, stage1)
             run.checkpoint.unlink(missing_ok=True)
-        wait()
+        barrier()
 
 # %% ../nbs/05_stage2.ipynb #c2ba2f62
 def evaluate_variants(run, tuned_backbones, data, evaluator, stage1):
@@ -367,7 +367,7 @@ def run_stage2(dataset="sample", min_rating=None, core=0, split=None, split_seed
     p = resolved(p)
     if not p.kt_weight and not p.task_weight:
         raise ValueError("kt_weight and task_weight are both 0, so there is no loss to train by.")
-    start(device)
+    init_distributed(device)
     with main_first():
         find_or_prepare(dataset)
     data, clip, features, device = prepare(p)

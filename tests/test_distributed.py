@@ -26,7 +26,7 @@ import ptmrec.training
 from ptmrec.backbones import backbone_settings
 from ptmrec.clip_prompting import ItemEncoder, encode_in_blocks, frozen_features, load_clip
 from ptmrec.data import cache_dir, load_data
-from ptmrec.distributed import rank, start, sum_gradients, summed, world
+from ptmrec.distributed import rank, init_distributed, sum_gradients, all_reduce, world_size
 from ptmrec.peft import attach
 from ptmrec.ranking import Evaluator
 from ptmrec.runs import Run, set_seed
@@ -58,7 +58,7 @@ def joint_batch(data, clip, batch, settings):
     sum_gradients(model.parameters())
     gradients = {n: q.grad for n, q in model.named_parameters() if q.grad is not None}
     model.encoder.tuning.detach()
-    return {"terms": summed({k: v.item() for k, v in terms.items()}), "gradients": gradients, "bank": model.bank}
+    return {"terms": all_reduce({k: v.item() for k, v in terms.items()}), "gradients": gradients, "bank": model.bank}
 
 
 def whole_training(data, clip, folder, disagree):
@@ -73,7 +73,7 @@ def whole_training(data, clip, folder, disagree):
         return (per_user + rank() * len(live) if disagree else per_user), lists
 
     ptmrec.stage2.evaluate = evaluate
-    own = folder / f"training of {world()}{' disagreeing' * disagree}"
+    own = folder / f"training of {world_size()}{' disagreeing' * disagree}"
     own.mkdir(exist_ok=True)
     history = tune(model, Evaluator(data.inter), batch_size=9, accumulate=2, epochs=2, validate_every=1,
                    checkpoint=own / "checkpoint.pt")
@@ -89,14 +89,14 @@ def everything(folder):
         write = module.write_atomically
         module.write_atomically = lambda path, how, write=write: (written.append(Path(path).name), write(path, how))
     data, clip = load_data(folder / "shop"), load_clip()
-    done = {"rank": rank(), "world": world(), "features": frozen_features(data, clip)}
+    done = {"rank": rank(), "world": world_size(), "features": frozen_features(data, clip)}
     encoder = ItemEncoder(clip, data)
-    done["blocks"] = encode_in_blocks(encoder, folder / f"blocks{world()}", block=8)
+    done["blocks"] = encode_in_blocks(encoder, folder / f"blocks{world_size()}", block=8)
     done["all"] = encoder.encode_all(batch_size=8)
     done |= {f"{b}, {s}": joint_batch(data, clip, b, s) for b in BATCHES for s in SETTINGS}
     done["training"] = whole_training(data, clip, folder, disagree=False)
     done["disagreeing"] = whole_training(data, clip, folder, disagree=True)
-    Run(f"files{world()}", "shop", {"seed": 0}, "").begin().save_weights("prompts", {"image": torch.ones(1)})
+    Run(f"files{world_size()}", "shop", {"seed": 0}, "").begin().save_weights("prompts", {"image": torch.ones(1)})
     return done | {"written": written}
 
 
@@ -293,9 +293,9 @@ import os, signal
 from pathlib import Path
 import ptmrec.clip_prompting as cp
 from ptmrec.data import load_data
-from ptmrec.distributed import rank, start
+from ptmrec.distributed import rank, init_distributed
 
-start("cpu")
+init_distributed("cpu")
 save, saved = cp.save_file, []
 def die_in_the_second(features, path):
     save(features, path)
@@ -340,5 +340,5 @@ def test_a_killed_extraction_goes_on(tmp_path, monkeypatch, dies, n_ranks):
 
 
 if __name__ == "__main__":
-    start("cpu")
+    init_distributed("cpu")
     torch.save(everything(Path(sys.argv[1])), Path(sys.argv[1]) / f"{rank()}.pt")
