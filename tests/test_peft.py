@@ -79,7 +79,7 @@ def both(clip, batch, prompts=None):
                       F.normalize(encode_text(clip, batch[1], prompts), dim=1)])
 
 
-def init_distributed(clip, method, **changes):
+def start(clip, method, **changes):
     torch.manual_seed(1)
     return attach(clip, method.split()[0], **METHODS.get(method, {}) | changes)
 
