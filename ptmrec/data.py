@@ -735,7 +735,7 @@ def describe(data: RecData | Interactions) -> pd.DataFrame:
     return pd.DataFrame({getattr(data, "name", "interactions"): values}, index=list(rows))
 
 # %% ../nbs/00_data.ipynb #8299ed79
-def show_items(data: RecData, items: Sequence[int], columns: int = 6) -> "plt.Figure":  # noqa: F821
+def show_items(data: RecData, items: Sequence[int], columns: int = 6):
     "A grid of item images with their texts, blank where an image is missing or unreadable; returns the matplotlib figure."
     import matplotlib.pyplot as plt
 
@@ -754,7 +754,7 @@ def show_items(data: RecData, items: Sequence[int], columns: int = 6) -> "plt.Fi
     return figure
 
 # %% ../nbs/00_data.ipynb #2b5a5ff2
-def show_statistics(data: RecData) -> "plt.Figure":  # noqa: F821
+def show_statistics(data: RecData):
     "`describe` in pictures: interactions per user and item, split sizes, missing and cold; returns the matplotlib figure."
     import matplotlib.pyplot as plt
 
