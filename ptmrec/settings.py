@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'LIMIT_NAMES', 'setting', 'Settings', 'SettingError', 'did_you_mean', 'options', 'allowed_values',
            'check_choice', 'check_settings', 'meaning', 'check_claims', 'Registry', 'dataset_defaults', 'Experiment',
-           'Resolved', 'resolve', 'experiment', 'parameters_cell', 'assigned_names', 'notebook_parameters']
+           'Resolved', 'resolve', 'experiment', 'described', 'parameters_cell', 'assigned_names', 'notebook_parameters']
 
 # %% ../nbs/00d_settings.ipynb #59210a6f
 import ast
@@ -23,12 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .data import DataError
 
-# %% ../nbs/00d_settings.ipynb #dd7061f7
+# %% ../nbs/00d_settings.ipynb #0d5901f8
 def setting(
     default,  # its value where nobody sets it
     about: str,  # one line: what it does, with its unit
     *,
-    choices=None,  # the values that are allowed, if they are names: a sequence, or a registry
+    choices=None,  # names that are allowed: a sequence, a registry, or a function that returns one
     joined: bool = False,  # several choices may be joined by +
     grid: list | None = None,  # the values that a search tries
     first: bool = False,  # people change it often: show it first
@@ -80,10 +80,11 @@ def allowed_values(field) -> str:
                                                  TYPE_NAMES[option]]
     return " or ".join(names)
 
-# %% ../nbs/00d_settings.ipynb #004ab878
+# %% ../nbs/00d_settings.ipynb #4bf3826f
 def check_choice(name: str, value, field) -> None:
     "Raise `SettingError` if `field` has choices and `value` is not one of them."
     choices = field.json_schema_extra["choices"]
+    choices = choices() if callable(choices) else choices
     if choices is None or value is None:
         return
     for part in value.split("+") if field.json_schema_extra["joined"] else [value]:
@@ -208,16 +209,17 @@ def _check_defaults(path, tables, own, components):
         except SettingError as error:
             raise SettingError(f"{path}: {error}") from None
 
-# %% ../nbs/00d_settings.ipynb #27cccdf3
+# %% ../nbs/00d_settings.ipynb #d07f8676
 class Experiment:
     """What is behind an experiment's flat arguments.
 
     `own`: its own `Settings`. `registries`: {setting: registry}; the setting names the component, or several joined by +.
     `locate(dataset)`: the data set's folder, or None if it has to be downloaded first; raises if there is no such thing.
+    `fetch(p)`: called before the function with what is known by then; returns the folder, downloaded if need be.
     """
 
-    def __init__(self, function, own, registries, locate):
-        self.function, self.own, self.registries, self.locate = function, own, registries, locate
+    def __init__(self, function, own, registries, locate, fetch):
+        self.function, self.own, self.registries, self.locate, self.fetch = function, own, registries, locate, fetch
         own_claims = [(f"experiment '{function.__name__}'", own.model_fields)]
         for registry in registries.values():
             registry.experiments.append(self)
@@ -250,16 +252,21 @@ class Experiment:
         own = {name: None if f.json_schema_extra["per_dataset"] else f.default for name, f in self.own.model_fields.items()}
         return own | dict.fromkeys(self.component_settings())
 
-# %% ../nbs/00d_settings.ipynb #fde72866
+# %% ../nbs/00d_settings.ipynb #f39290fb
 class Resolved(SimpleNamespace):
     """The settings of one call, each with its value: own and components' settings as attributes.
 
     `components`: {kind: {setting: value}} of the chosen components. `key_parameters`: those that can change a result.
     """
 
+    def replace(self, **changes) -> "Resolved":
+        "The same settings but for some of the experiment's own."
+        keyed = {k: v for k, v in changes.items() if k in self.key_parameters}
+        return Resolved(**vars(self) | changes | {"key_parameters": self.key_parameters | keyed})
 
-def resolve(experiment: Experiment, given: dict) -> Resolved:
-    """Values of all settings of a call: `given` first, then the data set's defaults, then our own.
+
+def resolve(experiment: Experiment, given: dict, folder: Path | None = None) -> Resolved:
+    """Values of all settings of a call: `given` first, then the defaults in the data set's `folder`, then our own.
 
     Raises `SettingError` for an unknown name, a wrong type or value, or a setting that no chosen component uses.
     """
@@ -270,7 +277,7 @@ def resolve(experiment: Experiment, given: dict) -> Resolved:
     given = {k: str(v) if k == "dataset" else v for k, v in given.items()}
     mine = {k: v for k, v in given.items() if k in own.model_fields and (v is not None or defaults[k] is not None)}
     check_settings(own, mine, experiment.function.__name__)
-    folder = experiment.locate(given.get("dataset", own.model_fields["dataset"].default))
+    folder = folder or experiment.locate(given.get("dataset", own.model_fields["dataset"].default))
     tables = dataset_defaults(folder, own, experiment.registries.values())
     p = Resolved(**check_settings(own, tables[""] | mine, experiment.function.__name__).model_dump())
     p.components = _resolve_components(experiment, p, {k: v for k, v in given.items() if v is not None}, tables)
@@ -302,34 +309,31 @@ def _resolve_components(experiment, p, given, tables):
                                f"(its settings: {has}). Leave {name} out.")
     return components
 
-# %% ../nbs/00d_settings.ipynb #28ba58cc
+# %% ../nbs/00d_settings.ipynb #f82f138e
 def experiment(
     own: type[Settings],  # the experiment's own settings, `dataset` among them
     registries: dict[str, Registry],  # {setting that names the component: registry}
     locate: Callable,  # from a data set's name or path to its folder, see `Experiment`
+    fetch: Callable,  # the same, downloaded if need be
 ) -> Callable:
     "Decorator that turns a function of a `Resolved` record into one with flat arguments, checked before it is called."
     def decorate(function):
         @functools.wraps(function)
         def call(*values, **given):
-            names = list(call.experiment.defaults())
-            return function(resolve(call.experiment, dict(zip(names, values)) | given))
+            given = dict(zip(call.experiment.defaults(), values)) | given
+            folder = fetch(resolve(call.experiment, given))
+            return function(resolve(call.experiment, given, folder))
 
-        call.experiment = Experiment(function, own, registries, locate)
+        call.experiment = Experiment(function, own, registries, locate, fetch)
         call.experiment.call = call
         call.experiment.refresh()
         return call
     return decorate
 
-# %% ../nbs/00d_settings.ipynb #23ac46e0
-def _line(name, value, about):
-    value = f'"{value}"' if isinstance(value, str) else repr(value)
-    return f"{name} = {value}  # {about}"
-
-
+# %% ../nbs/00d_settings.ipynb #069e3f8e
 def _own_comment(field):
     choices = field.json_schema_extra["choices"]
-    about = field.description + (f": {', '.join(choices)}" if choices else "")
+    about = field.description + (f": {', '.join(choices() if callable(choices) else choices)}" if choices else "")
     return about + (f"; None: the data set's, else {field.default!r}" if field.json_schema_extra["per_dataset"] else "")
 
 
@@ -338,27 +342,32 @@ def _topic(cls, name):
     return next(c.__doc__ for c in cls.__mro__ if name in c.__dict__.get("__annotations__", {})).rstrip(".")
 
 
-def parameters_cell(function: Callable) -> str:
-    "Source of the `parameters` cell of a notebook that runs the experiment `function`."
+def described(function: Callable) -> dict[str, dict]:
+    "What an experiment takes, by topic: {topic: {name: (default, comment)}}; what people change most has the topic \"\"."
     it, defaults = function.experiment, function.experiment.defaults()
-    own = it.own.model_fields
-    lines = [f"# Parameters of {function.__name__}"]
-    lines += [_line(n, defaults[n], _own_comment(f)) for n, f in own.items() if f.json_schema_extra["first"]]
-    topics = {}
-    for name, field in own.items():
-        if not field.json_schema_extra["first"]:
-            topics.setdefault(_topic(it.own, name), []).append(_line(name, defaults[name], _own_comment(field)))
+    topics = {"": {}}
+    for name, field in it.own.model_fields.items():
+        topic = "" if field.json_schema_extra["first"] else _topic(it.own, name)
+        topics.setdefault(topic, {})[name] = defaults[name], _own_comment(field)
     for registry in it.registries.values():
         topic = f"Settings of the {registry.kind}; None: its own default, in brackets"
         for name, owners in registry.settings().items():
-            about = next(iter(owners.values())).description
-            topics.setdefault(topic, []).append(
-                _line(name, None, f"{about} ({', '.join(f'{c} {f.default}' for c, f in owners.items())})"))
-    for topic, rows in topics.items():
-        lines += ["", f"# {topic}", *rows]
+            values = ", ".join(f"{component} {field.default}" for component, field in owners.items())
+            topics.setdefault(topic, {})[name] = None, f"{next(iter(owners.values())).description} ({values})"
+    return topics
+
+# %% ../nbs/00d_settings.ipynb #50880ea1
+def parameters_cell(function: Callable) -> str:
+    "Source of the `parameters` cell of a notebook that runs the experiment `function`."
+    lines = [f"# Parameters of {function.__name__}"]
+    for topic, rows in described(function).items():
+        lines += ["", f"# {topic}"] if topic else []
+        for name, (default, about) in rows.items():
+            value = f'"{default}"' if isinstance(default, str) else repr(default)
+            lines.append(f"{name} = {value}  # {about}")
     return "\n".join(lines)
 
-# %% ../nbs/00d_settings.ipynb #c734296f
+# %% ../nbs/00d_settings.ipynb #046d24e7
 def assigned_names(sources: Iterable[str]) -> list[str]:
     "Names that the cells among `sources` assign whose first line begins with `# Parameters`."
     found = {}
