@@ -1,5 +1,8 @@
 """What must be exact: parity with stock CLIP, where gradients go, repeatability."""
 import copy
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +14,9 @@ from PIL import Image
 
 from ptmrec.backbones import BACKBONES, backbone_settings, knn_graph
 from ptmrec.clip_prompting import Clip, DeepPrompts, ItemEncoder, encode_image, encode_text, frozen_features, load_clip
-from ptmrec.data import INTERPOLATIONS, RESIZE_MODES, DataError, load_data, load_image
+from ptmrec.data import INTERPOLATIONS, RESIZE_MODES, DataError, find_dataset, load_data, load_image
 from ptmrec.peft import attach
+from ptmrec.settings import SettingError
 from ptmrec.stage1 import build_backbone, run_stage1
 from ptmrec.stage2 import Stage2
 
@@ -113,7 +117,7 @@ def test_same_seed_same_metrics_bit_for_bit(runs):
 def test_a_tag_brings_the_activation_it_was_trained_with(monkeypatch, tag, activation):
     create = open_clip.create_model
     monkeypatch.setattr(open_clip, "create_model", lambda name, weights, **how: create(name, pretrained=None, **how))
-    monkeypatch.setattr("ptmrec.clip_prompting._weights", lambda name, pretrained: pretrained)
+    monkeypatch.setattr("ptmrec.clip_prompting.find_weights", lambda name, pretrained: pretrained)
     clip = load_clip("ViT-B-32", tag)
     for tower in (clip.model.visual, clip.model):
         assert type(tower.transformer.resblocks[0].mlp.gelu) is activation
@@ -374,3 +378,34 @@ def test_an_approximate_item_graph_finds_nearly_all_neighbours(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="3,000 items.*faiss"):
         assert torch.equal(knn_graph(features, 5).to_dense() > 0, exact)
+
+
+@pytest.mark.parametrize("bad, message", [
+    (("ViT-B32", "openai"), "clip_model='ViT-B32' is not known. Did you mean ViT-B-32?"),
+    (("ViT-B-32", "openia"), "pretrained='openia' is neither a weights file nor a tag .* Did you mean openai?"),
+    (("ViT-B-32", "sample"), "pretrained='sample' is neither a weights file nor a tag")])
+def test_a_clip_that_is_not_there_is_one_sentence(bad, message):
+    with pytest.raises(SettingError, match=message):
+        load_clip(*bad)
+
+
+def test_weights_are_found_from_the_working_directory(tmp_path, monkeypatch):
+    shutil.copy(find_dataset("sample") / "tiny.safetensors", tmp_path / "mine.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert load_clip("tiny", "mine.safetensors").name == "tiny/mine.safetensors"
+
+
+def test_representations_are_one_line(sample):
+    data, clip, _ = sample
+    assert repr(clip) == "Clip('tiny/sample': 4.7M parameters, images 64 px, features 128-d)"
+    with attach(clip, n_ctx=2) as tuning:
+        assert repr(ItemEncoder(clip, data, tuning)) == (
+            "ItemEncoder(1,486 items of 'sample', image and text, by 'tiny/sample', tuning Prompt(image 768 + text 384 "
+            "parameters))")
+
+
+def test_nothing_slow_is_imported_before_it_is_used():
+    slow = ("open_clip", "timm", "torchvision", "huggingface_hub")
+    code = f"import sys, ptmrec.peft, ptmrec.prefix, ptmrec.memory; print([m for m in {slow} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
