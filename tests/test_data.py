@@ -9,7 +9,6 @@ import torch
 from conftest import SHARED
 from PIL import Image
 
-from ptmrec.backbones import backbone_settings
 from ptmrec.clip_prompting import frozen_features
 from ptmrec.data import (SPLIT_RULES, DataError, Interactions, cache_dir, describe, fingerprint, k_core, load_data,
                          make_split, random_split, read_table, show_items, show_statistics)
@@ -283,7 +282,7 @@ def test_replaced_files_rebuild_features_and_graphs(home):
     def everything():
         data = load_data("shop")
         features = frozen_features(data, None)
-        backbone = build_backbone("freedom", data.inter, features, backbone_settings("freedom", "shop", knn_k=2))
+        backbone = build_backbone("freedom", data.inter, features, {"knn_k": 2})
         graphs = [graph.csr.to_dense() for graph in (backbone.graph, backbone.item_graph)]
         return data.fingerprint(), features["image"], graphs
 
