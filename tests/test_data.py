@@ -9,7 +9,6 @@ import torch
 from conftest import SHARED
 from PIL import Image
 
-from ptmrec.backbones import backbone_settings
 from ptmrec.clip_prompting import frozen_features
 from ptmrec.data import (MODALITIES, SPLIT_RULES, DataError, Interactions, Modality, cache_dir, describe, find_dataset,
                          find_path, fingerprint, k_core, load_data, make_split, random_split, read_table, repo_root,
@@ -327,7 +326,7 @@ def test_replaced_files_rebuild_features_and_graphs(home):
     def everything():
         data = load_data("shop")
         features = frozen_features(data, None)
-        backbone = build_backbone("freedom", data.inter, features, backbone_settings("freedom", "shop", knn_k=2))
+        backbone = build_backbone("freedom", data.inter, features, {"knn_k": 2})
         graphs = [graph.csr.to_dense() for graph in (backbone.graph, backbone.item_graph)]
         return data.fingerprint(), features["image"], graphs
 

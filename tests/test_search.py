@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 import ptmrec.stage1 as stage1
+from ptmrec.backbones import BACKBONES, grid_of
 from ptmrec.stage1 import plot_search, search
 
 GRID = {"reg_weight": [1e-1, 1e-3, 1e-5]}
@@ -45,7 +46,7 @@ def trained(monkeypatch):
     "The parameters of each training in this process, in order."
     calls, build = [], stage1.train_backbone
     monkeypatch.setattr(stage1, "train_backbone", lambda backbone, *args, **kw: (
-        calls.append(backbone.reg_weight), build(backbone, *args, **kw))[1])
+        calls.append(backbone.settings.reg_weight), build(backbone, *args, **kw))[1])
     return calls
 
 
@@ -63,7 +64,7 @@ def kept_table(runs):
 def test_losers_never_meet_the_test_split(shop, runs, monkeypatch, trained):
     asked, evaluate = [], stage1.evaluate
     monkeypatch.setattr(stage1, "evaluate", lambda backbone, evaluator, split: (
-        asked.append((split, backbone.reg_weight)), evaluate(backbone, evaluator, split))[1])
+        asked.append((split, backbone.settings.reg_weight)), evaluate(backbone, evaluator, split))[1])
     table, winners = search("bpr", shop, GRID, epochs=3, n_seeds=2)
     best = table.reg_weight.iloc[0]
     assert [r for s, r in asked if s == "test"] == [best, best] and trained == [*GRID["reg_weight"], best]
@@ -108,7 +109,7 @@ def test_a_failed_trial_is_named_and_the_others_are_kept(shop, runs, monkeypatch
     train = stage1.train_backbone
 
     def fails(backbone, *args, **kw):
-        if backbone.reg_weight == 1e-3:
+        if backbone.settings.reg_weight == 1e-3:
             raise OSError("No space left on device.")
         return train(backbone, *args, **kw)
 
@@ -175,16 +176,13 @@ def test_wrong_searches_stop_before_anything_is_trained(runs, wrong, message):
 
 
 def test_published_grids_are_of_the_backbones_own_settings(runs):
-    for name, backbone in stage1.BACKBONES.items():
-        assert backbone.grid and backbone.grid.keys() <= backbone.settings.keys(), name
+    for name, backbone in BACKBONES.items():
+        assert grid_of(name) and grid_of(name).keys() <= backbone.Settings.model_fields.keys(), name
 
 
 @pytest.fixture
-def mine(monkeypatch):
+def mine():
     "A backbone that the user has written; returns a function that registers it with a sign of its loss."
-    monkeypatch.setattr(stage1, "BACKBONES", stage1.BACKBONES.copy())
-    monkeypatch.setattr("ptmrec.backbones.BACKBONES", stage1.BACKBONES)
-
     def write(sign):
         source = SOURCE.format(sign=sign)
         path = f"<cell {sign}>"
@@ -192,24 +190,23 @@ def mine(monkeypatch):
         space = {"__name__": "__main__"}
         exec(compile(source, path, "exec"), space)
 
-    return write
+    yield write
+    del BACKBONES["mine"]
 
 
 SOURCE = """
-from ptmrec.backbones import BPRMF, register
+from ptmrec.backbones import BACKBONES, BPRMF, shared
+from ptmrec.settings import Settings, setting
 
-@register("mine")
+@BACKBONES.register("mine")
 class Mine(BPRMF):
-    settings = {{"reg_weight": 1e-3, "alpha": 1.0}}
-    grid = {{"alpha": [0.0, 1.0, 5.0]}}
-
-    def __init__(self, *args, alpha, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.alpha = alpha
+    class Settings(Settings):
+        reg_weight: float = shared("reg_weight", 1e-3)
+        alpha: float = setting(1.0, "weight of the BPR loss", ge=0, grid=[0.0, 1.0, 5.0])
 
     def loss(self, user, pos, neg, features=None):
         terms = super().loss(user, pos, neg)
-        return {{"bpr": self.alpha * terms["bpr"] ** {sign}, "reg": terms["reg"]}}
+        return {{"bpr": self.settings.alpha * terms["bpr"] ** {sign}, "reg": terms["reg"]}}
 """
 
 
@@ -256,11 +253,11 @@ def test_a_setting_that_is_given_is_not_varied(shop, runs):
 
 
 OWN = """
-from ptmrec.backbones import BACKBONES, register
+from ptmrec.backbones import BACKBONES
 
-@register("own")
+@BACKBONES.register("own")
 class Own(BACKBONES["bpr"]):
-    half = property(lambda self: self.reg_weight / 2)
+    half = property(lambda self: self.settings.reg_weight / 2)
 
     @staticmethod
     def double(x):
@@ -277,7 +274,7 @@ def test_a_backbone_of_a_module_of_ones_own(shop, runs, tmp_path, monkeypatch):
     (tmp_path / "own_backbone.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    monkeypatch.setitem(stage1.BACKBONES, "own", None)  # and away again
+    monkeypatch.setitem(BACKBONES, "own", BACKBONES["bpr"])  # and away again
     code = stage1._own_code(importlib.import_module("own_backbone").Own)
     assert len(code) == 3 and not [c for c in code if " at 0x" in c]
     table, _ = search("own", shop, GRID, epochs=2, processes=2)
