@@ -24,8 +24,8 @@ test: .venv/installed lint  ## nbdev_test on every notebook, and pytest on tests
 lint: .venv/installed  ## ruff on package, notebooks and tests
 	$(bin)/ruff check nbs ptmrec tests
 
-lab: .venv/installed  ## JupyterLab on the notebooks
-	$(bin)/jupyter lab --notebook-dir nbs
+lab: .venv/installed  ## JupyterLab, open on nbs/index.ipynb
+	$(bin)/jupyter lab nbs/index.ipynb
 
 notebooks: .venv/installed  ## export, run and clean all notebooks, so that stored outputs match the code
 	$(bin)/nbdev_export
