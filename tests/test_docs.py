@@ -50,7 +50,8 @@ def test_questions_in_readme_are_those_of_the_index():
     questions = table(PROSE["nbs/index.ipynb"], "| question |")
     assert table(README, "| question |") == questions
     listed = set(re.findall(r"\]\((\w+)\.ipynb\)", questions))
-    assert listed == {p.stem for p in (ROOT / "nbs").glob("*.ipynb")} - {"index"}
+    notebooks = {p.stem for p in (ROOT / "nbs").glob("*.ipynb")} - {"index"}
+    assert listed == notebooks, "give each notebook a line in the table of questions, in nbs/index.ipynb and README.md"
 
 
 @pytest.mark.parametrize("name", PROSE)
