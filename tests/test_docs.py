@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 from ptmrec.backbones import BACKBONES
+from ptmrec.clip_prompting import encode_image, load_clip
 from ptmrec.data import MODALITIES
 from ptmrec.peft import TUNINGS, attach
 from ptmrec.ranking import METRICS, metric_names
@@ -63,15 +64,21 @@ def test_python_blocks_compile(name):
 @pytest.fixture
 def contributed():
     "The examples of CONTRIBUTING.md, registered, and unregistered at the end."
-    names = {}
-    for block in python_blocks(CONTRIBUTING):
-        if "load_data(" not in block:
-            exec(block, names)
-    yield names
-    del BACKBONES["toy"], TUNINGS["bitfit"], METRICS["mrr"], MODALITIES["audio"]
+    names, examples = {}, {"toy": BACKBONES, "bitfit": TUNINGS, "mrr": METRICS, "audio": MODALITIES}
+    try:
+        for block in python_blocks(CONTRIBUTING):
+            if "load_data(" not in block:
+                exec(block, names)
+        assert all(name in known for name, known in examples.items())
+        yield
+    finally:
+        for name, known in examples.items():
+            if name in known:
+                del known[name]
 
 
-def test_examples_work(contributed):
+@pytest.mark.usefixtures("contributed")
+def test_examples_work():
     user, item = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 2, 3])
     backbone = BACKBONES["toy"](user, item, 3, 5, {"audio": 8}, emb_size=4, feature_weight=0.3)
     backbone.set_features({"audio": torch.randn(5, 8)})
@@ -79,7 +86,6 @@ def test_examples_work(contributed):
     assert backbone.project["audio"].weight.grad.abs().sum() > 0
     assert "mrr@20" in metric_names()
 
-    from ptmrec.clip_prompting import encode_image, load_clip
     clip = load_clip("tiny", "sample")
     images = torch.randn(2, 3, clip.image_size, clip.image_size)
     stock = encode_image(clip, images)
