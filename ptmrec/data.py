@@ -557,7 +557,8 @@ def _item_table(folder, item_ids):
 # %% ../nbs/00_data.ipynb #ea3be3a9
 def _item_texts(table):
     "One text per item: its `TEXT_FIELDS`, joined; empty if it has none."
-    parts = [table[c].fillna("").astype(str).str.replace("|", " ", regex=False) for c in TEXT_FIELDS if c in table]
+    columns = (table[c].astype(object).fillna("").astype(str) for c in TEXT_FIELDS if c in table)
+    parts = [column.str.replace("|", " ", regex=False) for column in columns]
     return [". ".join(p for p in row if p) for row in zip(*parts)] if parts else [""] * len(table)
 
 # %% ../nbs/00_data.ipynb #60e9f69c

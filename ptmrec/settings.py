@@ -5,13 +5,17 @@
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'LIMIT_NAMES', 'setting', 'Settings', 'SettingError', 'did_you_mean', 'allowed_values', 'check_choice',
            'check_settings', 'meaning', 'check_claims', 'Registry', 'dataset_defaults', 'Experiment', 'Resolved',
-           'resolve', 'experiment', 'described', 'parameters_cell', 'assigned_names', 'notebook_parameters']
+           'resolve', 'experiment', 'described', 'parameters_cell', 'write_parameters_cell', 'assigned_names',
+           'notebook_parameters', 'main']
 
-# %% ../nbs/00d_settings.ipynb #59210a6f
+# %% ../nbs/00d_settings.ipynb #3ae07117
 import ast
 import difflib
 import functools
+import importlib
 import inspect
+import json
+import sys
 import tomllib
 import types
 import typing
@@ -372,7 +376,17 @@ def parameters_cell(function: Callable) -> str:
             lines.append(f"{name} = {value}  # {about}")
     return "\n".join(lines)
 
-# %% ../nbs/00d_settings.ipynb #046d24e7
+# %% ../nbs/00d_settings.ipynb #4efc897e
+def write_parameters_cell(notebook: str | Path, function: Callable) -> None:
+    "Put `parameters_cell` into the cell tagged `parameters` of a notebook file."
+    content = json.loads(Path(notebook).read_text(encoding="utf-8"))
+    tagged = [c for c in content["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise SettingError(f"{notebook} has {len(tagged)} cells tagged parameters; papermill needs exactly one.")
+    tagged[0]["source"] = parameters_cell(function).splitlines(keepends=True)
+    Path(notebook).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+# %% ../nbs/00d_settings.ipynb #28627fa3
 def assigned_names(sources: Iterable[str]) -> list[str]:
     "Names that the cells among `sources` assign whose first line begins with `# Parameters`."
     found = {}
@@ -391,3 +405,14 @@ def notebook_parameters(
     given = {name: namespace[name] for name in names if name in namespace}
     resolve(function.experiment, given)
     return given
+
+# %% ../nbs/00d_settings.ipynb #339fe349
+def main(arguments: list[str]) -> None:
+    "Write the parameters cells of notebooks: `arguments` are pairs of a notebook file and `module.function`."
+    for notebook, name in zip(arguments[::2], arguments[1::2]):
+        module, function = name.rsplit(".", 1)
+        write_parameters_cell(notebook, getattr(importlib.import_module(module), function))
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main(sys.argv[1:])
