@@ -363,19 +363,25 @@ def ranking_bounds(user_emb: torch.Tensor, item_emb: torch.Tensor, masked: Pairs
              "by": "arithmetic", "ns per user and item": 1e9 * s / n_users / n_items,
              "ms per 1,000 users": 1e6 * s / n_users} for what, s in seconds.items()]
 
-# %% ../nbs/08_benchmarks.ipynb #c662324d
+# %% ../nbs/08_benchmarks.ipynb #18aa057e
 def draw_pairs(users: int, items: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
     "`pairs` pairs (user, item), item popularity skewed; a few are repeated."
     rng = np.random.default_rng(0)
     return rng.integers(0, users, pairs), (items * rng.random(pairs) ** 2).astype(np.int64)
 
 
-def propagation_and_ranking(sizes: dict, d: int = 64, device: str = "auto") -> list[dict]:
-    "Propagation and ranking beside their bounds, for `sizes` {name: (users, items, pairs)}, with embeddings of `d` numbers."
+def propagation_and_ranking(
+    sizes: dict,  # {name: (users, items, pairs)}
+    d: int = 64,  # size of embeddings
+    copied: int = 50_000_000,  # numbers in the big copy
+    multiplied: int = 4096,  # rows of the matrices that show the speed of arithmetic
+    device: str = "auto",
+) -> list[dict]:
+    "Propagation and ranking beside their bounds. Rows: shop, what, milliseconds, reference (ms), by, speeds."
     device, rows = pick_device(device), []
     reuse_memory()
-    machine = {"GB/s of a big copy": copy_speed(torch.randn(50_000_000, device=device)) / 1e9}
-    machine["GFLOP/s"] = product_speed(4096, device) / 1e9
+    machine = {"GB/s of a big copy": copy_speed(torch.randn(copied, device=device)) / 1e9}
+    machine["GFLOP/s"] = product_speed(multiplied, device) / 1e9
     for name, (users, items, pairs) in sizes.items():
         user, item = draw_pairs(users, items, pairs)
         graph = user_item_graph(torch.as_tensor(user, device=device), torch.as_tensor(item, device=device), users, items)
@@ -422,7 +428,7 @@ def kernels_per_step(step, times: int = 5) -> tuple[float, float]:
     kernels = [e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA]
     return sum(e.count for e in kernels) / times, sum(e.self_device_time_total for e in kernels) / 1e6 / times
 
-# %% ../nbs/08_benchmarks.ipynb #9703acc4
+# %% ../nbs/08_benchmarks.ipynb #f6cc2bbd
 VERSIONS = ["the batch's rows", "all rows", "all rows, compiled", "all rows, CUDA graph"]  # the last on a GPU only
 
 
@@ -431,7 +437,7 @@ def freedom_and_batch(version: str, users: int, items: int, pairs: int, device: 
     user, item = (torch.as_tensor(x, device=device) for x in draw_pairs(users, items, pairs))
     torch.manual_seed(0)
     features = draw_features(items, {"image": 512, "text": 512}, device)
-    batch = user[:2048], item[:2048], torch.randint(items, (2048,)).to(device)
+    batch = user[:2048], item[:2048], torch.randint(items, user[:2048].shape).to(device)
     cls = FREEDOM if version == "the batch's rows" else AllRowsFREEDOM
     settings = FREEDOM.settings | {"edge_dropout": 0.0}  # so that all versions see the same edges
     freedom = cls(user, item, users, items, {m: f.shape[1] for m, f in features.items()}, **settings).to(device)
@@ -439,7 +445,7 @@ def freedom_and_batch(version: str, users: int, items: int, pairs: int, device: 
     freedom.train().start_epoch()
     return freedom, batch
 
-# %% ../nbs/08_benchmarks.ipynb #29c0f95b
+# %% ../nbs/08_benchmarks.ipynb #b18583f4
 def training_step(version: str, users: int, items: int, pairs: int, device: str = "auto") -> dict:
     "Milliseconds of a training step of FREEDOM in one of `VERSIONS`, its loss after 23 steps and, on a GPU, its kernels."
     device = pick_device(device)
@@ -459,7 +465,7 @@ def training_step(version: str, users: int, items: int, pairs: int, device: str 
     watch("20 steps", repeat, step, 20)
     row = {"version": version, "ms per step": 1e3 * watch.rows[0]["seconds"] / 20}
     with torch.no_grad():
-        row["loss"] = float(total_loss(freedom, batch))
+        row["loss"] = total_loss(freedom, batch).item()
     if device.type == "cuda":
         row["kernels"], at_work = kernels_per_step(step)
         row["GPU at work"] = 1e3 * at_work / row["ms per step"]
@@ -624,7 +630,7 @@ def graph_rows(csr: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.sparse_csr_tensor(F.pad(end, (1, 0)).int(), csr.col_indices()[edge], csr.values()[edge],
                                    (len(index), csr.shape[1]))
 
-# %% ../nbs/08_benchmarks.ipynb #450ed3ae
+# %% ../nbs/08_benchmarks.ipynb #087dfcc5
 class _Rows(torch.autograd.Function):
     "Rows `index` of a graph times `x`; the backward pass uses the transpose of the whole graph."
 
@@ -641,9 +647,9 @@ class _Rows(torch.autograd.Function):
 
 def propagate_rows(graph, user_emb, item_emb, n_layers: int, user: torch.Tensor, item: torch.Tensor) -> tuple:
     "Rows `user` and `item` of `propagate`, (b, d) each: the last of `n_layers` layers is computed for them alone."
-    users, items = (table * n_layers for table in propagate(graph, user_emb, item_emb, n_layers - 1))
+    users, items = propagate(graph, user_emb, item_emb, n_layers - 1)
     last = _Rows.apply(graph, user, items), _Rows.apply(graph.T, item, users)
-    return tuple((F.embedding(index, table) + rows) / (n_layers + 1)
+    return tuple((F.embedding(index, table) + n_layers * rows) / (n_layers + 1)
                  for index, table, rows in zip((user, item), (user_emb, item_emb), last))
 
 # %% ../nbs/08_benchmarks.ipynb #73e1ffd9
