@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'measure_fresh', 'main', 'synchronize', 'device_name', 'peak_gib', 'Stopwatch', 'results_path',
-           'draw_data_set', 'data_steps', 'measure_data', 'draw_interactions', 'draw_features', 'drawn_backbone',
-           'plain_adjacency', 'PlainFREEDOM', 'plain_bpr', 'plain_evaluation', 'timed_epoch', 'total_loss',
-           'timed_validation', 'stage1_epochs', 'median_seconds', 'copy_speed', 'product_speed', 'propagation_bound',
-           'ranking_bounds', 'draw_pairs', 'propagation_and_ranking', 'AllRowsFREEDOM', 'repeat', 'as_cuda_graph',
-           'kernels_per_step', 'freedom_and_batch', 'training_step', 'draw_grouped_features', 'item_graph_recall',
-           'timed_steps', 'timed_ranking', 'timed_exact_neighbours', 'large_steps', 'alternate', 'seconds_of',
-           'clever_row', 'interactions_of', 'epoch_of', 'plain_propagate', 'compare_horner', 'graph_rows',
+           'draw_data_set', 'data_steps', 'measure_data', 'draw_interactions', 'draw_features', 'new_backbone',
+           'drawn_backbone', 'plain_adjacency', 'PlainFREEDOM', 'plain_bpr', 'plain_evaluation', 'timed_epoch',
+           'total_loss', 'timed_validation', 'stage1_epochs', 'median_seconds', 'copy_speed', 'product_speed',
+           'propagation_bound', 'ranking_bounds', 'draw_pairs', 'propagation_and_ranking', 'AllRowsFREEDOM', 'repeat',
+           'as_cuda_graph', 'kernels_per_step', 'freedom_and_batch', 'training_step', 'draw_grouped_features',
+           'item_graph_recall', 'timed_steps', 'timed_ranking', 'timed_exact_neighbours', 'large_steps', 'alternate',
+           'seconds_of', 'clever_row', 'interactions_of', 'epoch_of', 'plain_propagate', 'compare_horner', 'graph_rows',
            'propagate_rows', 'RowWiseFREEDOM', 'compare_rows', 'plain_topk', 'compare_topk', 'freedom_seconds',
            'compare_reuse']
 
@@ -181,25 +181,36 @@ def draw_features(n_items: int, dims: dict[str, int], device: torch.device) -> d
     "Random unit rows (I, d_m) for each modality of `dims` {modality: d_m}."
     return {m: F.normalize(torch.randn(n_items, d), dim=1).to(device) for m, d in dims.items()}
 
-# %% ../nbs/08_benchmarks.ipynb #b721b68a
-def drawn_backbone(
-    name: str,  # of `BACKBONES`
-    inter: Interactions,
-    features: dict[str, torch.Tensor],  # {modality: (I, d_m)}; ignored by backbones without features
-    device: torch.device,
+# %% ../nbs/08_benchmarks.ipynb #f0bdaaff
+def new_backbone(
+    cls: type,  # of the backbone
+    user: torch.Tensor, item: torch.Tensor,  # (n,) training pairs
+    n_users: int, n_items: int,
+    features: dict[str, torch.Tensor],  # {modality: (I, d_m)}: their sizes count
     train_features: bool = False,
-    cls: type | None = None,  # a variant of the backbone's class
     **settings,  # of the backbone; else its defaults
 ) -> nn.Module:
+    "A backbone on training pairs, on their device, whose features are not set yet."
+    dims = {m: f.shape[1] for m, f in features.items()} if cls.uses_features else {}
+    settings = cls.settings | settings
+    return cls(user, item, n_users, n_items, dims, train_features=train_features, **settings).to(user.device)
+
+
+def drawn_backbone(
+    backbone: str | type,  # a name of `BACKBONES`, or a class
+    inter: Interactions,
+    features: dict[str, torch.Tensor],  # {modality: (I, d_m)}; not used by backbones without features
+    device: torch.device,
+    train_features: bool = False,
+    **settings,
+) -> nn.Module:
     "A backbone on the training pairs of `inter`, with its features set."
-    cls = cls or BACKBONES[name]
-    features = features if cls.uses_features else {}
+    cls = BACKBONES[backbone] if isinstance(backbone, str) else backbone
     user, item = (torch.as_tensor(x, device=device) for x in inter.part("train"))
-    backbone = cls(user, item, inter.n_users, inter.n_items, {m: f.shape[1] for m, f in features.items()},
-                   train_features=train_features, **BACKBONES[name].settings | settings).to(device)
-    if features:
-        backbone.set_features(features)
-    return backbone
+    model = new_backbone(cls, user, item, inter.n_users, inter.n_items, features, train_features, **settings)
+    if cls.uses_features:
+        model.set_features(features)
+    return model
 
 # %% ../nbs/08_benchmarks.ipynb #adcbd029
 def plain_adjacency(user: torch.Tensor, item: torch.Tensor, n_users: int, n_items: int) -> torch.Tensor:
@@ -428,7 +439,7 @@ def kernels_per_step(step, times: int = 5) -> tuple[float, float]:
     kernels = [e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA]
     return sum(e.count for e in kernels) / times, sum(e.self_device_time_total for e in kernels) / 1e6 / times
 
-# %% ../nbs/08_benchmarks.ipynb #f6cc2bbd
+# %% ../nbs/08_benchmarks.ipynb #bb5842b8
 VERSIONS = ["the batch's rows", "all rows", "all rows, compiled", "all rows, CUDA graph"]  # the last on a GPU only
 
 
@@ -439,8 +450,7 @@ def freedom_and_batch(version: str, users: int, items: int, pairs: int, device: 
     features = draw_features(items, {"image": 512, "text": 512}, device)
     batch = user[:2048], item[:2048], torch.randint(items, user[:2048].shape).to(device)
     cls = FREEDOM if version == "the batch's rows" else AllRowsFREEDOM
-    settings = FREEDOM.settings | {"edge_dropout": 0.0}  # so that all versions see the same edges
-    freedom = cls(user, item, users, items, {m: f.shape[1] for m, f in features.items()}, **settings).to(device)
+    freedom = new_backbone(cls, user, item, users, items, features, edge_dropout=0.0)  # all versions see the same edges
     freedom.set_features(features)
     freedom.train().start_epoch()
     return freedom, batch
@@ -521,7 +531,7 @@ def timed_exact_neighbours(watch: Stopwatch, features: torch.Tensor, k: int) -> 
     watch("exact neighbours of 1,024 items", lambda: [
         torch.mm(rows, unit.T, out=space[: len(rows)]).topk(k) for rows in unit[:1024].split(256)])
 
-# %% ../nbs/08_benchmarks.ipynb #37e78788
+# %% ../nbs/08_benchmarks.ipynb #9d3a52c5
 def large_steps(
     backbone: str,
     users: int, items: int, pairs: int,  # the size of the data set to draw
@@ -531,33 +541,35 @@ def large_steps(
 ) -> list[dict]:
     "Time the parts of Stage 1 on large data, where whole epochs take too long. Rows: what, seconds, peak_gib, pairs."
     device, cls = pick_device(device), BACKBONES[backbone]
-    watch, settings = Stopwatch(device), cls.settings
+    watch, knn_k = Stopwatch(device), 10  # as FREEDOM's default
     reuse_memory()
     user, item = draw_pairs(users, items, pairs)
     pair = np.unique(user * items + item)
     user, item = torch.as_tensor(pair // items, device=device), torch.as_tensor(pair % items, device=device)
     torch.manual_seed(0)
     features = {"text": draw_grouped_features(items, dim).to(device)} if cls.uses_features else {}
-    model = watch("user-item graph and parameters", lambda: cls(
-        user, item, users, items, {m: f.shape[1] for m, f in features.items()}, **settings).to(device))
+    settings = {"knn_k": knn_k} if features else {}
+    model = watch("user-item graph and parameters", lambda: new_backbone(
+        cls, user, item, users, items, features, **settings))
     if features:
         watch("item graph", model.set_features, features)
-        recall = item_graph_recall(model.item_graph, features["text"], settings["knn_k"])
+        recall = item_graph_recall(model.item_graph, features["text"], knn_k)
         watch.rows.append({"what": "recall of the item graph", "seconds": recall})
     sampler = watch("sampler", lambda: TripleSampler(user, item, items))
     timed_steps(watch, model, sampler, batches)
     timed_ranking(watch, model, Pairs(user.cpu().numpy(), item.cpu().numpy(), users, device))
     if features:
-        timed_exact_neighbours(watch, features["text"], settings["knn_k"])
+        timed_exact_neighbours(watch, features["text"], knn_k)
     return [row | {"pairs": len(pair), "backbone": backbone} for row in watch.rows]
 
-# %% ../nbs/08_benchmarks.ipynb #071f23bc
+# %% ../nbs/08_benchmarks.ipynb #261d6269
 def alternate(
     versions: dict,  # {name: function that returns seconds}
-    times: int = 7,  # turns, after one that warms up
+    times: int = 7,  # turns
+    warm_up: bool = True,  # one turn that does not count
 ) -> list[dict]:
     "Seconds of each version in each turn, as {name: seconds}; the order changes from turn to turn."
-    for run in versions.values():
+    for run in versions.values() if warm_up else ():
         run()
     names = list(versions)
     return [{name: versions[name]() for name in names[:: 1 if turn % 2 else -1]} for turn in range(times)]
@@ -665,14 +677,14 @@ class RowWiseFREEDOM(FREEDOM):
             terms[f"aux_{m}"] = self.aux_weight * bpr_loss(users, *project(F.embedding(item, features[m])).chunk(2))
         return terms
 
-# %% ../nbs/08_benchmarks.ipynb #097b2c7d
+# %% ../nbs/08_benchmarks.ipynb #a843b614
 def compare_rows(size: dict, times: int = 7, dim: int = 512, device: str = "auto") -> list[dict]:
     "A training epoch of FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, inter = pick_device(device), interactions_of(**size)
     reuse_memory()
     features = draw_features(inter.n_items, {"image": dim, "text": dim}, device)
     models = {"plain": AllRowsFREEDOM, "clever": RowWiseFREEDOM}
-    epochs = {name: epoch_of(drawn_backbone("freedom", inter, features, device, cls=cls)) for name, cls in models.items()}
+    epochs = {name: epoch_of(drawn_backbone(cls, inter, features, device)) for name, cls in models.items()}
     return alternate({name: partial(seconds_of, epoch, device) for name, epoch in epochs.items()}, times)
 
 # %% ../nbs/08_benchmarks.ipynb #d6f576d3
@@ -699,8 +711,8 @@ def compare_topk(size: dict, times: int = 7, d: int = 64, device: str = "auto") 
 
     return alternate({"plain": partial(seconds, plain_topk), "clever": partial(seconds, stable_topk)}, times)
 
-# %% ../nbs/08_benchmarks.ipynb #2f6a4bee
-def freedom_seconds(size: dict, reuse: bool, epochs: int = 2, dim: int = 512, device: str = "auto") -> float:
+# %% ../nbs/08_benchmarks.ipynb #779a6b0a
+def freedom_seconds(size: dict, reuse: bool, epochs: int = 1, dim: int = 512, device: str = "auto") -> float:
     "Median seconds of an epoch of FREEDOM with its validation, after one that warms up."
     device, inter = pick_device(device), interactions_of(**size)
     if reuse:
@@ -717,7 +729,7 @@ def freedom_seconds(size: dict, reuse: bool, epochs: int = 2, dim: int = 512, de
     return float(np.median(seconds[1:]))
 
 
-def compare_reuse(size: dict, times: int = 5, epochs: int = 2, dim: int = 512, device: str = "auto") -> list[dict]:
+def compare_reuse(size: dict, times: int = 5, epochs: int = 1, dim: int = 512, device: str = "auto") -> list[dict]:
     "An epoch of FREEDOM with its validation: as the C library has it, against `reuse_memory`; a process per turn."
     run = partial(measure_fresh, "freedom_seconds", size=size, epochs=epochs, dim=dim, device=device)
-    return alternate({"plain": partial(run, reuse=False), "clever": partial(run, reuse=True)}, times)
+    return alternate({"plain": partial(run, reuse=False), "clever": partial(run, reuse=True)}, times, warm_up=False)

@@ -8,7 +8,7 @@ __all__ = ['WORDS', 'BABY_SHAPE', 'write_items', 'drawn_data', 'drawn_clip', 'Sh
            'measured_stage2', 'seconds_now', 'memory_mb', 'reset_most', 'joules', 'tuning_update', 'encoded_items',
            'tuning_batches', 'encodings_per_epoch', 'timed_updates', 'estimated_memory', 'tuning_cost', 'recall_table']
 
-# %% ../nbs/08a_tuning_cost.ipynb #513710c2
+# %% ../nbs/08a_tuning_cost.ipynb #5d2baed2
 import ctypes
 import gc
 import json
@@ -27,8 +27,7 @@ import torch
 from PIL import Image
 
 from . import clip_prompting
-from .backbones import BACKBONES
-from .benchmarks import synchronize
+from .benchmarks import drawn_backbone, synchronize
 from .clip_prompting import Clip, ItemEncoder
 from .data import Interactions, RecData, load_image
 from .memory import memory_need
@@ -36,7 +35,6 @@ from .peft import attach, count_parameters
 from .prefix import PrefixEncoder
 from .ranking import paired_test
 from .runs import pick_device
-from .stage1 import build_backbone
 from .stage2 import BATCHES, Stage2, best_variant, per_user_values
 from .training import reuse_memory
 
@@ -128,7 +126,7 @@ class MeasuredStage2(Stage2):
             live = {m: f[first] for m, f in self.encoder(pos).items()}
         return super().losses(user, pos, neg, live)
 
-# %% ../nbs/08a_tuning_cost.ipynb #3ec8ee97
+# %% ../nbs/08a_tuning_cost.ipynb #6fa6865f
 def measured_encoder(
     clip: Clip,
     data: RecData,
@@ -150,8 +148,7 @@ def measured_stage2(encoder: ItemEncoder, data: RecData, device: torch.device, *
     "Stage 2 of VBPR with random features and an encoder, ready to train."
     dims = {m: f.shape[1] for m, f in ItemEncoder.forward(encoder, torch.arange(2)).items()}
     features = {m: torch.randn(data.inter.n_items, d, device=device) for m, d in dims.items()}
-    backbone = build_backbone("vbpr", data.inter, features, BACKBONES["vbpr"].settings, device=device)
-    return MeasuredStage2(backbone, encoder, **settings)
+    return MeasuredStage2(drawn_backbone("vbpr", data.inter, features, device), encoder, **settings)
 
 # %% ../nbs/08a_tuning_cost.ipynb #f5a1ce8a
 def seconds_now(device: torch.device) -> float:
