@@ -62,7 +62,7 @@ def test_a_data_set_is_looked_for_here_first_then_in_the_data_folder_then_in_the
     assert find_dataset("sample") == at_here and find_dataset("~/sample") == of_user
     (at_here / "interactions.csv").unlink()  # a folder of this name that is no data set does not hide one that is
     assert find_dataset("sample") == at_home and find_dataset(at_here) == at_here
-    with pytest.raises(DataError, match=f"'simple'; did you mean 'sample'.*{here}/simple, {home}/simple, .*/data/simple"):
+    with pytest.raises(DataError, match=f"'simple'. Did you mean sample.*{here}/simple, {home}/simple, .*/data/simple"):
         find_dataset("simple")
 
 
