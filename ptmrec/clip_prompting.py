@@ -64,7 +64,7 @@ class Clip:
         return fingerprint(self.name, repr(self.model), self.image_size, self.resize_mode, self.interpolation,
                            self.mean.tolist(), self.std.tolist(), *weights)
 
-# %% ../nbs/01_clip_prompting.ipynb #82de55ef
+# %% ../nbs/01_clip_prompting.ipynb #cc06f871
 def hub_answers() -> bool:
     "Whether the model hub can be reached."
     from huggingface_hub import constants
@@ -75,7 +75,7 @@ def hub_answers() -> bool:
         return isinstance(e, urllib.error.HTTPError)
     return True
 
-
+# %% ../nbs/01_clip_prompting.ipynb #b29cecd6
 def check_download(clip_model: str, pretrained: str) -> None:
     "Raise `DataError` if the weights of a tag are not on this machine and cannot be downloaded."
     import huggingface_hub
@@ -88,13 +88,13 @@ def check_download(clip_model: str, pretrained: str) -> None:
         raise DataError(f"The weights '{pretrained}' of {clip_model} are not on this machine and the model hub does not "
                         "answer. Connect to the network once, or give a weights file: pretrained=<path>.")
 
-# %% ../nbs/01_clip_prompting.ipynb #cbe8b672
+# %% ../nbs/01_clip_prompting.ipynb #99404965
 def find_path(path):
     "The first existing `path` of those in the working directory, in $PTMREC_DATA and in the repository root, or None."
     places = (Path.cwd(), data_dir(), repo_root())
     return next((place / path for place in places if (place / path).exists()), None)
 
-
+# %% ../nbs/01_clip_prompting.ipynb #3f48041e
 def find_weights(clip_model: str, pretrained: str) -> str:
     "What open_clip takes as `pretrained`: the path of a weights file, or a tag. Raises `DataError` if it is neither."
     import open_clip
@@ -135,7 +135,7 @@ def load_clip(clip_model: str = "tiny", pretrained: str = "sample") -> Clip:
     return Clip(f"{clip_model}/{pretrained}", model, open_clip.get_tokenizer(clip_model), size,
                 torch.tensor(how["mean"]), torch.tensor(how["std"]), how["resize_mode"], how["interpolation"])
 
-# %% ../nbs/01_clip_prompting.ipynb #77125d80
+# %% ../nbs/01_clip_prompting.ipynb #fd49e552
 @dataclass
 class Tower:
     "A transformer in three parts: `embed` its input to (B, N, width), run `blocks`, `pool` (B, N, width) to (B, d)."
@@ -145,7 +145,7 @@ class Tower:
     embed: Callable
     pool: Callable
 
-
+# %% ../nbs/01_clip_prompting.ipynb #b4134d7a
 def image_tower(clip: Clip) -> Tower:
     "The image tower as a `Tower`; raises `DataError` for one that takes no prompts."
     import open_clip
@@ -167,12 +167,12 @@ def image_tower(clip: Clip) -> Tower:
 
     return Tower(visual.positional_embedding.shape[1], visual.transformer.resblocks, visual._embeds, pool)
 
-# %% ../nbs/01_clip_prompting.ipynb #f2dd9605
+# %% ../nbs/01_clip_prompting.ipynb #4546041f
 def text_module(clip: Clip) -> nn.Module:
     "The module that holds the text tower: `CLIP` itself, or `.text` of a CLIP with its own text tower."
     return getattr(clip.model, "text", clip.model)
 
-
+# %% ../nbs/01_clip_prompting.ipynb #3131019d
 def text_pooling(text: nn.Module) -> tuple[str, int]:
     "How a text tower pools, and the id of its end token."
     import open_clip
@@ -180,7 +180,7 @@ def text_pooling(text: nn.Module) -> tuple[str, int]:
     inline = isinstance(text, open_clip.CLIP)
     return (text.text_pool_type, text.text_eos_id) if inline else (text.pool_type, text.eos_id)
 
-
+# %% ../nbs/01_clip_prompting.ipynb #2510f534
 def pool_text(text: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
     "Text features (B, d_t) of what leaves the last block, x (B, N, w), for token ids (B, N)."
     from open_clip.transformer import text_global_pool
@@ -217,10 +217,10 @@ def text_tower(clip: Clip) -> Tower:
 
     return Tower(text.positional_embedding.shape[1], text.transformer.resblocks, embed, pool)
 
-# %% ../nbs/01_clip_prompting.ipynb #bc5ee2dc
+# %% ../nbs/01_clip_prompting.ipynb #5f07d3d8
 POSITIONS = ("first", "last")
 
-
+# %% ../nbs/01_clip_prompting.ipynb #16c1e0fd
 def prompt_width(clip: Clip, tower: str, prompt_depth: int) -> int:
     "Width of prompts in `prompt_depth` layers of `tower`; raises `DataError` if it takes no prompts or is less deep."
     taken = image_tower(clip) if tower == "image" else text_tower(clip)
@@ -229,7 +229,7 @@ def prompt_width(clip: Clip, tower: str, prompt_depth: int) -> int:
                         f"Set prompt_depth to 1 ... {len(taken.blocks)}.")
     return taken.width
 
-
+# %% ../nbs/01_clip_prompting.ipynb #3fc402c6
 class DeepPrompts(nn.Module):
     "Learnable prompts: a parameter (prompt_depth, n_ctx, width) for each tower, from N(0, 0.02²). See `prompt_width`."
 
@@ -254,7 +254,7 @@ class DeepPrompts(nn.Module):
         prompts = getattr(self, tower, ())
         return dict(enumerate(prompts, 0 if self.first else n_layers - len(prompts)))
 
-# %% ../nbs/01_clip_prompting.ipynb #d5d61d33
+# %% ../nbs/01_clip_prompting.ipynb #bdd4cccc
 def make_room(mask: Tensor, n_ctx: int) -> Tensor:
     "An additive mask (..., N, N) with `n_ctx` more tokens after the start token."
     index = torch.cat([torch.zeros(1 + n_ctx, dtype=torch.long), torch.arange(1, mask.shape[-1])]).to(mask.device)
@@ -262,7 +262,7 @@ def make_room(mask: Tensor, n_ctx: int) -> Tensor:
     mask[..., : 1 + n_ctx, : 1 + n_ctx] += mask.new_full((1 + n_ctx, 1 + n_ctx), -torch.inf).triu(1)
     return mask
 
-
+# %% ../nbs/01_clip_prompting.ipynb #7f088e44
 def run_blocks(
     blocks: nn.Module,
     x: Tensor,  # (B, N, w)
@@ -283,13 +283,13 @@ def run_blocks(
         x = block(x) if mask is None else block(x, attn_mask=mask)
     return x
 
-# %% ../nbs/01_clip_prompting.ipynb #a25dc5c6
+# %% ../nbs/01_clip_prompting.ipynb #6c2eaaf4
 def image_features(tower: Tower, x: Tensor, prompts: dict[int, Tensor], first: int = 0) -> Tensor:
     "Image features (B, d_v) of tokens x (B, N, w) that come into layer `first`; `prompts`: {layer: (n_ctx, w)}."
     n = x.shape[1]
     return tower.pool(run_blocks(tower.blocks, x, prompts, n, first=first)[:, :n])
 
-
+# %% ../nbs/01_clip_prompting.ipynb #c7400389
 def encode_image(clip: Clip, images: Tensor, prompts: DeepPrompts | None = None) -> Tensor:
     "Image features (B, d_v) of `images` (B, 3, h, w), with `prompts` if they have some for this tower."
     if not hasattr(prompts, "image"):
@@ -297,12 +297,12 @@ def encode_image(clip: Clip, images: Tensor, prompts: DeepPrompts | None = None)
     tower = image_tower(clip)
     return image_features(tower, tower.embed(images), prompts.in_layers("image", len(tower.blocks)))
 
-
+# %% ../nbs/01_clip_prompting.ipynb #256479e0
 def pooled(output):
     "The feature in a tower's output: a captioner's towers return (feature, tokens)."
     return output[0] if isinstance(output, tuple) else output
 
-# %% ../nbs/01_clip_prompting.ipynb #2f4a3d69
+# %% ../nbs/01_clip_prompting.ipynb #96c1da81
 def trim(
     tokens: Tensor,  # ids (B, L)
     limit: int,  # the most tokens of a text
@@ -318,7 +318,7 @@ def trim(
         end = end.clamp(max=limit - 1)
     return tokens[:, : int(end.max()) + 1 if shorten else limit]
 
-
+# %% ../nbs/01_clip_prompting.ipynb #db8b8b74
 def cut_tokens(text: nn.Module, tokens: Tensor, limit: int) -> Tensor:
     "Token ids (B, L) as short as the text tower allows, at most `limit`."
     pool, eos_id = text_pooling(text)
@@ -327,7 +327,7 @@ def cut_tokens(text: nn.Module, tokens: Tensor, limit: int) -> Tensor:
     causal = text.attn_mask is not None and getattr(text, "cls_emb", None) is None
     return trim(tokens, limit, eos_id if pool == "eos" else None, shorten=causal)
 
-# %% ../nbs/01_clip_prompting.ipynb #961e3122
+# %% ../nbs/01_clip_prompting.ipynb #d3dc5d6a
 @dataclass
 class TextTokens:
     "Texts in front of the blocks."
@@ -338,7 +338,7 @@ class TextTokens:
     prompts: dict[int, Tensor]  # {layer: (n_ctx, w)}
     room: int  # places in x that are kept for prompts of the first layer
 
-
+# %% ../nbs/01_clip_prompting.ipynb #beb682d9
 def embed_text(clip: Clip, tower: Tower, tokens: Tensor, prompts: dict[int, Tensor]) -> TextTokens:
     "Token ids (B, L) as the text tower's blocks take them, with room for `prompts` {layer: (n_ctx, w)}."
     text = text_module(clip)
@@ -351,13 +351,13 @@ def embed_text(clip: Clip, tower: Tower, tokens: Tensor, prompts: dict[int, Tens
         prompts = prompts | {0: prompts[0] + text.positional_embedding[1 : 1 + n_ctx].to(x.dtype)}
     return TextTokens(x, mask, ids, prompts, room)
 
-# %% ../nbs/01_clip_prompting.ipynb #e1c28de9
+# %% ../nbs/01_clip_prompting.ipynb #c4182b9b
 def text_features(tower: Tower, text: TextTokens, x: Tensor | None = None, first: int = 0) -> Tensor:
     "Text features (B, d_t) of `text`; `x` (B, N, w), if given: its tokens as they come into layer `first`."
     x = text.x if x is None else x
     return tower.pool(run_blocks(tower.blocks, x, text.prompts, 1, text.room, text.mask, first), text.ids)
 
-
+# %% ../nbs/01_clip_prompting.ipynb #da7ff314
 def encode_text(clip: Clip, tokens: Tensor, prompts: DeepPrompts | None = None) -> Tensor:
     "Text features (B, d_t) of token ids (B, L <= context), with `prompts` if they have some for this tower."
     text = text_module(clip)
@@ -415,11 +415,11 @@ class ItemContent(nn.Module):
         "Token ids (n, L) of `items` (n,), on the CLIP's device."
         return torch.from_numpy(self.tokens[items.numpy()]).long().to(self.device)
 
-# %% ../nbs/01_clip_prompting.ipynb #418049fe
+# %% ../nbs/01_clip_prompting.ipynb #3d0d3ab0
 PRECISIONS = ("float32", "bf16")
 ENCODE_BATCH = 256  # items encoded at a time, without gradients
 
-
+# %% ../nbs/01_clip_prompting.ipynb #3de686e3
 class BatchEncoder(ItemContent):
     """Features of a batch of items by a CLIP: {"image": (n, d_v), "text": (n, d_t)}, unit length, float32.
 
