@@ -9,7 +9,6 @@ import torch
 from conftest import SHARED
 from PIL import Image
 
-from ptmrec.backbones import backbone_settings
 from ptmrec.clip_prompting import frozen_features
 from ptmrec.data import (MODALITIES, SPLIT_RULES, DataError, Interactions, Modality, cache_dir, describe, find_dataset,
                          find_path, fingerprint, k_core, load_data, make_split, random_split, read_table, repo_root,
@@ -63,7 +62,7 @@ def test_a_data_set_is_looked_for_here_first_then_in_the_data_folder_then_in_the
     assert find_dataset("sample") == at_here and find_dataset("~/sample") == of_user
     (at_here / "interactions.csv").unlink()  # a folder of this name that is no data set does not hide one that is
     assert find_dataset("sample") == at_home and find_dataset(at_here) == at_here
-    with pytest.raises(DataError, match=f"'simple'; did you mean 'sample'.*{here}/simple, {home}/simple, .*/data/simple"):
+    with pytest.raises(DataError, match=f"'simple'. Did you mean sample.*{here}/simple, {home}/simple, .*/data/simple"):
         find_dataset("simple")
 
 
@@ -327,7 +326,8 @@ def test_replaced_files_rebuild_features_and_graphs(home):
     def everything():
         data = load_data("shop")
         features = frozen_features(data, None)
-        backbone = build_backbone("freedom", data.inter, features, backbone_settings("freedom", "shop", knn_k=2))
+        settings = {"n_layers": 2, "n_item_layers": 1, "knn_k": 2, "image_weight": 0.1, "edge_dropout": 0, "aux_weight": 0}
+        backbone = build_backbone("freedom", data.inter, features, settings)
         graphs = [graph.csr.to_dense() for graph in (backbone.graph, backbone.item_graph)]
         return data.fingerprint(), features["image"], graphs
 
