@@ -1,20 +1,19 @@
 """Less memory, less time, and the same results."""
 
 import platform
+from functools import partial
 from itertools import product
 
-import nbformat
 import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ROOT
 from small import SHORT, make_shop, small_clips
 from torch.profiler import ProfilerActivity, profile
 
 import ptmrec.memory
 import ptmrec.stage2
-from ptmrec.backbones import backbone_settings
+from ptmrec.benchmarks import measure_fresh
 from ptmrec.clip_prompting import Clip, ItemEncoder, frozen_features, load_clip
 from ptmrec.data import DataError, load_data
 from ptmrec.memory import memory_need, peak_bytes
@@ -22,6 +21,7 @@ from ptmrec.peft import attach
 from ptmrec.prefix import PrefixEncoder
 from ptmrec.stage1 import build_backbone
 from ptmrec.stage2 import Stage2, need_of, run_stage2
+from ptmrec.tuning_cost import write_items
 
 CLIPS = small_clips(vocab_size=49408)
 METHODS = {"prompt": {"prompt_depth": 2}, "adapter": {}, "lora": {}, "full": {}}
@@ -46,7 +46,7 @@ def stage2(data, method="prompt"):
     with torch.no_grad():
         for q in tuning.parameters():
             q += 0.01 * torch.randn_like(q)
-    backbone = build_backbone("vbpr", data.inter, frozen_features(data, clip), backbone_settings("vbpr", ""))
+    backbone = build_backbone("vbpr", data.inter, frozen_features(data, clip), {})
     return Stage2(backbone, ItemEncoder(clip, data, tuning), task_weight=1.0, tune_backbone=True)
 
 
@@ -163,13 +163,10 @@ def test_prefix_refuses_what_starts_at_the_first_layer(data):
 
 @pytest.fixture(scope="module")
 def measure(tmp_path_factory):
-    "`run` of the notebook, with its drawn shop."
-    cells = [c.source for c in nbformat.read(ROOT / "nbs" / "08a_tuning_cost.ipynb", 4).cells if c.cell_type == "code"]
-    notebook = {}
-    for start in ("import json", "measure = False", "WORDS", "WORKER"):
-        exec(next(c for c in cells if c.startswith(start)), notebook)
-    yield notebook["run"]
-    notebook["shop"].cleanup()
+    "A measurement of `tuning_cost` in a fresh process, on drawn items."
+    folder = tmp_path_factory.mktemp("items")
+    write_items(folder)
+    return partial(measure_fresh, "tuning_cost.tuning_cost", folder=str(folder))
 
 
 def allocated_bytes(run):

@@ -326,8 +326,7 @@ def test_replaced_files_rebuild_features_and_graphs(home):
     def everything():
         data = load_data("shop")
         features = frozen_features(data, None)
-        settings = {"n_layers": 2, "n_item_layers": 1, "knn_k": 2, "image_weight": 0.1, "edge_dropout": 0, "aux_weight": 0}
-        backbone = build_backbone("freedom", data.inter, features, settings)
+        backbone = build_backbone("freedom", data.inter, features, {"knn_k": 2})
         graphs = [graph.csr.to_dense() for graph in (backbone.graph, backbone.item_graph)]
         return data.fingerprint(), features["image"], graphs
 
