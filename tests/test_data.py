@@ -410,7 +410,7 @@ def test_groups_that_are_empty_or_unknown():
     inter.split[:] = 0
     with pytest.raises(DataError, match="test split has no positive among all users and cold items"):
         Evaluator(inter, items="cold")("test", torch.zeros(30, 2), torch.zeros(60, 2))
-    with pytest.raises(DataError, match="users='old' is no group"):
+    with pytest.raises(DataError, match="users='old' is not a group"):
         Evaluator(inter, users="old")
 
 
