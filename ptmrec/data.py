@@ -63,6 +63,9 @@ def find_path(path: str | Path) -> Path | None:
 class DataError(ValueError):
     "Input data that cannot be used; the message names file, row and column, and says what to do."
 
+    def _render_traceback_(self):  # IPython shows these lines: the message alone
+        return [f"{type(self).__name__}: {self}"]
+
 # %% ../nbs/00_data.ipynb #ceef3914
 def has_interactions(folder: Path) -> bool:
     "Whether a folder holds an interactions file; without one it is no data set yet."

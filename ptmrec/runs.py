@@ -469,13 +469,13 @@ def _item_features(run) -> dict[str, pd.DataFrame]:
 
 Run.encoder, Run.item_features = _encoder, _item_features
 
-# %% ../nbs/03c_runs.ipynb #1700d145
+# %% ../nbs/03c_runs.ipynb #810601b1
 def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     "All runs as a table, the newest first: what they are, whether they are finished, their validation and test metric."
     rows = []
     for path in runs_dir().glob(f"{experiment}/{dataset}/*/run.json"):
         run = Run(path.parent, read_json(path))
-        if "metric" not in run.params:  # a search: its trials are runs of their own
+        if run.about["experiment"] == "search":  # its trials are runs of their own
             continue
         row = {k: run.about.get(k) for k in ("experiment", "dataset")} | {"key": run.key}
         row |= {k: run.params.get(k) for k in ("backbone", "tuning", "seed")}

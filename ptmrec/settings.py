@@ -339,11 +339,11 @@ def experiment(
         return call
     return decorate
 
-# %% ../nbs/00d_settings.ipynb #babe1e3c
+# %% ../nbs/00d_settings.ipynb #65389c9c
 def _own_comment(field):
     choices = field.json_schema_extra["choices"]
     names = list(choices() if callable(choices) else choices or [])
-    names = [*names[:5], "..."] if len(names) > 8 else names
+    names = [*names[:3], "..."] if len(names) > 8 else names
     about = field.description + (f": {', '.join(names)}" if names else "")
     return about + (f"; None: the data set's, else {field.default!r}" if field.json_schema_extra["per_dataset"] else "")
 

@@ -62,7 +62,7 @@ def in_copy(folder, code="from ptmrec.stage1 import run_stage1; run_stage1('shop
     "What a program prints that uses the copy of the package in `folder`."
     env = os.environ | {"PYTHONPATH": str(folder), "PTMREC_RUNS": str(folder / "runs"), "PTMREC_DATA": str(folder),
                         "TQDM_DISABLE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout, sorted(p.parent.name for p in (folder / "runs" / "stage1").rglob("metrics.json"))
 

@@ -62,13 +62,15 @@ def extended(tmp_path_factory):
     module = folder / "ptmrec" / "backbones.py"
     module.write_text(module.read_text() + TOY)
     make_shop(folder / "shop")
+    shutil.copy(ROOT / "settings.ini", folder)
+    (folder / "data").symlink_to(ROOT / "data")  # for the tiny CLIP
     return folder
 
 
 def call(folder, *command):
     env = os.environ | {"PYTHONPATH": str(folder), "PTMREC_RUNS": str(folder / "runs"), "PTMREC_DATA": str(folder),
                         "TQDM_DISABLE": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -97,7 +99,7 @@ def test_a_backbone_of_one_cell_as_a_program(extended):
 
 def test_a_backbone_of_one_cell_through_papermill(extended):
     flags = [x for name, value in {"n_hops": 1, "epochs": 2, "n_seeds": 1}.items() for x in ("-p", name, str(value))]
-    call(extended, f"{BIN}/papermill", "nbs/04_stage1.ipynb", str(extended / "out.ipynb"), "-p", "dataset", "shop",
+    call(extended, f"{BIN}/papermill", str(ROOT / "nbs" / "04_stage1.ipynb"), str(extended / "out.ipynb"), "-p", "dataset", "shop",
          "-p", "backbone", "toy", *flags)
     assert 1 in [p["n_hops"] for p in toy_runs(extended, "stage1")]
 
@@ -160,8 +162,7 @@ def test_a_third_modality_from_ready_made_features(tmp_path, monkeypatch, runs, 
         np.save(tmp_path / "shop" / f"{name}_feat.npy", rng.normal(size=(37, size)).astype(np.float32))
     knn = {"smore": {"knn_k_image": 5, "knn_k_text": 5}, "vbpr": {}}.get(backbone, {"knn_k": 5})
     monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds"))
-    with pytest.warns(UserWarning, match="ready-made features"):
-        run, = run_stage1(tmp_path / "shop", backbone=backbone, epochs=2, n_seeds=1, **knn)
+    run, = run_stage1(tmp_path / "shop", backbone=backbone, epochs=2, n_seeds=1, **knn)
     assert run.load_weights("backbone")["project.audio.weight"].shape == (64, 4)
 
 
