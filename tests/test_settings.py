@@ -99,8 +99,8 @@ def test_a_backbone_of_one_cell_as_a_program(extended):
 
 def test_a_backbone_of_one_cell_through_papermill(extended):
     flags = [x for name, value in {"n_hops": 1, "epochs": 2, "n_seeds": 1}.items() for x in ("-p", name, str(value))]
-    call(extended, f"{BIN}/papermill", str(ROOT / "nbs" / "04_stage1.ipynb"), str(extended / "out.ipynb"), "-p", "dataset", "shop",
-         "-p", "backbone", "toy", *flags)
+    call(extended, f"{BIN}/papermill", str(ROOT / "nbs" / "04_stage1.ipynb"), str(extended / "out.ipynb"),
+         "-p", "dataset", "shop", "-p", "backbone", "toy", *flags)
     assert 1 in [p["n_hops"] for p in toy_runs(extended, "stage1")]
 
 
