@@ -88,9 +88,9 @@ def find_dataset(
         return next((f for f in folders if has_interactions(f)), folders[0]).resolve()
     names, others = dataset_names(), ", ".join(downloadable)
     near = difflib.get_close_matches(Path(dataset).name, [*names, *downloadable], n=1)
-    guess = f"; did you mean '{near[0]}'?" if near else "."
+    guess = f" Did you mean {near[0]}?" if near else ""
     known = (", ".join(names) or "none") + (f"; downloaded on first use: {others}" if others else "")
-    raise DataError(f"No data set '{dataset}'{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
+    raise DataError(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
                     f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
 
 # %% ../nbs/00_data.ipynb #53a88d76
@@ -371,8 +371,8 @@ def check_split(rule: str) -> None:
     "Raise `DataError` unless `rule` is one of `SPLIT_RULES`."
     if rule not in SPLIT_RULES:
         near = difflib.get_close_matches(str(rule), SPLIT_RULES, n=1)
-        guess = f"; did you mean '{near[0]}'?" if near else "."
-        raise DataError(f"split='{rule}' is not a split rule{guess} Choose one of: {', '.join(SPLIT_RULES)}.")
+        guess = f" Did you mean {near[0]}?" if near else ""
+        raise DataError(f"split='{rule}' is not a split rule.{guess} Choose one of: {', '.join(SPLIT_RULES)}.")
 
 # %% ../nbs/00_data.ipynb #eee1c1e1
 def _split_globally(time):

@@ -339,10 +339,12 @@ def experiment(
         return call
     return decorate
 
-# %% ../nbs/00d_settings.ipynb #069e3f8e
+# %% ../nbs/00d_settings.ipynb #babe1e3c
 def _own_comment(field):
     choices = field.json_schema_extra["choices"]
-    about = field.description + (f": {', '.join(choices() if callable(choices) else choices)}" if choices else "")
+    names = list(choices() if callable(choices) else choices or [])
+    names = [*names[:5], "..."] if len(names) > 8 else names
+    about = field.description + (f": {', '.join(names)}" if names else "")
     return about + (f"; None: the data set's, else {field.default!r}" if field.json_schema_extra["per_dataset"] else "")
 
 
