@@ -208,8 +208,10 @@ class CoupledPrompt(Tuning):
 # %% ../nbs/01a_peft.ipynb #bbaccccf
 PARTS = {"attention": ("attn", "token_mixer"), "mlp": ("mlp",)}  # their names in a block
 
-# %% ../nbs/01a_peft.ipynb #854a3c96
+# %% ../nbs/01a_peft.ipynb #d159b96d
 class LastLayers(Settings):
+    "The setting that adapters and LoRA share."
+
     last_layers: int | None = setting(None, "only so many last layers of each tower are changed; None: all", ge=1)
 
 # %% ../nbs/01a_peft.ipynb #0debf91b
