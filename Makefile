@@ -12,26 +12,30 @@ help:  ## list the targets
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(bin)/python -m pip install --quiet --editable '.[dev]'
+	-git config filter.keep-outputs.clean "$(PYTHON) .ci/keep_outputs.py %f"
 	touch $@
 
-stage2: .venv/installed  ## both stages on dataset=<name or folder>, default sample; prints the result table
+stage2: .venv/installed  ## both stages on dataset=<name or folder>, default sample; shows progress, prints the result
 	@mkdir -p runs
-	$(bin)/papermill nbs/05_stage2.ipynb runs/stage2-$(notdir $(dataset)).ipynb -p dataset $(dataset) --stdout-file /dev/stdout
+	$(bin)/papermill nbs/05_stage2.ipynb runs/stage2-$(notdir $(dataset)).ipynb -p dataset $(dataset) \
+	  --stdout-file /dev/stdout --no-progress-bar
 
 test: .venv/installed lint  ## nbdev_test on every notebook, and pytest on tests/
 	$(bin)/python -m pytest
 
 lint: .venv/installed  ## ruff on package, notebooks and tests
-	$(bin)/ruff check nbs ptmrec tests
+	$(bin)/ruff check nbs ptmrec tests .ci
 
-lab: .venv/installed  ## JupyterLab on the notebooks
-	$(bin)/jupyter lab --notebook-dir nbs
+lab: .venv/installed  ## JupyterLab, on the page where to start
+	$(bin)/jupyter lab nbs/index.ipynb --notebook-dir .
 
-notebooks: .venv/installed  ## export, run and clean all notebooks, so that stored outputs match the code
+notebooks: .venv/installed  ## export, run, clean and stage all notebooks, so that stored outputs match the code
 	$(bin)/nbdev_export
+	$(bin)/python -m ptmrec.settings nbs/04_stage1.ipynb ptmrec.stage1.run_stage1 nbs/05_stage2.ipynb ptmrec.stage2.run_stage2
 	TQDM_DISABLE=1 $(bin)/jupyter nbconvert --to notebook --execute --inplace nbs/*.ipynb
 	$(bin)/nbdev_clean
 	@mkdir -p nbs/images && cp "$$(ls -t runs/stage2/sample/*/results.png | head -n 1)" nbs/images/stage2_sample.png
+	git -c filter.keep-outputs.clean= add nbs
 
-sample: .venv/installed  ## draw the sample shop and pretrain its CLIP again (about ten minutes)
+sample: .venv/installed  ## draw the sample and pretrain its CLIP again (about ten minutes)
 	$(bin)/python -m ptmrec.sample

@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tomllib
 import warnings
 import zlib
 from collections import Counter
@@ -23,8 +24,9 @@ import pytest
 from conftest import SHARED
 from PIL import Image
 
-from ptmrec.amazon import (PUBLISHED, check_image, download_images, fetch_file, find_or_prepare, prepare,
+from ptmrec.amazon import (PUBLISHED, PUBLISHED_SETTINGS, check_image, download_images, fetch_file, find_or_prepare, prepare,
                            read_image_features, read_manifest, read_meta, read_reviews)
+from ptmrec.backbones import BACKBONES
 from ptmrec.data import DataError, load_data
 
 
@@ -263,7 +265,7 @@ def test_download_goes_on_where_it_broke(files, tmp_path):
     assert files.ranges == [None, "bytes=1000-", "bytes=2000-"]
     (tmp_path / "c.gz.part").write_bytes(content)  # killed before it got its name: the server answers 416
     assert fetch_file(f"{files.address}/a.gz", tmp_path / "c.gz", wait=0.01).read_bytes() == content
-    with pytest.raises(DataError, match="b.gz is no whole gzip file"):
+    with pytest.raises(DataError, match="b.gz is not a complete gzip file"):
         fetch_file(f"{files.address}/b.gz", tmp_path / "b.gz", wait=0.01)
     assert sorted(os.listdir(tmp_path)) == ["a.gz", "c.gz"]
 
@@ -348,10 +350,32 @@ def test_images_of_another_shape_are_missing(tmp_path, images):
 
 def test_without_network_one_sentence_at_once(home, monkeypatch):
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: pytest.fail("it waits"))
-    with pytest.raises(DataError, match="reviews_Baby_5.json.gz and meta_Baby.json.gz cannot be had.*put into .*baby/raw"):
+    with pytest.raises(DataError, match="reviews_Baby_5.json.gz and meta_Baby.json.gz cannot be down.*put into .*baby/raw"):
         prepare("baby", base_url=closed_port())
     with pytest.raises(DataError, match="Toys.jsonl.gz and meta_Toys.jsonl.gz are not there.*put into"):
         prepare("Toys", release=2023)
+
+
+@pytest.mark.filterwarnings("ignore:.*have no", "ignore:.*as published")
+@pytest.mark.parametrize("name, official", [("sports", "Sports_and_Outdoors"), ("clothing", "Clothing_Shoes_and_Jewelry"),
+                                            ("baby", "Baby"), ("Toys", "Toys")])
+def test_published_settings_go_into_the_folder_and_never_over_ones_own(home, name, official):
+    toys(raw := home / name / "raw")
+    for path in list(raw.iterdir()):
+        path.rename(path.with_name(path.name.replace("Toys", official)))
+    (raw / f"image_features_{official}.b").write_bytes(b"0000000001" + bytes(4 * 4096) + b"0000000002" + bytes(4 * 4096))
+    with pytest.warns(UserWarning, match="lacks 3 of 5"):
+        prepare(name, images=False)
+    files = [home / folder / "defaults.toml" for folder in (name, f"{name}-release")]
+    if name not in ("sports", "clothing"):
+        assert not any(f.exists() for f in files)
+        return
+    assert [tomllib.loads(f.read_text()) for f in files] == [PUBLISHED_SETTINGS[name]] * 2
+    assert PUBLISHED_SETTINGS[name]["smore"].keys() <= BACKBONES["smore"].settings.keys()
+    files[0].write_text(own := "lr = 1e-2\n")
+    with pytest.warns(UserWarning, match="lacks 3 of 5"):
+        prepare(name, images=False)
+    assert files[0].read_text() == own and not list(home.rglob(".*-defaults.toml"))
 
 
 @pytest.mark.filterwarnings("ignore:.*have no")
@@ -378,7 +402,7 @@ def test_release_features(home):
     assert data.features["image"][:, 7].tolist() == [0, 1, 2, 3, 4]  # 2 is the mean of 0, 1, 3 and 4
     assert not list(home.rglob("Toys-release/.*"))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match="image_features_Toys.b has .* no multiple of 16,394"):
+    with pytest.raises(DataError, match="image_features_Toys.b has .* not a multiple of 16,394"):
         read_image_features(path, ["0000000000"])
 
 

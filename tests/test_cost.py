@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import ptmrec.memory
 import ptmrec.stage2
-from ptmrec.backbones import backbone_settings
 from ptmrec.benchmarks import measure_fresh
 from ptmrec.clip_prompting import Clip, ItemEncoder, frozen_features, load_clip
 from ptmrec.data import DataError, load_data
@@ -47,7 +46,7 @@ def stage2(data, method="prompt"):
     with torch.no_grad():
         for q in tuning.parameters():
             q += 0.01 * torch.randn_like(q)
-    backbone = build_backbone("vbpr", data.inter, frozen_features(data, clip), backbone_settings("vbpr", ""))
+    backbone = build_backbone("vbpr", data.inter, frozen_features(data, clip), {})
     return Stage2(backbone, ItemEncoder(clip, data, tuning), task_weight=1.0, tune_backbone=True)
 
 

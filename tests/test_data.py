@@ -9,10 +9,10 @@ import torch
 from conftest import SHARED
 from PIL import Image
 
-from ptmrec.backbones import backbone_settings
 from ptmrec.clip_prompting import frozen_features
-from ptmrec.data import (SPLIT_RULES, DataError, Interactions, cache_dir, describe, fingerprint, k_core, load_data,
-                         make_split, random_split, read_table, show_items, show_statistics)
+from ptmrec.data import (MODALITIES, SPLIT_RULES, DataError, Interactions, Modality, cache_dir, describe, find_dataset,
+                         find_path, fingerprint, k_core, load_data, make_split, random_split, read_table, repo_root,
+                         show_items, show_statistics)
 from ptmrec.ranking import CUTOFFS, Evaluator
 from ptmrec.stage1 import build_backbone
 
@@ -46,6 +46,49 @@ def amazon(name):
     if not folder.is_dir():
         pytest.skip(f"the Amazon interactions are not at {folder} (set PTMREC_SHARED)")
     return folder
+
+
+# Places
+
+def test_a_data_set_is_looked_for_here_first_then_in_the_data_folder_then_in_the_checkout(tmp_path, monkeypatch):
+    home, here, user = (tmp_path / name for name in ("home", "here", "user"))
+    for folder in (home, here, user):
+        folder.mkdir()
+    monkeypatch.setenv("PTMREC_DATA", str(home))
+    monkeypatch.setenv("HOME", str(user))
+    monkeypatch.chdir(here)
+    assert find_dataset("sample") == find_dataset("data/sample") == repo_root() / "data" / "sample"
+    at_home, at_here, of_user = (folder_of(f, "sample", interactions__csv="user,item\n1,2\n") for f in (home, here, user))
+    assert find_dataset("sample") == at_here and find_dataset("~/sample") == of_user
+    (at_here / "interactions.csv").unlink()  # a folder of this name that is no data set does not hide one that is
+    assert find_dataset("sample") == at_home and find_dataset(at_here) == at_here
+    with pytest.raises(DataError, match=f"'simple'; did you mean 'sample'.*{here}/simple, {home}/simple, .*/data/simple"):
+        find_dataset("simple")
+
+
+def test_a_file_is_looked_for_in_the_same_places(tmp_path, monkeypatch, home):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert find_path("settings.ini") == repo_root() / "settings.ini" and find_path("best.safetensors") is None
+    for folder in (home, here):
+        (folder / "best.safetensors").touch()
+        assert find_path("best.safetensors") == folder / "best.safetensors"
+
+
+def test_objects_show_themselves_in_one_line(home):
+    data = load_data("sample")
+    assert repr(data) == "RecData('sample': 1,500 users, 1,486 items, 12,000 interactions; images 1,486, texts 1,486)"
+    assert len(repr(data.inter)) < 200 and "12,000" in data._repr_html_() and "12,000" in data.inter._repr_html_()
+
+
+def test_a_registered_modality_is_read(home, monkeypatch):
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "songs"))
+    folder_of(home, interactions__csv="user,item\n0,0\n1,1\n", audio_feat__npy=np.eye(2, dtype=np.float32))
+    data = load_data("shop")
+    assert np.array_equal(data.features["audio"], np.eye(2)) and "audio features 2-d" in repr(data)
+    monkeypatch.delitem(MODALITIES, "audio")
+    assert not load_data("shop").features
 
 
 # Formats
@@ -207,25 +250,25 @@ CSV, TEXT = "interactions__csv", "text_feat__npy"
 BAD = {  # files, load_data's arguments, the error
     "no interactions": ({"items__csv": "item,title\n1,a\n"}, {}, "shop has no interactions file"),
     "missing column": ({CSV: "user,thing\n1,2\n"}, {}, "interactions.csv has no item column; .* user, thing"),
-    "empty file": ({CSV: ""}, {}, "interactions.csv is no table"),
-    "short of a header": ({CSV: "user,item\n1,2\n1,2,3\n"}, {}, "interactions.csv is no table.* line 3"),
+    "empty file": ({CSV: ""}, {}, "interactions.csv cannot be read as a table"),
+    "short of a header": ({CSV: "user,item\n1,2\n1,2,3\n"}, {}, "interactions.csv cannot be read as a table.* line 3"),
     "damaged parquet": ({"interactions__parquet": "PAR1"}, {}, "interactions.parquet cannot be read as Parquet"),
-    "no id": ({CSV: "user,item\n1,2\n\n2,\n"}, {}, "interactions.csv, line 4, column 'item': nan is no id"),
+    "no id": ({CSV: "user,item\n1,2\n\n2,\n"}, {}, "interactions.csv, line 4, column 'item': nan is not an id"),
     "no id, quoted lines": ({CSV: 'user,item\n1,"a\nb"\n2,\n'}, {}, "line 4, column 'item'"),
     "parquet row": ({"interactions__parquet": pd.DataFrame({"user": [1, 2], "item": ["a", None]})}, {}, "row 2, column"),
-    "label": ({CSV: "user,item,x_label\n1,2,0\n1,3,7\n"}, {}, "line 3, column 'split': 7 is neither"),
-    "negative label": ({CSV: "user,item,x_label\n1,2,-1\n"}, {}, "line 2, column 'split': -1 is neither"),
-    "missing label": ({CSV: "user,item,x_label\n1,2,0\n1,3,\n"}, {}, "line 3, column 'split': nan is neither"),
-    "rating in words": ({CSV: "user,item,rating\n1,2,good\n"}, {}, "line 2, column 'rating': good is no number"),
-    "rating NaN": ({CSV: "user,item,rating\n1,2,3\n1,3,nan\n"}, {}, "line 3, column 'rating': nan is no"),
-    "rating infinite": ({CSV: "user,item,rating\n1,2,inf\n"}, {}, "line 2, column 'rating': inf is no rating"),
-    "rating huge": ({CSV: "user,item,rating\n1,2,1e30\n"}, {}, "line 2, column 'rating': 1e\\+30 is no rating"),
+    "label": ({CSV: "user,item,x_label\n1,2,0\n1,3,7\n"}, {}, "line 3, column 'split': 7 is not 0"),
+    "negative label": ({CSV: "user,item,x_label\n1,2,-1\n"}, {}, "line 2, column 'split': -1 is not 0"),
+    "missing label": ({CSV: "user,item,x_label\n1,2,0\n1,3,\n"}, {}, "line 3, column 'split': nan is not 0"),
+    "rating in words": ({CSV: "user,item,rating\n1,2,good\n"}, {}, "line 2, column 'rating': good is not a number"),
+    "rating NaN": ({CSV: "user,item,rating\n1,2,3\n1,3,nan\n"}, {}, "line 3, column 'rating': nan is not a number"),
+    "rating infinite": ({CSV: "user,item,rating\n1,2,inf\n"}, {}, "line 2, column 'rating': inf is too large for a rating"),
+    "rating huge": ({CSV: "user,item,rating\n1,2,1e30\n"}, {}, "line 2, column 'rating': 1e\\+30 is too large for a rating"),
     "no ratings": ({CSV: GOOD}, {"min_rating": 3}, "min_rating=3 needs a rating column"),
     "nothing left": ({CSV: GOOD}, {"core": 9}, "no interactions are left .*core=9"),
     "no times": ({CSV: GOOD}, {"split": "user_time"}, "interactions.csv has no time column"),
     "bad time": ({CSV: "user,item,time\n1,2,noon\n"}, {"split": "user_time"}, "line 2, column 'time': noon"),
     "missing time": ({CSV: "user,item,time\n1,2,3\n1,3,\n"}, {"split": "global_time"}, "line 3, column 'time'"),
-    "unknown rule": ({CSV: GOOD}, {"split": "by_moon"}, "by_moon' is no rule. .*leave_last_out"),
+    "unknown rule": ({CSV: GOOD}, {"split": "by_moon"}, "by_moon' is not a split rule. .*leave_last_out"),
     "two users": ({CSV: "user,userID,item\n1,1,2\n"}, {}, "columns \\['user', 'userID'\\] all mean 'user'"),
     "items join nothing": ({CSV: GOOD, "items__csv": "item,title\nx,a\n"}, {}, "items.csv, column 'item': none"),
     "items without ids": ({CSV: GOOD, "items__csv": "item,title\n1,a\n,b\n"}, {}, "items.csv, line 3, column 'item'"),
@@ -283,7 +326,7 @@ def test_replaced_files_rebuild_features_and_graphs(home):
     def everything():
         data = load_data("shop")
         features = frozen_features(data, None)
-        backbone = build_backbone("freedom", data.inter, features, backbone_settings("freedom", "shop", knn_k=2))
+        backbone = build_backbone("freedom", data.inter, features, {"knn_k": 2})
         graphs = [graph.csr.to_dense() for graph in (backbone.graph, backbone.item_graph)]
         return data.fingerprint(), features["image"], graphs
 

@@ -23,7 +23,6 @@ import ptmrec.clip_prompting
 import ptmrec.runs
 import ptmrec.stage2
 import ptmrec.training
-from ptmrec.backbones import backbone_settings
 from ptmrec.clip_prompting import ItemEncoder, encode_in_blocks, frozen_features, load_clip
 from ptmrec.data import cache_dir, load_data
 from ptmrec.distributed import rank, init_distributed, sum_gradients, all_reduce, world_size
@@ -45,7 +44,7 @@ SETTINGS = {"kt": dict(), "task": dict(task_weight=1.0, tune_backbone=True), "lo
 def make_model(data, clip, tuning="prompt", precision="float32", **settings):
     set_seed(0)
     features = frozen_features(data, clip)
-    backbone = build_backbone("vbpr", data.inter, features, backbone_settings("vbpr", "sample"))
+    backbone = build_backbone("vbpr", data.inter, features, {})
     return Stage2(backbone, ItemEncoder(clip, data, attach(clip, tuning, n_ctx=2, prompt_depth=2), precision), **settings)
 
 

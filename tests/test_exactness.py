@@ -1,5 +1,8 @@
 """What must be exact: parity with stock CLIP, where gradients go, repeatability."""
 import copy
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +12,12 @@ import torch
 from open_clip.transformer import QuickGELU
 from PIL import Image
 
-from ptmrec.backbones import BACKBONES, backbone_settings, knn_graph
+from ptmrec.backbones import BACKBONES
 from ptmrec.clip_prompting import Clip, DeepPrompts, ItemEncoder, encode_image, encode_text, frozen_features, load_clip
-from ptmrec.data import INTERPOLATIONS, RESIZE_MODES, DataError, load_data, load_image
+from ptmrec.data import INTERPOLATIONS, RESIZE_MODES, DataError, find_dataset, load_data, load_image
+from ptmrec.graphs import knn_graph
 from ptmrec.peft import attach
+from ptmrec.settings import SettingError
 from ptmrec.stage1 import build_backbone, run_stage1
 from ptmrec.stage2 import Stage2
 
@@ -76,7 +81,7 @@ def sample():
 def stage2_model(sample, name, **changes):
     data, clip, features = sample
     torch.manual_seed(0)
-    backbone = build_backbone(name, data.inter, features, backbone_settings(name, "sample"))
+    backbone = build_backbone(name, data.inter, features, {})
     model = Stage2(backbone, ItemEncoder(clip, data, attach(clip, n_ctx=2, prompt_depth=2)), **changes)
     user, item = (torch.as_tensor(x[:64]) for x in data.inter.part("train"))
     return model, (user, item, torch.randint(data.inter.n_items, (64,)))
@@ -113,7 +118,7 @@ def test_same_seed_same_metrics_bit_for_bit(runs):
 def test_a_tag_brings_the_activation_it_was_trained_with(monkeypatch, tag, activation):
     create = open_clip.create_model
     monkeypatch.setattr(open_clip, "create_model", lambda name, weights, **how: create(name, pretrained=None, **how))
-    monkeypatch.setattr("ptmrec.clip_prompting._weights", lambda name, pretrained: pretrained)
+    monkeypatch.setattr("ptmrec.clip_prompting.find_weights", lambda name, pretrained: pretrained)
     clip = load_clip("ViT-B-32", tag)
     for tower in (clip.model.visual, clip.model):
         assert type(tower.transformer.resblocks[0].mlp.gelu) is activation
@@ -149,7 +154,7 @@ def test_freedom_equals_a_dense_reference(sample, given):
     data, _, features = sample
     features = {m: features[m] for m in given}
     torch.manual_seed(0)
-    settings = backbone_settings("freedom", "sample", n_layers=2, knn_k=10, image_weight=0.1, n_item_layers=1)
+    settings = {"n_layers": 2, "knn_k": 10, "image_weight": 0.1, "n_item_layers": 1}
     model = build_backbone("freedom", data.inter, features, settings).eval()
     U, I = data.inter.n_users, data.inter.n_items  # noqa: E741
     A = torch.zeros(U + I, U + I)
@@ -171,7 +176,7 @@ def test_freedom_equals_a_dense_reference(sample, given):
 
 
 def dense_views(backbone, features):
-    "Normalised graphs and the ID path of a `Views` backbone, dense and written out as in the papers."
+    "Normalised graphs and the ID path of a `MultiView` backbone, dense and written out as in the papers."
     n_users, n_items = backbone.n_users, backbone.n_items
     R = torch.zeros(n_users, n_items)
     R[backbone.user, backbone.item] = 1
@@ -205,7 +210,7 @@ def views_shop(request):
 @torch.no_grad()
 def test_mgcn_equals_a_dense_reference(views_shop):
     shop, features = views_shop
-    b = BACKBONES["mgcn"](*shop, emb_size=8, **backbone_settings("mgcn", "", knn_k=4))
+    b = BACKBONES["mgcn"](*shop, emb_size=8, knn_k=4)
     b.set_features(features)
     R, e_id, item_graph = dense_views(b, features)
     views = []
@@ -228,7 +233,7 @@ def test_smore_equals_a_dense_reference(views_shop):
     "The filters as circular convolutions, term by term."
     shop, features = views_shop
     d = 8
-    b = BACKBONES["smore"](*shop, emb_size=d, **backbone_settings("smore", "", knn_k_image=5, knn_k_text=3))
+    b = BACKBONES["smore"](*shop, emb_size=d, knn_k_image=5, knn_k_text=3)
     b.set_features(features)
     R, e_id, item_graph = dense_views(b, features)
     x = {m: f @ b.project[m].weight.T + b.project[m].bias for m, f in features.items()}
@@ -258,7 +263,7 @@ def test_smore_equals_a_dense_reference(views_shop):
 @torch.no_grad()
 def test_vbpr_equals_its_scores_written_out(views_shop):
     shop, features = views_shop
-    b = BACKBONES["vbpr"](*shop, emb_size=8, **backbone_settings("vbpr", ""))
+    b = BACKBONES["vbpr"](*shop, emb_size=8)
     b.set_features(features)
     users, items = b.eval()()
     for u in range(20):
@@ -286,7 +291,7 @@ def test_losses_are_those_of_the_papers(views_shop, name):
     shop, features = views_shop
     changes = {"knn_k": 4, "knn_k_image": 5, "knn_k_text": 4, "edge_dropout": 0.0, "aux_weight": 0.3, "cl_weight": 0.5,
                "cl_tau": 0.7, "reg_weight": 0.2}
-    settings = BACKBONES[name].settings | {k: v for k, v in changes.items() if k in BACKBONES[name].settings}
+    settings = {k: v for k, v in changes.items() if k in BACKBONES[name].Settings.model_fields}
     b = BACKBONES[name](*shop, emb_size=8, **settings).eval()
     if b.uses_features:
         b.set_features(features)
@@ -315,7 +320,7 @@ def test_losses_are_those_of_the_papers(views_shop, name):
 @pytest.mark.parametrize("name", [n for n, cls in BACKBONES.items() if cls.uses_features])
 def test_feature_tables_learn_only_where_asked(views_shop, name):
     shop, features = views_shop
-    settings = {k: min(v, 4) if k.startswith("knn_k") else v for k, v in backbone_settings(name, "").items()}
+    settings = {k: 4 for k in BACKBONES[name].Settings.model_fields if k.startswith("knn_k")}
     user, item = shop[:2]
     for train_features in (False, True):
         b = BACKBONES[name](*shop, train_features=train_features, **settings)
@@ -331,18 +336,20 @@ def test_feature_tables_learn_only_where_asked(views_shop, name):
         assert all(torch.equal(b.features[m], f) == (not train_features) for m, f in features.items())
 
 
+@pytest.mark.parametrize("given, size", [(GIVEN[0], 40), (GIVEN[0], 4), (GIVEN[1], 4), (GIVEN[2], 4)])
 @pytest.mark.parametrize("train_features", [False, True])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_batch_equals_its_rows_of_the_whole(views_shop, name, train_features, monkeypatch):
-    """A step computes its batch's rows only; value and every gradient are those of computing all and taking rows."""
-    shop, features = views_shop
+def test_a_batch_equals_its_rows_of_the_whole(name, train_features, given, size, monkeypatch):
+    "Value and gradients of a small and of a large batch are those of computing all and taking rows."
     torch.manual_seed(0)
+    features = {m: f for m, f in {"image": torch.rand(50, 12), "text": torch.rand(50, 7)}.items() if m in given}
+    shop = *(torch.rand(60, 50) < 0.1).nonzero().T, 60, 50, {m: f.shape[1] for m, f in features.items()}
     changes = {"knn_k": 4, "knn_k_image": 5, "knn_k_text": 4, "dropout": 0.0}
-    settings = BACKBONES[name].settings | {k: v for k, v in changes.items() if k in BACKBONES[name].settings}
+    settings = {k: v for k, v in changes.items() if k in BACKBONES[name].Settings.model_fields}
     backbone = BACKBONES[name](*shop, emb_size=8, train_features=train_features, **settings)
     if backbone.uses_features:
         backbone.set_features(features)
-    user, pos, neg = torch.tensor([3, 3, 19, 0]), torch.tensor([2, 14, 2, 7]), torch.tensor([5, 2, 0, 1])
+    user, pos, neg = torch.randint(60, (size,)), torch.randint(50, (size,)), torch.randint(50, (size,))
     found = torch.autograd.grad(sum(backbone.loss(user, pos, neg).values()), list(backbone.parameters()), allow_unused=True)
 
     def whole(graph, user_emb, item_emb, n_layers, user=None, item=None):
@@ -355,7 +362,7 @@ def test_a_batch_equals_its_rows_of_the_whole(views_shop, name, train_features, 
     monkeypatch.setattr("ptmrec.backbones.propagate", whole)
     monkeypatch.setattr("ptmrec.backbones.smooth", lambda graph, item_emb, n_layers, item=None: (
         torch.linalg.matrix_power(graph.to_dense(), n_layers) @ item_emb)[slice(None) if item is None else item])
-    monkeypatch.setattr("ptmrec.backbones.take", lambda table, rows: table if rows is None else table[rows])
+    monkeypatch.setattr("ptmrec.backbones.rows_of", lambda table, rows: table if rows is None else table[rows])
     wanted = torch.autograd.grad(sum(backbone.loss(user, pos, neg).values()), list(backbone.parameters()), allow_unused=True)
     for a, b in zip(found, wanted):
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
@@ -367,10 +374,41 @@ def test_an_approximate_item_graph_finds_nearly_all_neighbours(monkeypatch):
     centres = torch.randn(60, 16).repeat_interleave(50, 0)
     features = centres + 0.3 * torch.randn_like(centres)
     exact = knn_graph(features, 5).to_dense() > 0
-    monkeypatch.setattr("ptmrec.backbones.EXACT_ITEMS", 1000)
+    monkeypatch.setattr("ptmrec.graphs.EXACT_ITEMS", 1000)
     approximate = knn_graph(features, 5).to_dense() > 0
     assert (approximate.sum(1) == 5).all()
     assert 0.95 < (exact & approximate).sum() / exact.sum()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="3,000 items.*faiss"):
         assert torch.equal(knn_graph(features, 5).to_dense() > 0, exact)
+
+
+@pytest.mark.parametrize("bad, message", [
+    (("ViT-B32", "openai"), "clip_model='ViT-B32' is not known. Did you mean ViT-B-32?"),
+    (("ViT-B-32", "openia"), "pretrained='openia' is neither a weights file nor a tag .* Did you mean openai?"),
+    (("ViT-B-32", "sample"), "pretrained='sample' is neither a weights file nor a tag")])
+def test_a_clip_that_is_not_there_is_one_sentence(bad, message):
+    with pytest.raises(SettingError, match=message):
+        load_clip(*bad)
+
+
+def test_weights_are_found_from_the_working_directory(tmp_path, monkeypatch):
+    shutil.copy(find_dataset("sample") / "tiny.safetensors", tmp_path / "mine.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert load_clip("tiny", "mine.safetensors").name == "tiny/mine.safetensors"
+
+
+def test_representations_are_one_line(sample):
+    data, clip, _ = sample
+    assert repr(clip) == "Clip('tiny/sample': 4.7M parameters, images 64 px, features 128-d)"
+    with attach(clip, n_ctx=2) as tuning:
+        assert repr(ItemEncoder(clip, data, tuning)) == (
+            "ItemEncoder(1,486 items of 'sample', image and text, by 'tiny/sample', tuning Prompt(image 768 + text 384 "
+            "parameters))")
+
+
+def test_nothing_slow_is_imported_before_it_is_used():
+    slow = ("open_clip", "timm", "torchvision", "huggingface_hub")
+    code = f"import sys, ptmrec.peft, ptmrec.prefix, ptmrec.memory; print([m for m in {slow} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr

@@ -14,7 +14,7 @@ from small import SHORT, make_shop
 
 from ptmrec.clip_prompting import ItemEncoder, frozen_features, load_clip
 from ptmrec.data import DataError, cache_dir, image_map, load_data
-from ptmrec.memory import _container_free
+from ptmrec.memory import container_free
 from ptmrec.stage1 import run_stage1, seeds_of, training_of
 from ptmrec.stage2 import run_stage2
 
@@ -65,9 +65,9 @@ def test_replaced_content_never_meets_an_old_cache(shop):
 
 @pytest.mark.parametrize("content, message", [
     ("a,b\n1,2\n", "has no user column; its columns are a, b"),
-    ("user,item\n1,2\n,3\n", "line 3, column 'user': nan is no id"),
+    ("user,item\n1,2\n,3\n", "line 3, column 'user': nan is not an id"),
     ("user,item,rating\n1,2,good\n", "line 2, column 'rating'"),
-    ("user,item,x_label\n1,2,7\n", "line 2, column 'split': .*7.* is neither 0, 1 nor 2"),
+    ("user,item,x_label\n1,2,7\n", "line 2, column 'split': .*7.* is not 0 \\(train\\), 1 \\(valid\\) or 2"),
     ("user,userID,item\n1,1,2\n", "columns \\['user', 'userID'\\] all mean 'user'"),
 ])
 def test_bad_interactions_name_line_and_column(shop, content, message):
@@ -286,9 +286,9 @@ def test_the_sample_by_name_or_by_folder_has_the_same_defaults():
 
 
 def test_what_a_container_may_use(tmp_path):
-    assert _container_free(tmp_path) == math.inf
+    assert container_free(tmp_path) == math.inf
     for name, content in {"max": "1000", "current": "700", "stat": "anon 600\ninactive_file 80\n"}.items():
         (tmp_path / f"memory.{name}").write_text(content)
-    assert _container_free(tmp_path) == 380
+    assert container_free(tmp_path) == 380
     (tmp_path / "memory.max").write_text("max\n")
-    assert _container_free(tmp_path) == math.inf
+    assert container_free(tmp_path) == math.inf

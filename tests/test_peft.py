@@ -12,7 +12,8 @@ from small import TEXT, small_clips
 
 from ptmrec.clip_prompting import Clip, ItemEncoder, encode_image, encode_text, frozen_features, text_module
 from ptmrec.data import DataError, load_data
-from ptmrec.peft import TOWERS, TUNINGS, attach, sublayers
+from ptmrec.peft import TOWERS, TUNINGS, Tuning, attach, sublayers
+from ptmrec.settings import SettingError, Settings, setting
 from ptmrec.stage2 import run_stage2
 
 
@@ -218,12 +219,15 @@ def test_towers_without_room_for_prompts_are_refused_by_name(name):
         assert torch.equal(features[:4], stock[:4]) and not torch.equal(features[4:], stock[4:])
 
 
-@pytest.mark.parametrize("wrong", [{"lora_targets": "attn"}, {"lora_rank": -1}])
-def test_what_fails_to_attach_leaves_nothing_behind(wrong):
+@pytest.mark.parametrize("wrong, message", [
+    ({"lora_targets": "attn"}, "lora_targets='attn' is not known. Allowed: attention, mlp, or several joined by"),
+    ({"lora_rank": -1}, "lora_rank=-1 is not allowed: it must be a whole number at least 0 at most 1024"),
+    ({"lora_rank": 65}, "lora_rank=65 is larger than a weight it would change: set it to at most 64")])
+def test_what_fails_to_attach_leaves_nothing_behind(wrong, message):
     clip, batch = make("plain")
     stock, keys = both(clip, batch), list(clip.model.state_dict())
-    with pytest.raises((ValueError, RuntimeError)):
-        attach(clip, "adapter+lora", **wrong)
+    with pytest.raises(SettingError, match=message):
+        attach(clip, "adapter+lora", ["image"], **wrong)
     assert list(clip.model.state_dict()) == keys and torch.equal(both(clip, batch), stock)
     assert not any(m._forward_hooks for m in clip.model.modules())
 
@@ -232,11 +236,13 @@ def test_what_fails_to_attach_leaves_nothing_behind(wrong):
 def test_last_layers_are_counted(method):
     clip, _ = make("plain")
     trained = []
-    for last_layers in (0, 1, 2, 3, 9, None):
+    for last_layers in (1, 2, 3, 9, None):
         with attach(clip, method, last_layers=last_layers) as tuning:
             trained.append(sum(q.numel() for q in tuning.parameters()))
-    one = trained[1]
-    assert one and trained == [0, one, 2 * one, 3 * one, 3 * one, 3 * one]
+    one = trained[0]
+    assert one and trained == [one, 2 * one, 3 * one, 3 * one, 3 * one]
+    with pytest.raises(SettingError, match="last_layers=0 is not allowed: it must be a whole number at least 1 or None"):
+        attach(clip, method, last_layers=0)
 
 
 def test_clips_of_the_same_weights_are_told_apart():
@@ -252,11 +258,59 @@ def test_towers_without_attention_are_refused_where_it_is_meant(name):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ("prefix", "tuning='prefix' is not known"), ("full+lora", "prompts, adapter and lora together"),
-    ("prompt+coupled_prompt", "prompts, adapter and lora together")])
+    ("prefix", "tuning='prefix' is not known. Allowed"), ("promt", "Did you mean prompt?"), ("lora+", "is not known"),
+    ("full+lora", "none and full are used alone"), ("none+prompt", "none and full are used alone"),
+    ("prompt+coupled_prompt", "One kind of prompts, adapter and lora can be joined by")])
 def test_names_that_mean_nothing(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SettingError, match=message):
         attach(make("plain")[0], wrong)
+
+
+@pytest.mark.parametrize("tuning, settings, message", [
+    ("lora", {"n_ctx": 2}, "tuning='lora' has no setting n_ctx. It belongs to prompt, coupled_prompt. It has: "),
+    ("prompt", {"prompt_dept": 2}, "has no setting prompt_dept. Did you mean prompt_depth?"),
+    ("none", {"full_lr": 0.1}, "It belongs to full. It has: none."),
+    ("prompt", {"n_ctx": 2.5}, "n_ctx=2.5 is not allowed: it must be a whole number at least 0"),
+    ("prompt", {"prompt_position": "frist"}, "Did you mean first?"), ("prompt", {"prompt_lr": 0.0}, "a number above 0"),
+    ("full", {"full_lr": float("nan")}, "full_lr=nan is not allowed"), ("adapter", {"adapter_size": True}, "a whole number"),
+    ("lora", {"lora_targets": "mlp+attn"}, "lora_targets='mlp.attn' is not known")])
+def test_settings_that_cannot_be(tuning, settings, message):
+    with pytest.raises(SettingError, match=message):
+        attach(make("plain")[0], tuning, **settings)
+
+
+def test_shared_settings_mean_the_same():
+    for owners in TUNINGS.settings().values():
+        assert len({(str(f.annotation), f.description, str(f.metadata)) for f in owners.values()}) == 1
+    assert set(TUNINGS.settings()["last_layers"]) == {"adapter", "lora"}
+
+
+def test_a_method_of_ones_own_takes_one_class():
+    @TUNINGS.register("scale")
+    class Scale(Tuning):
+        "A factor on the image features."
+
+        class Settings(Settings):
+            scale_start: float = setting(1.0, "factor at the start", gt=0)
+            scale_lr: float = setting(0.1, "its learning rate", gt=0)
+
+        def __init__(self, clip, towers, scale_start, scale_lr):
+            super().__init__(scale_lr)
+            self.image = torch.nn.Parameter(torch.tensor(scale_start))
+            self.hook = clip.model.visual.register_forward_hook(lambda module, args, output: self.image * output)
+
+        def detach(self):
+            self.hook.remove()
+
+    clip, (images, _) = make("plain")
+    try:
+        stock = encode_image(clip, images)
+        with attach(clip, "scale+lora", scale_start=2.0, lora_rank=2) as tuning:
+            assert torch.equal(encode_image(clip, images), 2 * stock)
+            assert [group["lr"] for group in tuning.param_groups()] == [2e-3, 0.1]
+        assert torch.equal(encode_image(clip, images), stock)
+    finally:
+        del TUNINGS["scale"]
 
 
 @pytest.mark.parametrize("tower", TOWERS)

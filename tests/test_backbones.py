@@ -1,0 +1,96 @@
+"""Backbones: settings that are checked, and item features of any modalities."""
+import pytest
+import torch
+
+from ptmrec.backbones import BACKBONES, grid_of
+from ptmrec.graphs import GraphRows, knn_graph, user_item_graph
+from ptmrec.settings import SettingError, check_claims, check_settings
+
+DIMS = {"image": 12, "text": 7, "audio": 5}
+SMALL = {"knn_k": 4, "knn_k_image": 6, "knn_k_text": 3}
+
+
+def make(name, modalities, **settings):
+    "A backbone on 40 users and 30 items, and its features."
+    torch.manual_seed(0)
+    user, item = (torch.rand(40, 30) < 0.2).nonzero().T
+    features = {m: torch.rand(30, DIMS[m]) for m in modalities}
+    cls = BACKBONES[name]
+    settings = {k: v for k, v in SMALL.items() if k in cls.Settings.model_fields} | settings
+    backbone = cls(user, item, 40, 30, {m: DIMS[m] for m in modalities}, emb_size=8, **settings)
+    if cls.uses_features:
+        backbone.set_features(features)
+    return backbone, features
+
+
+@pytest.mark.parametrize("modalities", [("image", "text", "audio"), ("audio", "text"), ("audio",)], ids="+".join)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_any_modalities_train(name, modalities):
+    backbone, _ = make(name, modalities)
+    optimiser, losses = torch.optim.Adam(backbone.parameters(), 1e-2), []
+    negative = torch.randint(30, backbone.item.shape)
+    for _ in range(15):
+        backbone.train().start_epoch()
+        loss = sum(backbone.loss(backbone.user, backbone.item, negative).values())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    if backbone.uses_features:
+        assert set(backbone.project) == set(modalities)
+        assert all(linear.weight.grad.abs().sum() > 0 for linear in backbone.project.values())
+    users, items = backbone.eval()()
+    assert len(users) == 40 and len(items) == 30 and users.isfinite().all() and items.isfinite().all()
+
+
+@pytest.mark.parametrize("modalities, weights", [
+    (("image", "text", "audio"), (0.2, 0.4, 0.4)), (("audio", "image"), (0.8, 0.2)), (("text", "audio"), (0.5, 0.5))])
+def test_freedoms_other_modalities_share_what_images_leave(modalities, weights):
+    backbone, features = make("freedom", modalities, image_weight=0.2)
+    wanted = sum(w * knn_graph(f, 4).to_dense() for w, f in zip(weights, features.values()))
+    assert torch.allclose(backbone.item_graph.to_dense(), wanted)
+
+
+def test_smores_text_neighbours_are_those_of_other_modalities():
+    backbone, _ = make("smore", DIMS)
+    neighbours = {m: int((g.to_dense() > 0).sum(1).max()) for m, g in backbone.item_graphs.items() if m != "fused"}
+    assert neighbours == {"image": 6, "text": 3, "audio": 3}
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"knnk": 3}, "FREEDOM has no setting knnk. Did you mean knn_k. It has: n_layers, n_item_layers, knn_k"),
+    ({"knn_k": 0}, "knn_k=0 is not allowed: it must be a whole number at least 1"),
+    ({"image_weight": 1.5}, "image_weight=1.5 .* at most 1"), ({"edge_dropout": 1.0}, "edge_dropout=1.0 .* below 1"),
+    ({"aux_weight": float("nan")}, "aux_weight=nan is not allowed")])
+def test_a_wrong_setting_is_one_sentence(settings, message):
+    with pytest.raises(SettingError, match=message) as error:
+        make("freedom", ["text"], **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_one_name_mean_the_same():
+    claims = [(name, cls.Settings.model_fields) for name, cls in BACKBONES.items()]
+    for n, (name, fields) in enumerate(claims):
+        check_claims(name, fields, claims[:n])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_all_values_of_a_grid_are_allowed(name):
+    assert grid_of(name)
+    for setting, values in grid_of(name).items():
+        assert all(check_settings(BACKBONES[name].Settings, {setting: v}, name) for v in values)
+
+
+@pytest.mark.parametrize("n_rows", [5, 60])
+def test_rows_of_a_graph_are_rows_of_its_product(n_rows):
+    "Few rows are picked, many are taken of the whole product."
+    backbone, _ = make("bpr", [])
+    graph = user_item_graph(backbone.user, backbone.item, 40, 30)
+    index, x, start = torch.randint(40, (n_rows,)), torch.randn(30, 8, requires_grad=True), torch.randn(40, 8)
+    rows = GraphRows(graph, index)
+    assert (rows.csr is None) == (n_rows == 60)
+    assert torch.equal(rows @ x, (graph @ x)[index])
+    assert torch.equal(rows.product(x.detach(), start), graph.product(x.detach(), start)[index])
+    found, wanted = (torch.autograd.grad(out.square().sum(), x)[0] for out in (rows @ x, graph.to_dense()[index] @ x))
+    assert torch.allclose(found, wanted, atol=1e-5)

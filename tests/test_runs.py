@@ -1,0 +1,171 @@
+"""Runs are assets: used again, never lost to a rerun, whole when they are opened, and comparable."""
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from small import SHORT, make_shop
+
+import ptmrec.stage1 as stage1
+import ptmrec.stage2 as stage2
+from ptmrec.data import DataError
+from ptmrec.ranking import paired_test
+from ptmrec.runs import compare, list_runs, open_run, per_user_values
+from ptmrec.settings import SettingError
+from ptmrec.stage1 import run_stage1
+from ptmrec.stage2 import run_stage2
+
+KNN = {"freedom": {"knn_k": 5}, "mgcn": {"knn_k": 5}, "smore": {"knn_k_image": 5, "knn_k_text": 5}, "vbpr": {}}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, runs):
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    make_shop(tmp_path / "shop")
+    return tmp_path / "shop"
+
+
+def test_a_finished_run_is_used_again_and_said(small, monkeypatch, capsys):
+    first, = run_stage2("shop", **SHORT, backbone="vbpr")
+    monkeypatch.setattr(stage1, "train_backbone", lambda *args, **how: pytest.fail("Stage 1 was trained again"))
+    monkeypatch.setattr(stage2, "tune", lambda *args, **how: pytest.fail("Stage 2 was trained again"))
+    capsys.readouterr()
+    again, = run_stage2("shop", **SHORT, backbone="vbpr")
+    assert again.folder == first.folder and "is used again (rerun=True makes it anew)" in capsys.readouterr().out
+    path, = run_stage2(small, **SHORT, backbone="vbpr")  # the same content by another name
+    assert path.folder == first.folder
+
+
+@pytest.mark.parametrize("experiment, module, function", [(run_stage1, stage1, "train_backbone"), (run_stage2, stage2, "tune")])
+def test_a_stopped_rerun_leaves_the_finished_run(small, monkeypatch, experiment, module, function):
+    settings = SHORT | {"backbone": "vbpr"} if experiment is run_stage2 else {"epochs": 2, "backbone": "vbpr", "n_seeds": 1}
+    first, = experiment("shop", **settings)
+    before, real = first.metrics(), getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *args, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        experiment("shop", **settings, rerun=True)
+    assert first.finished and first.metrics() == before and open_run(first.key).metrics() == before
+    calls = []
+    monkeypatch.setattr(module, function, lambda *args, **how: (calls.append(1), real(*args, **how))[1])
+    again, = experiment("shop", **settings, rerun=True)
+    assert calls and again.folder == first.folder and again.metrics() == before  # the same seed
+    assert [p.name for p in first.folder.parent.iterdir()] == [first.key]
+
+
+def in_copy(folder, code="from ptmrec.stage1 import run_stage1; run_stage1('shop', backbone='bpr', epochs=2, n_seeds=1)"):
+    "What a program prints that uses the copy of the package in `folder`."
+    env = os.environ | {"PYTHONPATH": str(folder), "PTMREC_RUNS": str(folder / "runs"), "PTMREC_DATA": str(folder),
+                        "TQDM_DISABLE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout, sorted(p.parent.name for p in (folder / "runs" / "stage1").rglob("metrics.json"))
+
+
+def test_remarks_change_no_key_and_a_changed_loss_does_and_says_why(tmp_path):
+    shutil.copytree(ROOT / "ptmrec", tmp_path / "ptmrec", ignore=shutil.ignore_patterns("__pycache__"))
+    make_shop(tmp_path / "shop")
+    _, first = in_copy(tmp_path)
+    for name, old, new in [("ranking", "def rank_items(", "# a remark\ndef rank_items("), ("amazon", "import", "# a remark\nimport"),
+                           ("losses", '"Bayesian', '"A new docstring. Bayesian'),
+                           ("amazon", "def find_or_prepare(", "def another():\n    return 1\n\n\ndef find_or_prepare(")]:
+        path = tmp_path / "ptmrec" / f"{name}.py"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+    said, after = in_copy(tmp_path)
+    assert after == first and "is used again" in said
+    losses = tmp_path / "ptmrec" / "losses.py"
+    losses.write_text(losses.read_text().replace("F.softplus((user * (neg - pos)).sum(1)).mean()",
+                                                 "F.softplus((user * (neg - pos)).sum(1)).mean() * 1.0"))
+    said, after = in_copy(tmp_path)
+    assert len(after) == 2 and f"Run {first[0]} has the same settings and is not used: its code (losses.bpr_loss)" in said
+    with (tmp_path / "shop" / "interactions.csv").open("a") as file:
+        file.write("0,1,0\n")
+    said, after = in_copy(tmp_path)
+    assert len(after) == 3 and "is not used: its data changed" in said
+
+
+@pytest.mark.parametrize("backbone", KNN)
+def test_opened_variants_recommend_what_was_stored(small, backbone):
+    run, = run_stage2("shop", **SHORT, backbone=backbone, **KNN[backbone])
+    stored, opened = run.load_table("topk.parquet"), open_run(run.folder)
+    assert set(stored.variant) == {"stage1", "as_is", "continued", "fresh"}
+    for variant, lists in stored.groupby("variant"):
+        found = opened.recommend(lists.user.unique(), k=20, variant=variant)
+        pd.testing.assert_frame_equal(found, lists.drop(columns="variant").reset_index(drop=True))
+    with pytest.raises(DataError, match="has no variant 'fresher'. It has: stage1, as_is, continued, fresh"):
+        opened.recommend(variant="fresher")
+
+
+@pytest.mark.parametrize("split", ["random", "random_lattice", "leave_last_out", "user_time", "global_time"])
+@pytest.mark.parametrize("mask_valid", [False, True])
+def test_every_split_rule_recommends_what_was_stored(small, split, mask_valid):
+    table = pd.read_csv(small / "interactions.csv").drop(columns="x_label")
+    table.assign(timestamp=np.random.default_rng(0).permutation(len(table))).to_csv(small / "interactions.csv", index=False)
+    run, = run_stage1("shop", backbone="lightgcn", epochs=2, n_seeds=1, split=split, mask_valid=mask_valid)
+    stored = run.load_table("topk.parquet")
+    pd.testing.assert_frame_equal(open_run(run.key[:8]).recommend(stored.user.unique(), k=20), stored)
+
+
+def test_what_is_opened_is_whole_or_refused(small):
+    run, = run_stage1("shop", backbone="bpr", epochs=1, n_seeds=1)
+    with pytest.raises(DataError, match="There is no user 'nobody' in shop; the first one is"):
+        run.recommend(["nobody"])
+    with (small / "interactions.csv").open("a") as file:
+        file.write("0,1,0\n")
+    with pytest.raises(DataError, match="has changed since run"):
+        open_run(run.folder).recommend()
+    (run.folder / "run.json").write_text('{"experiment"')
+    with pytest.raises(DataError, match="run.json cannot be read"):
+        open_run(run.folder)
+    with pytest.raises(DataError, match="There is no run 'nowhere'"):
+        open_run("nowhere")
+
+
+def test_weights_of_another_run_are_refused(small):
+    run, = run_stage1("shop", backbone="vbpr", epochs=1, n_seeds=1)
+    other, = run_stage1("shop", backbone="bpr", epochs=1, n_seeds=1)
+    shutil.copy(other.folder / "backbone.safetensors", run.folder)
+    with pytest.raises(DataError, match="backbone.safetensors does not fit this VBPR"):
+        run_stage2("shop", **SHORT | {"epochs": 1}, backbone="vbpr")
+
+
+def test_two_runs_are_compared_as_inside_one(small):
+    run, = run_stage2("shop", **SHORT, backbone="vbpr")
+    plain, = run_stage1("shop", backbone="vbpr", epochs=SHORT["epochs"], n_seeds=1)
+    inside = paired_test(*(per_user_values([run], variant, "recall@20") for variant in ("stage1", "fresh")))
+    assert compare(plain, run, variants=(None, "fresh")) == inside == compare(run, run, variants=("stage1", "fresh"))
+    make_shop(small.parent / "other")
+    with (small.parent / "other" / "interactions.csv").open("a") as file:
+        file.write("0,1,0\n")
+    other, = run_stage1("other", backbone="vbpr", epochs=1, n_seeds=1)
+    with pytest.raises(DataError, match="of different data"):
+        compare(plain, other)
+    with pytest.raises(SettingError, match="metric='recal@20' is not known. Did you mean recall@20"):
+        compare(run, run, "recal@20")
+    table = list_runs()
+    assert set(table.experiment) == {"stage1", "stage2"} and table.state.eq("finished").all() and run.key in set(table.key)
+
+
+@pytest.mark.parametrize("tuning", ["prompt", "lora", "adapter", "full", "none"])
+def test_the_encoder_of_a_run_makes_its_features(small, tuning):
+    settings = {k: v for k, v in SHORT.items() if tuning == "prompt" or k not in ("n_ctx", "prompt_depth")}
+    run, = run_stage2("shop", **settings, tuning=tuning, backbone="vbpr")
+    features, encoder = open_run(run.key).item_features(), open_run(run.key).encoder()
+    item = features["image"].index[3]
+    data = run.data()
+    number = list(data.inter.item_ids).index(item)
+    for found, name in ((encoder.image(data.images[number]), "image"), (encoder.text(data.texts[number]), "text")):
+        assert torch.allclose(found, torch.tensor(features[name].loc[item].to_numpy()), atol=1e-5)
+
+
+def test_reprs_are_one_readable_line(small):
+    run, = run_stage1("shop", backbone="bpr", epochs=1, n_seeds=1)
+    for thing in (run, run.data(), run.data().inter):
+        assert "\n" not in repr(thing) and len(repr(thing)) < 300
+    assert "bpr" in repr(run) and "finished" in repr(run)

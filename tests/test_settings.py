@@ -1,0 +1,248 @@
+"""Settings are written once: components of one's own take part everywhere, and wrong values are one sentence, at once."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT
+from small import SHORT, make_shop
+
+from ptmrec.backbones import BACKBONES, Backbone
+from ptmrec.data import MODALITIES, Modality
+from ptmrec.losses import bpr_loss
+from ptmrec.peft import TUNINGS, Tuning
+from ptmrec.ranking import METRICS, register_metric
+from ptmrec.runs import list_runs
+from ptmrec.search import search
+from ptmrec.settings import SettingError, Settings, parameters_cell, setting
+from ptmrec.stage1 import run_stage1
+from ptmrec.stage2 import run_stage2
+
+BIN = os.path.dirname(sys.executable)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, runs):
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
+    make_shop(tmp_path / "shop")
+    return tmp_path / "shop"
+
+
+TOY = '''
+
+@BACKBONES.register("toy")
+class Toy(Backbone):
+    "ID embeddings and one projected modality."
+
+    class Settings(Settings):
+        text_scale: float = setting(1.0, "weight of the text", gt=0, grid=[1.0, 2.0])
+        n_hops: int = setting(0, "layers of the user-item graph of the toy", ge=0)
+
+    def forward(self, features=None):
+        text = self.project["text"]((features or self.features)["text"])
+        return self.user_emb, self.item_emb + self.settings.text_scale * text
+
+    def id_path(self, user=None, item=None):
+        return self.user_emb, self.item_emb
+
+    def loss(self, user, pos, neg, features=None):
+        user_emb, item_emb = self(features)
+        return {"bpr": bpr_loss(user_emb[user], item_emb[pos], item_emb[neg])}
+'''
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    "A copy of the package with the cell `TOY` in its room, and a small data set."
+    folder = tmp_path_factory.mktemp("extended")
+    shutil.copytree(ROOT / "ptmrec", folder / "ptmrec", ignore=shutil.ignore_patterns("__pycache__"))
+    module = folder / "ptmrec" / "backbones.py"
+    module.write_text(module.read_text() + TOY)
+    make_shop(folder / "shop")
+    return folder
+
+
+def call(folder, *command):
+    env = os.environ | {"PYTHONPATH": str(folder), "PTMREC_RUNS": str(folder / "runs"), "PTMREC_DATA": str(folder),
+                        "TQDM_DISABLE": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def toy_runs(folder, experiment):
+    runs = [json.loads(path.read_text())["parameters"] for path in (folder / "runs" / experiment).rglob("run.json")]
+    return [p for p in runs if p["backbone"] == "toy"]
+
+
+def test_a_backbone_of_one_cell_in_python(extended):
+    code = ("from ptmrec.stage1 import run_stage1; from ptmrec.search import search; "
+            "run_stage1('shop', backbone='toy', text_scale=3.0, epochs=2, n_seeds=1); "
+            "print(search('toy', 'shop', epochs=2)[0].text_scale.tolist())")
+    assert sorted(json.loads(call(extended, sys.executable, "-c", code).splitlines()[-1])) == [1.0, 2.0]
+    assert sorted(p["text_scale"] for p in toy_runs(extended, "stage1")) == [1.0, 2.0, 3.0]
+
+
+def test_a_backbone_of_one_cell_as_a_program(extended):
+    text = call(extended, sys.executable, "-m", "ptmrec.stage2", "--help")
+    assert "--text_scale" in text and "weight of the text (toy 1.0)" in " ".join(text.split())
+    flags = [x for name, value in SHORT.items() for x in (f"--{name}", str(value))]
+    call(extended, sys.executable, "-m", "ptmrec.stage2", "--dataset", "shop", "--backbone", "toy", "--text_scale", "2", *flags)
+    assert [p["text_scale"] for p in toy_runs(extended, "stage2")] == [2.0]
+
+
+def test_a_backbone_of_one_cell_through_papermill(extended):
+    flags = [x for name, value in {"n_hops": 1, "epochs": 2, "n_seeds": 1}.items() for x in ("-p", name, str(value))]
+    call(extended, f"{BIN}/papermill", "nbs/04_stage1.ipynb", str(extended / "out.ipynb"), "-p", "dataset", "shop",
+         "-p", "backbone", "toy", *flags)
+    assert 1 in [p["n_hops"] for p in toy_runs(extended, "stage1")]
+
+
+def test_a_tuning_method_of_one_cell(small):
+    import torch
+
+    @TUNINGS.register("shift")
+    class Shift(Tuning):
+        "Adds a learnt vector to the image features' normalisation."
+
+        class Settings(Settings):
+            shift_lr: float = setting(1e-2, "learning rate of the shift", gt=0)
+            shift_size: int = setting(3, "channels that are shifted", ge=1, le=3)
+
+        def __init__(self, clip, towers, shift_lr, shift_size):
+            super().__init__(shift_lr)
+            self.image = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(shift_size))])
+            self.hook = clip.model.visual.register_forward_pre_hook(
+                lambda module, args: (args[0] + self.image[0][None, :, None, None],))
+
+        def detach(self):
+            self.hook.remove()
+
+    try:
+        run, = run_stage2("shop", **{k: v for k, v in SHORT.items() if k not in ("n_ctx", "prompt_depth")}, tuning="shift",
+                          backbone="vbpr", shift_lr=0.1)
+        assert run.params["shift_lr"] == 0.1 and run.params["shift_size"] == 3
+        assert run.load_weights("tuning")["image.0"].abs().max() > 0
+        with pytest.raises(SettingError, match="shift_lr=0 is not allowed: it must be a number above 0"):
+            run_stage2("shop", tuning="shift", shift_lr=0)
+    finally:
+        del TUNINGS["shift"]
+
+
+def test_a_metric_of_one_cell_stops_and_selects(small):
+    @register_metric("first")
+    def first_at_k(hits, n_pos, k):
+        return hits[:, 0]
+
+    try:
+        run, = run_stage1("shop", backbone="bpr", epochs=4, patience=2, n_seeds=1, metric="first@10")
+        history = run.load_table("history.csv")
+        assert "valid first@10" in history and 0 <= run.metrics()["test"]["first@50"] <= 1
+        table, _ = search("bpr", "shop", {"reg_weight": [1e-1, 1e-3]}, epochs=2, metric="first@10")
+        assert table["valid first@10"].is_monotonic_decreasing
+        two, = run_stage2("shop", **SHORT, backbone="vbpr", metric="first@10")
+        assert two.params["metric"] == "first@10" and list_runs().metric.eq("first@10").all()
+    finally:
+        del METRICS["first"]
+    with pytest.raises(SettingError, match="metric='recal@20' is not known. Did you mean recall@20"):
+        run_stage1("shop", metric="recal@20")
+
+
+@pytest.mark.parametrize("backbone", ["vbpr", "freedom", "mgcn", "smore"])
+def test_a_third_modality_from_ready_made_features(tmp_path, monkeypatch, runs, backbone):
+    make_shop(tmp_path / "shop")
+    rng = np.random.default_rng(0)
+    for name, size in {"image": 6, "text": 5, "audio": 4}.items():
+        np.save(tmp_path / "shop" / f"{name}_feat.npy", rng.normal(size=(37, size)).astype(np.float32))
+    knn = {"smore": {"knn_k_image": 5, "knn_k_text": 5}, "vbpr": {}}.get(backbone, {"knn_k": 5})
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds"))
+    with pytest.warns(UserWarning, match="ready-made features"):
+        run, = run_stage1(tmp_path / "shop", backbone=backbone, epochs=2, n_seeds=1, **knn)
+    assert run.load_weights("backbone")["project.audio.weight"].shape == (64, 4)
+
+
+def test_a_data_set_called_sample_gets_no_other_defaults(tmp_path, runs, monkeypatch):
+    make_shop(tmp_path / "sample")
+    monkeypatch.chdir(tmp_path)
+    runs = run_stage1(tmp_path / "sample", backbone="bpr", epochs=1)
+    assert len(runs) == 1 and (runs[0].params["lr"], runs[0].params["batch_size"]) == (1e-3, 2048)
+
+
+def test_defaults_of_the_data_set_count_unless_they_are_set(small):
+    (small / "defaults.toml").write_text("n_seeds = 2\nlr = 0.01\n[bpr]\nreg_weight = 0.5\n")
+    two = run_stage1("shop", backbone="bpr", epochs=1)
+    one, = run_stage1("shop", backbone="bpr", epochs=1, n_seeds=1, lr=1e-3, reg_weight=0.25)
+    assert [r.params["lr"] for r in two] == [0.01, 0.01] and two[0].params["reg_weight"] == 0.5
+    assert (one.params["lr"], one.params["reg_weight"]) == (1e-3, 0.25)
+    for wrong, message in {"epochs = 3": "epochs cannot have a default there", "lr = -1": "lr=-1 is not allowed",
+                           "[bpr]\nregweight = 1": "no setting regweight. Did you mean reg_weight", "lr = ": "as TOML"}.items():
+        (small / "defaults.toml").write_text(wrong)
+        with pytest.raises(SettingError, match=f"defaults.toml.*{message}"):
+            run_stage1("shop", backbone="bpr", epochs=1)
+
+
+WRONG = [
+    ({"n_seed": 1}, "has no parameter n_seed. Did you mean n_seeds"), ({"tau": 0}, "tau=0 is not allowed: it must be a number above 0"),
+    ({"n_seeds": "one"}, "n_seeds='one' is not allowed: it must be a whole number at least 1"),
+    ({"backbone": "freedm"}, "backbone='freedm' is not known. Did you mean freedom"),
+    ({"dataset": "samples"}, "No data set 'samples'.*[Dd]id you mean.*sample"),
+    ({"backbone": "vbpr", "knn_k": 5}, "knn_k is a setting of freedom, mgcn, and backbone='vbpr' does not use it"),
+    ({"lora_rank": 4}, "lora_rank is a setting of lora, and tuning='prompt' does not use it"),
+    ({"batch_size": 0}, "batch_size=0 is not allowed"), ({"tau": float("nan")}, "tau=nan is not allowed"),
+    ({"tau": float("inf")}, "tau=inf is not allowed"), ({"tau": -1}, "tau=-1"), ({"kt_weight": -1}, "kt_weight=-1"),
+    ({"lr": 0}, "lr=0"), ({"project_lr": -1}, "project_lr=-1"), ({"tuning": "lora", "lora_alpha": 0}, "lora_alpha=0"),
+    ({"emb_size": 0}, "emb_size=0"), ({"emb_size": 10**9}, "emb_size=1000000000"), ({"n_layers": -2}, "n_layers=-2"),
+    ({"n_item_layers": -1}, "n_item_layers=-1"), ({"image_weight": -5}, "image_weight=-5"),
+    ({"edge_dropout": 1.0}, "edge_dropout=1.0"), ({"epochs": 2.5}, "epochs=2.5"), ({"patience": float("nan")}, "patience=nan"),
+    ({"tuning": "adapter", "last_layers": -1}, "last_layers=-1"), ({"core": -1}, "core=-1"),
+    ({"mask_valid": "false"}, "mask_valid='false' is not allowed: it must be True or False"),
+    ({"train_features": "no"}, "train_features='no'"), ({"tuning": "lora", "lora_rank": 100000}, "lora_rank=100000"),
+    ({"backbone": "bpr"}, "uses no features, so there is nothing to tune. Take one of vbpr, freedom"),
+    ({"tuning": "prefix"}, "tuning='prefix' is not known"), ({"kt_weight": 0}, "kt_weight=0 and task_weight=0"),
+    ({"micro_batch": "all"}, "micro_batch='all' is not allowed: it must be a whole number above 0 or 'auto' or None"),
+    ({"device": "gpu"}, "device='gpu' cannot be used"),
+]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG, ids=lambda x: str(x)[:40])
+def test_a_wrong_setting_is_one_sentence_before_anything_is_loaded(runs, monkeypatch, wrong, message):
+    monkeypatch.setattr("ptmrec.stage2.load_inputs", lambda p: pytest.fail("something was loaded"))
+    with pytest.raises(ValueError, match=message) as error:
+        run_stage2(**wrong)
+    assert "\n" not in str(error.value) and not runs.exists()
+
+
+@pytest.mark.parametrize("wrong", [{"n_seed": 1}, {"tau": 0}, {"dataset": "samples"}], ids=str)
+@pytest.mark.parametrize("notebook", ["04_stage1", "05_stage2"])
+def test_a_wrong_setting_stops_the_notebook_at_its_check(runs, tmp_path, notebook, wrong):
+    "No cell after the check is run, and the notebook shows one line for it."
+    if notebook == "04_stage1" and "tau" in wrong:
+        wrong = {"lr": 0}
+    flags = [x for name, value in wrong.items() for x in ("-p", name, str(value))]
+    result = subprocess.run([f"{BIN}/papermill", ROOT / "nbs" / f"{notebook}.ipynb", tmp_path / "out.ipynb", *flags],
+                            capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr[-2000:]
+    cells = [c for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code"]
+    ran = [c for c in cells if c.execution_count]
+    error, = (o for c in cells for o in c.outputs if o.output_type == "error")
+    assert "notebook_parameters" in ran[-1].source and len(error.traceback) == 1
+    assert not runs.exists()
+
+
+def test_parameters_cells_are_generated():
+    for notebook, function in {"04_stage1": run_stage1, "05_stage2": run_stage2}.items():
+        cells = nbformat.read(ROOT / "nbs" / f"{notebook}.ipynb", 4).cells
+        tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
+        assert tagged == [parameters_cell(function)], f"{notebook}: run make notebooks"
+
+
+def test_a_new_components_claim_on_a_taken_name_is_refused():
+    for name, field in {"tau": setting(1.0, "something else", gt=0), "knn_k": setting(3, "something else", ge=1)}.items():
+        own = type("Settings", (Settings,), {"__annotations__": {name: float if name == "tau" else int}, name: field})
+        with pytest.raises(SettingError, match=f"both claim the setting {name}"):
+            BACKBONES.register("mine")(type("Mine", (Backbone,), {"Settings": own}))
+        assert "mine" not in BACKBONES
