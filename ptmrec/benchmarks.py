@@ -10,11 +10,10 @@ __all__ = ['VERSIONS', 'measure_fresh', 'main', 'synchronize', 'device_name', 'p
            'propagation_bound', 'ranking_bounds', 'draw_pairs', 'propagation_and_ranking', 'AllRowsFREEDOM', 'repeat',
            'as_cuda_graph', 'kernels_per_step', 'freedom_and_batch', 'training_step', 'draw_grouped_features',
            'item_graph_recall', 'timed_steps', 'timed_ranking', 'timed_exact_neighbours', 'large_steps', 'alternate',
-           'seconds_of', 'clever_row', 'interactions_of', 'epoch_of', 'plain_propagate', 'compare_horner', 'graph_rows',
-           'propagate_rows', 'RowWiseFREEDOM', 'compare_rows', 'plain_topk', 'compare_topk', 'freedom_seconds',
-           'compare_reuse']
+           'seconds_of', 'clever_row', 'interactions_of', 'epoch_of', 'plain_propagate', 'compare_horner',
+           'compare_rows', 'plain_topk', 'compare_topk', 'freedom_seconds', 'compare_reuse']
 
-# %% ../nbs/08_benchmarks.ipynb #d8d3f6ca
+# %% ../nbs/08_benchmarks.ipynb #980b1f09
 import argparse
 import importlib
 import json
@@ -37,10 +36,10 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .backbones import BACKBONES, FREEDOM, propagate, sample_edges, user_item_graph
+from .backbones import BACKBONES, FREEDOM
 from .data import SPLIT_RULES, Interactions, describe, k_core, load_data, make_split
 from .data import read_interactions, repo_root
-from .losses import bpr_loss
+from .graphs import propagate, sample_edges, user_item_graph
 from .ranking import CUTOFFS, Evaluator, Pairs, rank_items, stable_topk, user_metrics
 from .runs import pick_device
 from .training import TripleSampler, reuse_memory
@@ -72,7 +71,7 @@ def main() -> None:
 if __name__ == "__main__" and "__file__" in globals():
     main()
 
-# %% ../nbs/08_benchmarks.ipynb #1339b681
+# %% ../nbs/08_benchmarks.ipynb #3c80de1d
 def synchronize(device: torch.device) -> None:
     "Wait until a GPU has done all its work; on a CPU, nothing waits."
     if device.type == "cuda":
@@ -81,7 +80,8 @@ def synchronize(device: torch.device) -> None:
 
 def device_name(device: torch.device) -> str:
     "The GPU, or the CPU with the threads that torch uses."
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def peak_gib(device: torch.device) -> float:
@@ -181,7 +181,7 @@ def draw_features(n_items: int, dims: dict[str, int], device: torch.device) -> d
     "Random unit rows (I, d_m) for each modality of `dims` {modality: d_m}."
     return {m: F.normalize(torch.randn(n_items, d), dim=1).to(device) for m, d in dims.items()}
 
-# %% ../nbs/08_benchmarks.ipynb #f0bdaaff
+# %% ../nbs/08_benchmarks.ipynb #a65a5b3c
 def new_backbone(
     cls: type,  # of the backbone
     user: torch.Tensor, item: torch.Tensor,  # (n,) training pairs
@@ -192,7 +192,6 @@ def new_backbone(
 ) -> nn.Module:
     "A backbone on training pairs, on their device, whose features are not set yet."
     dims = {m: f.shape[1] for m, f in features.items()} if cls.uses_features else {}
-    settings = cls.settings | settings
     return cls(user, item, n_users, n_items, dims, train_features=train_features, **settings).to(user.device)
 
 
@@ -212,16 +211,16 @@ def drawn_backbone(
         model.set_features(features)
     return model
 
-# %% ../nbs/08_benchmarks.ipynb #adcbd029
+# %% ../nbs/08_benchmarks.ipynb #f95e6195
 def plain_adjacency(user: torch.Tensor, item: torch.Tensor, n_users: int, n_items: int) -> torch.Tensor:
     "The symmetric, degree-normalised matrix over users and items, (U + I, U + I) in COO, of pairs `user`, `item` (n,)."
     n = n_users + n_items
     edges = torch.stack([torch.cat([user, n_users + item]), torch.cat([n_users + item, user])])
     degree = torch.bincount(edges[0], minlength=n).float()
     value = (degree[edges[0]] * degree[edges[1]]).rsqrt()
-    return torch.sparse_coo_tensor(edges, value, (n, n)).coalesce()
+    return torch.sparse_coo_tensor(edges, value, (n, n), check_invariants=False).coalesce()
 
-# %% ../nbs/08_benchmarks.ipynb #4d01824d
+# %% ../nbs/08_benchmarks.ipynb #8d0eeded
 class PlainFREEDOM(nn.Module):
     "FREEDOM (Zhou & Shen, ACM MM 2023) straight from its equations, with the parameters of `ours`."
 
@@ -235,8 +234,8 @@ class PlainFREEDOM(nn.Module):
     def start_epoch(self):
         "Drop edges for an epoch (Eq. 7)."
         o = self.ours
-        if o.edge_dropout:
-            kept = sample_edges(o.user, o.item, 1 - o.edge_dropout, o.n_users, o.n_items)
+        if dropout := o.settings.edge_dropout:
+            kept = sample_edges(o.user, o.item, 1 - dropout, o.n_users, o.n_items)
             self.adjacency = plain_adjacency(o.user[kept], o.item[kept], o.n_users, o.n_items)
 
     def forward(self):
@@ -253,7 +252,7 @@ class PlainFREEDOM(nn.Module):
         terms = {"bpr": plain_bpr(users[user], items[pos], items[neg])}
         for m, project in self.ours.project.items():
             modal = project(self.features[m])
-            terms[f"aux_{m}"] = self.ours.aux_weight * plain_bpr(users[user], modal[pos], modal[neg])
+            terms[f"aux_{m}"] = self.ours.settings.aux_weight * plain_bpr(users[user], modal[pos], modal[neg])
         return terms
 
 
@@ -300,7 +299,7 @@ def timed_validation(model: nn.Module, evaluator: Evaluator, watch: Stopwatch) -
         return watch("validation", plain_evaluation, model, evaluator, "valid")
     return watch("validation", lambda: evaluator("valid", *model()))[0]
 
-# %% ../nbs/08_benchmarks.ipynb #9f28b3dc
+# %% ../nbs/08_benchmarks.ipynb #849e6015
 def stage1_epochs(
     users: int, items: int, pairs: int,  # the size of the data set to draw
     backbone: str = "freedom",
@@ -315,8 +314,6 @@ def stage1_epochs(
     device, inter, dims = pick_device(device), draw_interactions(users, items, pairs), dims or {"image": 512, "text": 512}
     torch.manual_seed(0)
     features = draw_features(items, dims, device)
-    if not plain:
-        reuse_memory()
     watches = [Stopwatch(device) for _ in range(epochs + 2)]
     ours = watches[0]("graphs", lambda: drawn_backbone(backbone, inter, features, device, train_features, **settings))
     model, evaluator = PlainFREEDOM(ours, features) if plain else ours, Evaluator(inter, device)
@@ -374,7 +371,7 @@ def ranking_bounds(user_emb: torch.Tensor, item_emb: torch.Tensor, masked: Pairs
              "by": "arithmetic", "ns per user and item": 1e9 * s / n_users / n_items,
              "ms per 1,000 users": 1e6 * s / n_users} for what, s in seconds.items()]
 
-# %% ../nbs/08_benchmarks.ipynb #18aa057e
+# %% ../nbs/08_benchmarks.ipynb #59d169f8
 def draw_pairs(users: int, items: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
     "`pairs` pairs (user, item), item popularity skewed; a few are repeated."
     rng = np.random.default_rng(0)
@@ -390,7 +387,6 @@ def propagation_and_ranking(
 ) -> list[dict]:
     "Propagation and ranking beside their bounds. Rows: shop, what, milliseconds, reference (ms), by, speeds."
     device, rows = pick_device(device), []
-    reuse_memory()
     machine = {"GB/s of a big copy": copy_speed(torch.randn(copied, device=device)) / 1e9}
     machine["GFLOP/s"] = product_speed(multiplied, device) / 1e9
     for name, (users, items, pairs) in sizes.items():
@@ -455,11 +451,10 @@ def freedom_and_batch(version: str, users: int, items: int, pairs: int, device: 
     freedom.train().start_epoch()
     return freedom, batch
 
-# %% ../nbs/08_benchmarks.ipynb #b18583f4
+# %% ../nbs/08_benchmarks.ipynb #0ea659fe
 def training_step(version: str, users: int, items: int, pairs: int, device: str = "auto") -> dict:
     "Milliseconds of a training step of FREEDOM in one of `VERSIONS`, its loss after 23 steps and, on a GPU, its kernels."
     device = pick_device(device)
-    reuse_memory()
     freedom, batch = freedom_and_batch(version, users, items, pairs, device)
     optimiser = torch.optim.Adam(freedom.parameters(), 1e-3, fused=True, capturable=device.type == "cuda")
     loss_of = torch.compile(freedom.loss) if version == "all rows, compiled" else freedom.loss
@@ -531,7 +526,7 @@ def timed_exact_neighbours(watch: Stopwatch, features: torch.Tensor, k: int) -> 
     watch("exact neighbours of 1,024 items", lambda: [
         torch.mm(rows, unit.T, out=space[: len(rows)]).topk(k) for rows in unit[:1024].split(256)])
 
-# %% ../nbs/08_benchmarks.ipynb #9d3a52c5
+# %% ../nbs/08_benchmarks.ipynb #92541ab8
 def large_steps(
     backbone: str,
     users: int, items: int, pairs: int,  # the size of the data set to draw
@@ -542,7 +537,6 @@ def large_steps(
     "Time the parts of Stage 1 on large data, where whole epochs take too long. Rows: what, seconds, peak_gib, pairs."
     device, cls = pick_device(device), BACKBONES[backbone]
     watch, knn_k = Stopwatch(device), 10  # as FREEDOM's default
-    reuse_memory()
     user, item = draw_pairs(users, items, pairs)
     pair = np.unique(user * items + item)
     user, item = torch.as_tensor(pair // items, device=device), torch.as_tensor(pair % items, device=device)
@@ -618,11 +612,10 @@ def plain_propagate(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_lay
         users.append(user), items.append(item)
     return torch.stack(users).mean(0), torch.stack(items).mean(0)
 
-# %% ../nbs/08_benchmarks.ipynb #bebea8b7
+# %% ../nbs/08_benchmarks.ipynb #11e58bd7
 def compare_horner(size: dict, times: int = 7, d: int = 64, n_layers: int = 3, device: str = "auto") -> list[dict]:
     "Three layers of propagation, forward and backward: layer by layer against `propagate`."
     device, inter = pick_device(device), interactions_of(**size)
-    reuse_memory()
     user, item = (torch.as_tensor(x, device=device) for x in inter.part("train"))
     graph = user_item_graph(user, item, inter.n_users, inter.n_items)
     tables = [torch.randn(n, d, device=device, requires_grad=True) for n in graph.shape]
@@ -633,57 +626,12 @@ def compare_horner(size: dict, times: int = 7, d: int = 64, n_layers: int = 3, d
     return alternate({name: partial(seconds_of, partial(run, function), device) for name, function in
                       {"plain": plain_propagate, "clever": propagate}.items()}, times)
 
-# %% ../nbs/08_benchmarks.ipynb #d83150bf
-def graph_rows(csr: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    "Rows `index` (b,) of a CSR matrix (n, m), repeated ones included: CSR (b, m)."
-    start, stop = csr.crow_indices()[index].long(), csr.crow_indices()[index + 1].long()
-    end = (stop - start).cumsum(0)
-    edge = torch.arange(int(end[-1]), device=index.device) + (stop - end).repeat_interleave(stop - start)
-    return torch.sparse_csr_tensor(F.pad(end, (1, 0)).int(), csr.col_indices()[edge], csr.values()[edge],
-                                   (len(index), csr.shape[1]))
-
-# %% ../nbs/08_benchmarks.ipynb #087dfcc5
-class _Rows(torch.autograd.Function):
-    "Rows `index` of a graph times `x`; the backward pass uses the transpose of the whole graph."
-
-    @staticmethod
-    def forward(ctx, graph, index, x):
-        ctx.graph, ctx.index = graph, index
-        return graph_rows(graph.csr, index) @ x
-
-    @staticmethod
-    def backward(ctx, grad):
-        whole = grad.new_zeros(ctx.graph.shape[0], grad.shape[1]).index_add_(0, ctx.index, grad)
-        return None, None, ctx.graph.csr_t @ whole
-
-
-def propagate_rows(graph, user_emb, item_emb, n_layers: int, user: torch.Tensor, item: torch.Tensor) -> tuple:
-    "Rows `user` and `item` of `propagate`, (b, d) each: the last of `n_layers` layers is computed for them alone."
-    users, items = propagate(graph, user_emb, item_emb, n_layers - 1)
-    last = _Rows.apply(graph, user, items), _Rows.apply(graph.T, item, users)
-    return tuple((F.embedding(index, table) + n_layers * rows) / (n_layers + 1)
-                 for index, table, rows in zip((user, item), (user_emb, item_emb), last))
-
-# %% ../nbs/08_benchmarks.ipynb #73e1ffd9
-class RowWiseFREEDOM(FREEDOM):
-    "FREEDOM that computes the embeddings of a batch's rows only."
-
-    def loss(self, user, pos, neg, features=None):
-        item, features = torch.cat([pos, neg]), features or self.features
-        users, items = propagate_rows(self.sampled, self.user_emb, self.item_emb, self.n_layers, user, item)
-        items = items + _Rows.apply(self.item_graph, item, self.item_emb)
-        terms = {"bpr": bpr_loss(users, *items.chunk(2))}
-        for m, project in self.project.items():
-            terms[f"aux_{m}"] = self.aux_weight * bpr_loss(users, *project(F.embedding(item, features[m])).chunk(2))
-        return terms
-
-# %% ../nbs/08_benchmarks.ipynb #a843b614
+# %% ../nbs/08_benchmarks.ipynb #383412dc
 def compare_rows(size: dict, times: int = 7, dim: int = 512, device: str = "auto") -> list[dict]:
     "A training epoch of FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, inter = pick_device(device), interactions_of(**size)
-    reuse_memory()
     features = draw_features(inter.n_items, {"image": dim, "text": dim}, device)
-    models = {"plain": AllRowsFREEDOM, "clever": RowWiseFREEDOM}
+    models = {"plain": AllRowsFREEDOM, "clever": FREEDOM}
     epochs = {name: epoch_of(drawn_backbone(cls, inter, features, device)) for name, cls in models.items()}
     return alternate({name: partial(seconds_of, epoch, device) for name, epoch in epochs.items()}, times)
 
@@ -696,11 +644,10 @@ def plain_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     items[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return items
 
-# %% ../nbs/08_benchmarks.ipynb #0f0edb9c
+# %% ../nbs/08_benchmarks.ipynb #29ceec0b
 def compare_topk(size: dict, times: int = 7, d: int = 64, device: str = "auto") -> list[dict]:
     "Ranking all items for all users: the best 50 by `plain_topk` against `stable_topk`."
     device, inter = pick_device(device), interactions_of(**size)
-    reuse_memory()
     torch.manual_seed(0)
     user_emb, item_emb = (torch.randn(n, d, device=device) for n in (inter.n_users, inter.n_items))
     masked, users = Pairs(*inter.part("train"), inter.n_users, device), torch.arange(inter.n_users, device=device)

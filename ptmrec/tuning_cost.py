@@ -8,7 +8,7 @@ __all__ = ['WORDS', 'BABY_SHAPE', 'write_items', 'drawn_data', 'drawn_clip', 'Sh
            'measured_stage2', 'seconds_now', 'memory_mb', 'reset_most', 'joules', 'tuning_update', 'encoded_items',
            'tuning_batches', 'encodings_per_epoch', 'timed_updates', 'estimated_memory', 'tuning_cost', 'recall_table']
 
-# %% ../nbs/08a_tuning_cost.ipynb #5d2baed2
+# %% ../nbs/08a_tuning_cost.ipynb #04ac71ec
 import ctypes
 import gc
 import json
@@ -34,9 +34,8 @@ from .memory import memory_need
 from .peft import attach, count_parameters
 from .prefix import PrefixEncoder
 from .ranking import paired_test
-from .runs import pick_device
-from .stage2 import BATCHES, Stage2, best_variant, per_user_values
-from .training import reuse_memory
+from .runs import best_variant, per_user_values, pick_device
+from .stage2 import Stage2, make_batches
 
 # %% ../nbs/08a_tuning_cost.ipynb #a245aead
 WORDS = ("soft organic cotton baby infant toddler newborn travel stroller blanket swaddle bottle warmer monitor safety "
@@ -209,11 +208,11 @@ def encoded_items(item: torch.Tensor, distinct: bool) -> int:
     "How many items a batch encodes."
     return len(item.unique()) if distinct else len(item)
 
-# %% ../nbs/08a_tuning_cost.ipynb #e2bdabfb
+# %% ../nbs/08a_tuning_cost.ipynb #be5b60ab
 def tuning_batches(stage2: MeasuredStage2, batch_by: str, size: int, steps: int) -> list:
     "The first batch and `steps` more, after the libraries have made their tables and the prefix is known."
     user, item = (x.cpu() for x in (stage2.backbone.user, stage2.backbone.item))
-    batches = BATCHES[batch_by](user, item, size)
+    batches = make_batches(batch_by, user, item, size)
     first = next(batches)
     few = first[1] < first[1].unique()[2]
     sum(stage2.losses(*(x[few].to(stage2.backbone.user.device) for x in (*first, first[1]))).values()).backward()
@@ -227,7 +226,7 @@ def tuning_batches(stage2: MeasuredStage2, batch_by: str, size: int, steps: int)
 
 def encodings_per_epoch(stage2: MeasuredStage2, batch_by: str, size: int = 128) -> int:
     "How many items an epoch encodes, in batches of `size`."
-    batches = BATCHES[batch_by](stage2.backbone.user.cpu(), stage2.backbone.item.cpu(), size)
+    batches = make_batches(batch_by, stage2.backbone.user.cpu(), stage2.backbone.item.cpu(), size)
     return sum(encoded_items(item, stage2.distinct) for _, item in batches)
 
 # %% ../nbs/08a_tuning_cost.ipynb #2de67ae7
@@ -256,7 +255,7 @@ def estimated_memory(stage2: Stage2, user: torch.Tensor, item: torch.Tensor, mic
     return {"tensors (MB)": (need.trained + need.step(micro_batch)) / 1e6,
             "estimated (MB)": need.total(micro_batch) / 1e6, "128 items (GB)": replace(need, items=128).total() / 1e9}
 
-# %% ../nbs/08a_tuning_cost.ipynb #d527e9dc
+# %% ../nbs/08a_tuning_cost.ipynb #4923b5db
 BABY_SHAPE = [19_445, 7_050, 118_000]  # users, items, training pairs
 
 
@@ -276,12 +275,9 @@ def tuning_cost(
     micro_batch: int | None = None,
     cache_prefix: bool = False,
     memory: bool = False,  # estimate it, too
-    reuse: bool = True,  # of freed memory, as in Stage 2
     device: str = "auto",
 ) -> dict:
     "Cost of Stage 2's training steps: time, memory and energy per encoded item, encodings per epoch, trained parameters."
-    if reuse:
-        reuse_memory(limit=2**25)
     device = pick_device(device)
     if device.type == "cpu":
         torch.set_num_threads(1)

@@ -164,7 +164,7 @@ def test_tuning_cost_in_a_fresh_process(tiny_task):
 
 
 def test_tuning_options_change_no_loss(tiny_task):
-    task = tiny_task | {"reuse": False, "batch_by": "interactions",
+    task = tiny_task | {"batch_by": "interactions",
                         "settings": {"prompt_position": "last", "prompt_depth": 1}}
     expected = tuning_cost(**task)
     options = {"distinct": False, "cut_texts": False, "image_map": False, "cache_prefix": True, "micro_batch": 3}

@@ -220,5 +220,5 @@ def test_tensors_are_foreseen(measure, task, monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     clip = {"embed_dim": 512, "vision_cfg": {"image_size": 224, "layers": 2, "width": 768, "patch_size": 32},
             "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 2}}
-    row = measure(clip=clip, items=40, memory=True, reuse=False, device="cpu", **task)
+    row = measure(clip=clip, items=40, memory=True, device="cpu", **task)
     assert row["tensors (MB)"] == pytest.approx(row["used (MB)"], rel=0.25)
