@@ -538,7 +538,6 @@ d = { 'settings': { 'branch': 'main',
                                  'ptmrec.training.mean_cosine': ('training.html#mean_cosine', 'ptmrec/training.py'),
                                  'ptmrec.training.read_snapshot': ('training.html#read_snapshot', 'ptmrec/training.py'),
                                  'ptmrec.training.restore': ('training.html#restore', 'ptmrec/training.py'),
-                                 'ptmrec.training.reuse_memory': ('training.html#reuse_memory', 'ptmrec/training.py'),
                                  'ptmrec.training.sigterm_stops': ('training.html#sigterm_stops', 'ptmrec/training.py'),
                                  'ptmrec.training.take_snapshot': ('training.html#take_snapshot', 'ptmrec/training.py'),
                                  'ptmrec.training.what_is_kept': ('training.html#what_is_kept', 'ptmrec/training.py')}}}
