@@ -63,6 +63,9 @@ def find_path(path: str | Path) -> Path | None:
 class DataError(ValueError):
     "Input data that cannot be used; the message names file, row and column, and says what to do."
 
+    def _render_traceback_(self):  # IPython shows these lines: the message alone
+        return [f"{type(self).__name__}: {self}"]
+
 # %% ../nbs/00_data.ipynb #ceef3914
 def has_interactions(folder: Path) -> bool:
     "Whether a folder holds an interactions file; without one it is no data set yet."
@@ -88,9 +91,9 @@ def find_dataset(
         return next((f for f in folders if has_interactions(f)), folders[0]).resolve()
     names, others = dataset_names(), ", ".join(downloadable)
     near = difflib.get_close_matches(Path(dataset).name, [*names, *downloadable], n=1)
-    guess = f"; did you mean '{near[0]}'?" if near else "."
+    guess = f" Did you mean {near[0]}?" if near else ""
     known = (", ".join(names) or "none") + (f"; downloaded on first use: {others}" if others else "")
-    raise DataError(f"No data set '{dataset}'{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
+    raise DataError(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
                     f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
 
 # %% ../nbs/00_data.ipynb #53a88d76
@@ -371,8 +374,8 @@ def check_split(rule: str) -> None:
     "Raise `DataError` unless `rule` is one of `SPLIT_RULES`."
     if rule not in SPLIT_RULES:
         near = difflib.get_close_matches(str(rule), SPLIT_RULES, n=1)
-        guess = f"; did you mean '{near[0]}'?" if near else "."
-        raise DataError(f"split='{rule}' is not a split rule{guess} Choose one of: {', '.join(SPLIT_RULES)}.")
+        guess = f" Did you mean {near[0]}?" if near else ""
+        raise DataError(f"split='{rule}' is not a split rule.{guess} Choose one of: {', '.join(SPLIT_RULES)}.")
 
 # %% ../nbs/00_data.ipynb #eee1c1e1
 def _split_globally(time):

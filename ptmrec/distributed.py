@@ -16,7 +16,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 
 # %% ../nbs/00c_distributed.ipynb #d4ca49ea
 def world_size() -> int:
@@ -35,6 +34,8 @@ def init_distributed(device: str | torch.device = "auto") -> None:
     `device`: "cpu" keeps ranks off the GPUs. From here on torch's "cuda" is this rank's own GPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        from accelerate import PartialState  # imported here, for it takes a third of a second
+
         PartialState(cpu=str(device) == "cpu", timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)  # its threads must end before the interpreter does
         if rank():
@@ -112,6 +113,8 @@ def _collect(numbers, collective):
     "Apply a collective operation to all `numbers` {name: number} in one message."
     if world_size() == 1 or not numbers:
         return numbers
+    from accelerate import PartialState
+
     values = torch.tensor([float(v) for v in numbers.values()], dtype=torch.float64, device=PartialState().device)
     collective(values)
     return dict(zip(numbers, values.tolist()))

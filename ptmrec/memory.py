@@ -41,7 +41,7 @@ def encode_in_parts(
     parts = [checkpoint(encoder, part, use_reentrant=False) for part in most] + [encoder(last)]
     return {m: torch.cat([part[m] for part in parts]) for m in parts[0]}
 
-# %% ../nbs/03e_memory.ipynb #35631c4e
+# %% ../nbs/03e_memory.ipynb #850742d0
 class LiveBytes(TorchDispatchMode):
     "A `with` block that counts the bytes of tensors made in it and still alive: `live` now, `peak` at most."
 
@@ -57,19 +57,19 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         return result
 
-
+# %% ../nbs/03e_memory.ipynb #391b68a2
 def storages(tensors) -> list:
     "The storages of all dense tensors in a nested structure."
     return [x.untyped_storage() for x in tree_leaves(tensors) if isinstance(x, torch.Tensor) and x.layout == torch.strided]
 
-
+# %% ../nbs/03e_memory.ipynb #e23e554b
 def peak_bytes(run: Callable[[], object]) -> int:
     "The most bytes that `run()` has in new tensors at a time."
     with LiveBytes() as counted:
         run()
     return counted.peak
 
-# %% ../nbs/03e_memory.ipynb #0f6b5a02
+# %% ../nbs/03e_memory.ipynb #334e0ac9
 def longest_item(encoder: ItemEncoder) -> Tensor:
     "The number (1,) of the item with the longest text, among those with an image where there are images."
     seen = encoder.seen if "image" in encoder.modalities else np.ones(encoder.n_items)
@@ -79,7 +79,7 @@ def longest_item(encoder: ItemEncoder) -> Tensor:
         items = items[(tokens != tokens[:, -1:]).sum(1).argsort(descending=True)]
     return items[:1]
 
-
+# %% ../nbs/03e_memory.ipynb #f6bb1a47
 def encoding_bytes(
     encoder: ItemEncoder,
     train: bool = True,  # with the backward pass
@@ -101,11 +101,11 @@ def encoding_bytes(
             hook.remove()
     return max(0, 2 * one - two), two - one
 
-# %% ../nbs/03e_memory.ipynb #7e09e54d
+# %% ../nbs/03e_memory.ipynb #3869661e
 GAPS = 1.35  # memory that a batch takes of the allocator, relative to its tensors
 LIBRARIES = 120e6  # bytes that libraries keep of their own
 
-
+# %% ../nbs/03e_memory.ipynb #2b500748
 @dataclass
 class MemoryNeed:
     "Bytes that training a `Stage2` model takes beyond what it holds already."
@@ -149,7 +149,7 @@ def memory_need(
     return MemoryNeed(items, all_items, (4 + (accumulate > 1)) * trained, bytes_of_losses,
                       encoding_bytes(model.encoder, train=model.live), encoding_bytes(model.encoder, train=False))
 
-# %% ../nbs/03e_memory.ipynb #4ea35244
+# %% ../nbs/03e_memory.ipynb #67e3ff1e
 def container_free(root: Path = Path("/sys/fs/cgroup")) -> float:
     "Bytes that the limit of a Linux container leaves to its processes; infinite without one. Cached files can be dropped."
     try:
@@ -159,14 +159,14 @@ def container_free(root: Path = Path("/sys/fs/cgroup")) -> float:
         return math.inf
     return limit - used + int(dict(line.split() for line in lines)["inactive_file"])
 
-
+# %% ../nbs/03e_memory.ipynb #886565c0
 def free_bytes(device: torch.device) -> float:
     "Free memory of a device in bytes: on a GPU with what torch holds in reserve, on a CPU this rank's share."
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(psutil.virtual_memory().available, container_free()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-# %% ../nbs/03e_memory.ipynb #a414bea1
+# %% ../nbs/03e_memory.ipynb #a9fb0623
 def fit_memory(
     need: MemoryNeed,
     micro_batch: int | str | None,  # None: the whole batch; "auto": as many items at once as 80 % of `free` hold
@@ -182,7 +182,7 @@ def fit_memory(
             need.step(chosen), "in all, with gaps": need.total(chosen), "free": free}
     return chosen, pd.DataFrame({"MB": [n / 1e6 for n in rows.values()]}, pd.Index(rows, name="memory for"))
 
-
+# %% ../nbs/03e_memory.ipynb #869bffb8
 def remedy(need: MemoryNeed, fits: int, free: float) -> str:
     "The setting to change if memory is short; `fits`: the micro-batch that may do."
     if need.total(fits) <= free:

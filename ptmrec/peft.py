@@ -43,10 +43,10 @@ class SavedParameters(nn.Module):
             q.copy_(weights[name])
         return self
 
-# %% ../nbs/01a_peft.ipynb #7f15face
+# %% ../nbs/01a_peft.ipynb #927915e8
 TOWERS = ("image", "text")
 
-
+# %% ../nbs/01a_peft.ipynb #f678bff6
 class Tuning(SavedParameters):
     """Base of all methods. `Settings`: what a method can be set to; its constructor takes them as keywords and attaches it.
 
@@ -84,10 +84,10 @@ class Tuning(SavedParameters):
     def __exit__(self, *error):
         self.detach()
 
-# %% ../nbs/01a_peft.ipynb #e48c5bbf
+# %% ../nbs/01a_peft.ipynb #5f6ce4a0
 TUNINGS = Registry("tuning")
 
-
+# %% ../nbs/01a_peft.ipynb #f49848ab
 @TUNINGS.register("none")
 class Nothing(Tuning):
     "The stock CLIP."
@@ -97,7 +97,7 @@ class Nothing(Tuning):
     def __init__(self, clip, towers):
         super().__init__(None)
 
-
+# %% ../nbs/01a_peft.ipynb #6f722c70
 @TUNINGS.register("prompt")
 class Prompt(Tuning):
     "Deep prompts, separate for image and text: see `DeepPrompts`."
@@ -112,7 +112,7 @@ class Prompt(Tuning):
         super().__init__(prompt_lr)
         self.prompts = DeepPrompts(clip, n_ctx, prompt_depth, prompt_position, towers)
 
-# %% ../nbs/01a_peft.ipynb #238bfc3d
+# %% ../nbs/01a_peft.ipynb #033fc64d
 def tuning_methods(tuning: str) -> list[type[Tuning]]:
     "The classes that `tuning` names: one of `TUNINGS`, or several joined by +. Raises `SettingError`."
     names = tuning.split("+")
@@ -126,7 +126,7 @@ def tuning_methods(tuning: str) -> list[type[Tuning]]:
                            "none and full are used alone.")
     return methods
 
-
+# %% ../nbs/01a_peft.ipynb #ab5459bf
 def check_method_settings(tuning: str, settings: dict) -> list[dict]:
     "All settings of each method that `tuning` names, `settings` among them. Raises `SettingError` for one that none has."
     methods = tuning_methods(tuning)
@@ -138,7 +138,7 @@ def check_method_settings(tuning: str, settings: dict) -> list[dict]:
     return [check_settings(cls.Settings, {k: v for k, v in settings.items() if k in cls.Settings.model_fields},
                            f"tuning='{tuning}'").model_dump() for cls in methods]
 
-# %% ../nbs/01a_peft.ipynb #748f6598
+# %% ../nbs/01a_peft.ipynb #95effd6d
 def attach(
     clip: Clip,
     tuning: str = "prompt",  # a name of `TUNINGS`, or several joined by +
@@ -160,7 +160,7 @@ def attach(
         raise
     return (parts[0] if len(parts) == 1 else Combined(parts)).to(clip.mean.device)
 
-
+# %% ../nbs/01a_peft.ipynb #8c674f5b
 class Combined(Tuning):
     "Several methods at once, each with its own learning rate."
 
@@ -176,7 +176,7 @@ class Combined(Tuning):
         for part in reversed(self.parts):
             part.detach()
 
-# %% ../nbs/01a_peft.ipynb #9799bfa3
+# %% ../nbs/01a_peft.ipynb #9b307412
 class CoupledPrompts(DeepPrompts):
     "Text prompts are learnt; the image prompts of a layer are a linear map of its text prompts."
 
@@ -191,7 +191,7 @@ class CoupledPrompts(DeepPrompts):
         "(prompt_depth, n_ctx, width of the image tower)"
         return torch.stack([linear(text) for linear, text in zip(self.coupling["image"], self.text)])
 
-
+# %% ../nbs/01a_peft.ipynb #097ddd82
 @TUNINGS.register("coupled_prompt")
 class CoupledPrompt(Tuning):
     "Deep prompts with MaPLe's coupling from text to image: see `CoupledPrompts`."
@@ -205,20 +205,22 @@ class CoupledPrompt(Tuning):
         else:
             self.prompts = DeepPrompts(clip, n_ctx, prompt_depth, prompt_position, towers)
 
-# %% ../nbs/01a_peft.ipynb #ccec5362
+# %% ../nbs/01a_peft.ipynb #bbaccccf
 PARTS = {"attention": ("attn", "token_mixer"), "mlp": ("mlp",)}  # their names in a block
 
-
+# %% ../nbs/01a_peft.ipynb #d159b96d
 class LastLayers(Settings):
+    "The setting that adapters and LoRA share."
+
     last_layers: int | None = setting(None, "only so many last layers of each tower are changed; None: all", ge=1)
 
-
+# %% ../nbs/01a_peft.ipynb #0debf91b
 def linear_maps(module: nn.Module) -> dict[str, nn.Module]:
     "The linear maps in a module, those of channels included: {name in it: layer}."
     return {n: m for n, m in module.named_modules()
             if isinstance(m, nn.Linear) or isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1}
 
-
+# %% ../nbs/01a_peft.ipynb #64b5a88a
 def sublayers(
     clip: Clip,
     tower: str,
@@ -256,7 +258,7 @@ class Bottleneck(nn.Module):
         axis = 1 if self.maps or x.shape[-1] != self.width else -1  # FastViT's attention is linear, and still returns maps
         return self.up(F.gelu(self.down(x.movedim(axis, -1)))).movedim(-1, axis)
 
-# %% ../nbs/01a_peft.ipynb #274f20fa
+# %% ../nbs/01a_peft.ipynb #5e450ab9
 def add_to_output(module: nn.Module):
     "A forward hook that adds `module(output)`; torch's attention returns a tuple whose second half is empty."
     def hook(sublayer, args, output):
@@ -265,7 +267,7 @@ def add_to_output(module: nn.Module):
         return output + module(output)
     return hook
 
-
+# %% ../nbs/01a_peft.ipynb #96c6aeab
 @TUNINGS.register("adapter")
 class Adapter(Tuning):
     "Bottlenecks after attention and MLP."
@@ -305,7 +307,7 @@ class LowRank(nn.Module):
         change = self.scale * (args[0].movedim(self.axis, -1) @ self.A.T @ self.B.T)
         return output + change.movedim(-1, self.axis)
 
-# %% ../nbs/01a_peft.ipynb #a23c46f0
+# %% ../nbs/01a_peft.ipynb #f3b44c6b
 def lora_weights(clip: Clip, tower: str, last_layers: int | None, parts: list[str]) -> list[tuple[nn.Module, str, bool]]:
     "Weights that LoRA changes: (layer, name of its weight, whether the layer is called)."
     found = []
@@ -315,7 +317,7 @@ def lora_weights(clip: Clip, tower: str, last_layers: int | None, parts: list[st
         found += [(layer, "weight", name.endswith(PARTS["mlp"])) for layer in linear_maps(module).values()]
     return found
 
-
+# %% ../nbs/01a_peft.ipynb #c3a5b45c
 def check_rank(rank: int, weights: Iterable[Tensor]) -> None:
     "Raise `SettingError` if `rank` exceeds the size of a weight."
     largest = min((min(w.shape[:2]) for w in weights), default=rank)
@@ -357,7 +359,7 @@ class Lora(Tuning):
             remove_parametrizations(layer, weight, leave_parametrized=False)
             layer._parameters = parameters  # in their old order, which a CLIP's fingerprint depends on
 
-# %% ../nbs/01a_peft.ipynb #7585eca8
+# %% ../nbs/01a_peft.ipynb #8b31b2a0
 def tower_weights(clip: Clip, tower: str) -> nn.Module:
     "A module with the weights of a tower; where a CLIP holds those of the text tower itself, they are put together."
     module = clip.model.visual if tower == "image" else text_module(clip)
@@ -368,7 +370,7 @@ def tower_weights(clip: Clip, tower: str) -> nn.Module:
         setattr(parts, name, getattr(module, name))
     return parts
 
-
+# %% ../nbs/01a_peft.ipynb #6533a5ba
 @TUNINGS.register("full")
 class Full(Tuning):
     "Every weight of the towers."

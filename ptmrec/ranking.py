@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
 from .data import DataError, Interactions
@@ -239,6 +238,8 @@ def paired_test(before: list[pd.Series], after: list[pd.Series]) -> dict:
     difference = (after - before).dropna()
     low, high, p = 0.0, 0.0, 1.0
     if difference.any() or not len(difference):
+        from scipy import stats  # imported here, for it takes half a second
+
         test = stats.ttest_1samp(difference, 0)
         (low, high), p = test.confidence_interval(0.95), test.pvalue
     return {"before": before.mean(), "after": after.mean(), "difference": difference.mean(),

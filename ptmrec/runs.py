@@ -38,7 +38,7 @@ from .peft import attach
 from .ranking import Evaluator, paired_test, rank_items
 from .settings import SettingError, described, did_you_mean, resolve
 
-# %% ../nbs/03c_runs.ipynb #eb37566c
+# %% ../nbs/03c_runs.ipynb #df7dd55c
 def set_seed(seed: int, device="cpu") -> None:
     "Seed Python, NumPy and torch. A CPU then adds up in a fixed order, which torch's threads otherwise do not."
     torch.use_deterministic_algorithms(torch.device(device).type == "cpu")
@@ -46,7 +46,7 @@ def set_seed(seed: int, device="cpu") -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    "`auto` is a GPU if there is one, else the CPU; other names are torch's. Raises `SettingError` if there is no such device."
+    "`auto` is a GPU if there is one, else the CPU; or torch's name. Raises `SettingError` if there is no such device."
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         picked = torch.device(name)
@@ -193,9 +193,9 @@ class RunFolder:
     def load_weights(self, name: str) -> dict:
         return load_file(self.folder / f"{name}.safetensors")
 
-# %% ../nbs/03c_runs.ipynb #ceb44a3e
+# %% ../nbs/03c_runs.ipynb #090a9b59
 def load_parameters(module: torch.nn.Module, weights: dict, source: str) -> None:
-    "Load `weights` {name: tensor}, which must be exactly the parameters of `module`; raises `DataError` that names `source`."
+    "Load `weights` {name: tensor}, exactly the parameters of `module`; raises `DataError` that names `source`."
     mine = dict(module.named_parameters())
     if {n: w.shape for n, w in weights.items()} != {n: q.shape for n, q in mine.items()}:
         wrong = sorted(mine.keys() ^ weights.keys()) or [n for n in mine if mine[n].shape != weights[n].shape]
@@ -469,13 +469,13 @@ def _item_features(run) -> dict[str, pd.DataFrame]:
 
 Run.encoder, Run.item_features = _encoder, _item_features
 
-# %% ../nbs/03c_runs.ipynb #1700d145
+# %% ../nbs/03c_runs.ipynb #810601b1
 def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     "All runs as a table, the newest first: what they are, whether they are finished, their validation and test metric."
     rows = []
     for path in runs_dir().glob(f"{experiment}/{dataset}/*/run.json"):
         run = Run(path.parent, read_json(path))
-        if "metric" not in run.params:  # a search: its trials are runs of their own
+        if run.about["experiment"] == "search":  # its trials are runs of their own
             continue
         row = {k: run.about.get(k) for k in ("experiment", "dataset")} | {"key": run.key}
         row |= {k: run.params.get(k) for k in ("backbone", "tuning", "seed")}

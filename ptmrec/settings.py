@@ -339,10 +339,12 @@ def experiment(
         return call
     return decorate
 
-# %% ../nbs/00d_settings.ipynb #069e3f8e
+# %% ../nbs/00d_settings.ipynb #7f60a461
 def _own_comment(field):
     choices = field.json_schema_extra["choices"]
-    about = field.description + (f": {', '.join(choices() if callable(choices) else choices)}" if choices else "")
+    names = list(choices() if callable(choices) else choices or [])
+    names = [*names[:3], "..."] if len(names) > 8 else names
+    about = field.description + (f": {', '.join(names)}" if names else "")
     return about + (f"; None: the data set's, else {field.default!r}" if field.json_schema_extra["per_dataset"] else "")
 
 
@@ -361,9 +363,16 @@ def described(function: Callable) -> dict[str, dict]:
     for registry in it.registries.values():
         topic = f"Settings of the {registry.kind}; None: its own default, in brackets"
         for name, owners in registry.settings().items():
-            values = ", ".join(f"{component} {field.default}" for component, field in owners.items())
-            topics.setdefault(topic, {})[name] = None, f"{next(iter(owners.values())).description} ({values})"
+            topics.setdefault(topic, {})[name] = None, f"{next(iter(owners.values())).description} ({_defaults(owners)})"
     return topics
+
+
+def _defaults(owners):
+    "Defaults of a setting with the components that have them: `freedom, mgcn 2; smore 4`."
+    by_value = {}
+    for component, field in owners.items():
+        by_value.setdefault(field.default, []).append(component)
+    return "; ".join(f"{', '.join(names)} {value}" for value, names in by_value.items())
 
 # %% ../nbs/00d_settings.ipynb #50880ea1
 def parameters_cell(function: Callable) -> str:

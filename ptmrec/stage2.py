@@ -494,9 +494,9 @@ def report(runs: list[Run], control: list[Run] = ()) -> str:
     lines += [verdict(runs, against=control)] if control else []
     return "\n\n".join([*lines, "\n".join(str(run.folder) for run in runs)])
 
-# %% ../nbs/05_stage2.ipynb #e13b18e5
+# %% ../nbs/05_stage2.ipynb #d8929a1a
 def plot_results(runs: list[Run], control: list[Run] = (), metrics=("recall@10", "recall@20", "ndcg@20")):
-    "Test metrics per variant, seeds averaged per user, with 95 % intervals over users; small dots: seeds. Returns the figure."
+    "Test metrics per variant, seeds averaged per user, with 95 % intervals over users; small dots are seeds."
     rows = [(variant_name(v), runs, v) for v in runs[0].metrics()]
     if control:
         rows.insert(1, ("projections alone", control, best_variant(control)))

@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['TripleSampler', 'Callback', 'Stopped', 'sigterm_stops', 'exits_when_stopped', 'Loop', 'KeepBest', 'best_so_far',
            'how_it_ended', 'Progress', 'take_snapshot', 'restore', 'read_snapshot', 'what_is_kept', 'Checkpoint',
-           'reuse_memory', 'effective_rank', 'mean_cosine', 'check_features', 'Health']
+           'effective_rank', 'mean_cosine', 'check_features', 'Health']
 
-# %% ../nbs/03b_training.ipynb #c250fd2e
-import ctypes
+# %% ../nbs/03b_training.ipynb #00b10b44
 import math
 import os
-import platform
 import signal
 import sys
 import threading
@@ -306,19 +304,6 @@ class Checkpoint(Callback):
 
     def interrupted(self, loop):
         return self.kept
-
-# %% ../nbs/03b_training.ipynb #ffb263b7
-def reuse_memory(limit: int | None = None) -> None:
-    """Have the C library (glibc; elsewhere nothing happens) keep freed memory for this process instead of returning it.
-
-    `limit`: keep no block of more bytes than this, 32 MiB at most; None: keep all.
-    """
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of <malloc.h>
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 65536 if limit else 0)
-        libc.mallopt(mmap_threshold, limit or 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 # %% ../nbs/03b_training.ipynb #0fc2ca1e
 def effective_rank(features: Tensor) -> float:

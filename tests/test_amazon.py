@@ -26,7 +26,6 @@ from PIL import Image
 
 from ptmrec.amazon import (PUBLISHED, PUBLISHED_SETTINGS, check_image, download_images, fetch_file, find_or_prepare, prepare,
                            read_image_features, read_manifest, read_meta, read_reviews)
-from ptmrec.backbones import BACKBONES
 from ptmrec.data import DataError, load_data
 
 
@@ -371,7 +370,6 @@ def test_published_settings_go_into_the_folder_and_never_over_ones_own(home, nam
         assert not any(f.exists() for f in files)
         return
     assert [tomllib.loads(f.read_text()) for f in files] == [PUBLISHED_SETTINGS[name]] * 2
-    assert PUBLISHED_SETTINGS[name]["smore"].keys() <= BACKBONES["smore"].settings.keys()
     files[0].write_text(own := "lr = 1e-2\n")
     with pytest.warns(UserWarning, match="lacks 3 of 5"):
         prepare(name, images=False)

@@ -62,7 +62,7 @@ def test_a_data_set_is_looked_for_here_first_then_in_the_data_folder_then_in_the
     assert find_dataset("sample") == at_here and find_dataset("~/sample") == of_user
     (at_here / "interactions.csv").unlink()  # a folder of this name that is no data set does not hide one that is
     assert find_dataset("sample") == at_home and find_dataset(at_here) == at_here
-    with pytest.raises(DataError, match=f"'simple'; did you mean 'sample'.*{here}/simple, {home}/simple, .*/data/simple"):
+    with pytest.raises(DataError, match=f"'simple'. Did you mean sample.*{here}/simple, {home}/simple, .*/data/simple"):
         find_dataset("simple")
 
 
@@ -410,7 +410,7 @@ def test_groups_that_are_empty_or_unknown():
     inter.split[:] = 0
     with pytest.raises(DataError, match="test split has no positive among all users and cold items"):
         Evaluator(inter, items="cold")("test", torch.zeros(30, 2), torch.zeros(60, 2))
-    with pytest.raises(DataError, match="users='old' is no group"):
+    with pytest.raises(DataError, match="users='old' is not a group"):
         Evaluator(inter, users="old")
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import torch
 from open_clip.transformer import QuickGELU
@@ -17,6 +18,7 @@ from ptmrec.clip_prompting import Clip, DeepPrompts, ItemEncoder, encode_image, 
 from ptmrec.data import INTERPOLATIONS, RESIZE_MODES, DataError, find_dataset, load_data, load_image
 from ptmrec.graphs import knn_graph
 from ptmrec.peft import attach
+from ptmrec.ranking import METRICS, check_metric, metric_names, paired_test, register_metric, stable_topk, user_metrics
 from ptmrec.settings import SettingError
 from ptmrec.stage1 import build_backbone, run_stage1
 from ptmrec.stage2 import Stage2
@@ -412,3 +414,67 @@ def test_nothing_slow_is_imported_before_it_is_used():
     code = f"import sys, ptmrec.peft, ptmrec.prefix, ptmrec.memory; print([m for m in {slow} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def metrics_in_one_go(hits, n_pos, cutoffs):
+    "The metrics written as one function, as they were before each had its own."
+    hits, n_pos = np.asarray(hits, np.float64), np.asarray(n_pos, np.float64)
+    rank = np.arange(1, hits.shape[1] + 1)
+    discount = 1 / np.log2(rank + 1)
+    n_hits, gain, ideal = hits.cumsum(1), (hits * discount).cumsum(1), discount.cumsum()
+    average = (hits * n_hits / rank).cumsum(1)
+    table = {}
+    for k in cutoffs:
+        last = min(k, hits.shape[1]) - 1
+        best = np.minimum(n_pos, last + 1).astype(int) - 1
+        table[f"recall@{k}"] = n_hits[:, last] / n_pos
+        table[f"ndcg@{k}"] = gain[:, last] / ideal[best]
+        table[f"precision@{k}"] = n_hits[:, last] / k
+        table[f"map@{k}"] = average[:, last] / n_pos
+        table[f"hit@{k}"] = (n_hits[:, last] > 0).astype(float)
+    return pd.DataFrame(table)
+
+
+@pytest.mark.parametrize("n, length", [(400, 50), (30, 7), (30, 3)])  # also lists shorter than the cut-offs
+def test_metrics_are_the_same_bit_for_bit(n, length):
+    rng = np.random.default_rng(0)
+    hits, n_pos = torch.from_numpy(rng.random((n, length)) < 0.1), torch.from_numpy(rng.integers(1, 80, n))
+    wanted = metrics_in_one_go(hits, n_pos, (5, 10, 20, 50))
+    pd.testing.assert_frame_equal(user_metrics(hits, n_pos), wanted, check_exact=True)
+
+
+def test_a_metric_of_ones_own_is_in_every_table(monkeypatch):
+    monkeypatch.setattr("ptmrec.ranking.METRICS", dict(METRICS))
+    register_metric("mrr")(lambda hits, n_pos, k: hits[:, :k].max(1) / (hits[:, :k].argmax(1) + 1))
+    table = user_metrics([[0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1]], [2, 1])
+    assert list(table) == metric_names()
+    assert table["mrr@5"].tolist() == [1 / 2, 0] and table["mrr@10"].tolist() == [1 / 2, 1 / 6]
+    assert check_metric("mrr@20") == "mrr@20"
+
+
+@pytest.mark.parametrize("wrong, hint", [("recal@20", "Did you mean recall@20?"), ("recall@21", "Did you mean recall@20?"),
+                                         ("NDCG", ""), ("", "")])
+def test_a_metric_that_nobody_knows_is_one_sentence(wrong, hint):
+    with pytest.raises(SettingError, match="Allowed: recall, ndcg, precision, map, hit, each followed by @ and") as error:
+        check_metric(wrong)
+    assert str(error.value).startswith(f"metric='{wrong}' is not known.") and hint in str(error.value)
+
+
+@pytest.mark.parametrize("n_items", [30, 700, 7050])
+@pytest.mark.parametrize("levels", [2, 500, 10**6])  # full of ties, and few
+def test_top_k_equals_a_stable_sort(n_items, levels):
+    torch.manual_seed(0)
+    scores = torch.randint(0, levels, (60, n_items)).float()
+    scores[:20, : n_items - 3] = -torch.inf
+    wanted = scores.sort(descending=True, stable=True).indices
+    for k in (1, 7, 50):
+        k = min(k, n_items)
+        assert torch.equal(stable_topk(scores, k), wanted[:, :k])
+
+
+def test_runs_that_do_not_differ_have_p_1():
+    a = pd.Series([0.1, 0.5, 0.25], index=[3, 5, 8])
+    with np.errstate(all="raise"):
+        equal = paired_test([a, a], [a, a])
+    assert equal == {"before": a.mean(), "after": a.mean(), "difference": 0, "low": 0, "high": 0, "p": 1, "users": 3}
+    assert paired_test([a], [a + [0.1, 0.1, 0.2]])["p"] < 0.1

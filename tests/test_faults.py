@@ -2,6 +2,7 @@
 import importlib
 import math
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,6 +122,7 @@ def test_a_killed_run_is_not_a_finished_one_and_resumes(runs, monkeypatch):
     whole, = run_stage1(epochs=25, patience=25, n_seeds=1)
     expected = whole.metrics()
     evaluate, calls = stage1.evaluate, []
+    monkeypatch.setattr(stage1, "Checkpoint", partial(stage1.Checkpoint, seconds=0))
 
     def dies(*args):
         calls.append(1)

@@ -41,7 +41,8 @@ def test_a_finished_run_is_used_again_and_said(small, monkeypatch, capsys):
     assert path.folder == first.folder
 
 
-@pytest.mark.parametrize("experiment, module, function", [(run_stage1, stage1, "train_backbone"), (run_stage2, stage2, "tune")])
+@pytest.mark.parametrize("experiment, module, function", [(run_stage1, stage1, "train_backbone"),
+                                                          (run_stage2, stage2, "tune")])
 def test_a_stopped_rerun_leaves_the_finished_run(small, monkeypatch, experiment, module, function):
     settings = SHORT | {"backbone": "vbpr"} if experiment is run_stage2 else {"epochs": 2, "backbone": "vbpr", "n_seeds": 1}
     first, = experiment("shop", **settings)
@@ -61,7 +62,7 @@ def in_copy(folder, code="from ptmrec.stage1 import run_stage1; run_stage1('shop
     "What a program prints that uses the copy of the package in `folder`."
     env = os.environ | {"PYTHONPATH": str(folder), "PTMREC_RUNS": str(folder / "runs"), "PTMREC_DATA": str(folder),
                         "TQDM_DISABLE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout, sorted(p.parent.name for p in (folder / "runs" / "stage1").rglob("metrics.json"))
 
@@ -70,7 +71,8 @@ def test_remarks_change_no_key_and_a_changed_loss_does_and_says_why(tmp_path):
     shutil.copytree(ROOT / "ptmrec", tmp_path / "ptmrec", ignore=shutil.ignore_patterns("__pycache__"))
     make_shop(tmp_path / "shop")
     _, first = in_copy(tmp_path)
-    for name, old, new in [("ranking", "def rank_items(", "# a remark\ndef rank_items("), ("amazon", "import", "# a remark\nimport"),
+    for name, old, new in [("ranking", "def rank_items(", "# a remark\ndef rank_items("),
+                           ("amazon", "\nimport", "\n# a remark\nimport"),
                            ("losses", '"Bayesian', '"A new docstring. Bayesian'),
                            ("amazon", "def find_or_prepare(", "def another():\n    return 1\n\n\ndef find_or_prepare(")]:
         path = tmp_path / "ptmrec" / f"{name}.py"

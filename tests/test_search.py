@@ -220,18 +220,18 @@ class Mine(BPRMF):
 def test_a_backbone_of_ones_own_is_searched(shop, runs, trained, mine):
     mine(1)
     table, (winner,) = search("mine", shop, epochs=3)
-    assert len(trained) == 3 and table[f"valid recall@20"].nunique() > 1 and winner.params["alpha"] in (1.0, 5.0)
+    assert len(trained) == 3 and table["valid recall@20"].nunique() > 1 and winner.params["alpha"] in (1.0, 5.0)
     pd.testing.assert_frame_equal(search("mine", shop, epochs=3)[0], table)
     assert len(trained) == 3
     mine(-1)  # the same name and settings, another class
-    assert search("mine", shop, epochs=3)[0][f"valid recall@20"].max() < table[f"valid recall@20"].max()
+    assert search("mine", shop, epochs=3)[0]["valid recall@20"].max() < table["valid recall@20"].max()
     assert len(trained) == 6
 
 
 def test_a_trial_that_diverges_loses(shop, runs):
     grid = {"lr": [1e30, 1e-2]}
     table, (winner,) = search("bpr", shop, grid, epochs=3)
-    assert list(table.lr) == [1e-2, 1e30] and list(table[f"valid recall@20"].isna()) == [False, True]
+    assert list(table.lr) == [1e-2, 1e30] and list(table["valid recall@20"].isna()) == [False, True]
     assert winner.params["lr"] == 1e-2 and scored(runs) == {winner.key}
     assert kept_table(runs).lr.tolist() == table.lr.tolist()
     with pytest.raises(RuntimeError, match="every trial diverged. Lower lr"):

@@ -1,0 +1,216 @@
+"""The loop and its callbacks: stopping and going on, damaged checkpoints, and the line that a bar ends with."""
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from contextlib import redirect_stdout
+
+import nbformat
+import pytest
+import torch
+from conftest import ROOT
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+import ptmrec.training
+from ptmrec.training import Checkpoint, Health, Loop, Stopped, sigterm_stops
+
+TOY = '''
+import os, signal, sys, time
+import torch
+from ptmrec.training import Checkpoint, KeepBest, Loop, Progress, exits_when_stopped
+
+def toy(*callbacks, seed=0, patience=10, best=None, stop_at=None, by=signal.SIGINT):
+    """Adds up four numbers; the score rises until epoch `best`."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(4, 1)
+    optimiser = torch.optim.Adam(model.parameters(), 0.05)
+
+    def train_epoch(epoch):
+        if epoch == stop_at:
+            os.kill(os.getpid(), by)
+        x = torch.randn(64, 4)
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        optimiser.zero_grad(), loss.backward(), optimiser.step()
+        return {"loss": loss.item()}
+
+    def validate(epoch):
+        return {"score": min(epoch, best) - 0.1 * epoch if best else -(model.weight - 1).abs().max().item()}
+
+    return Loop(model, optimiser, train_epoch, validate, [Progress("Toy, seed 0", ["loss", "score"]),
+                                                          KeepBest("score", patience), *callbacks])
+'''
+exec(TOY, namespace := {})
+toy = namespace["toy"]
+
+
+def shown(run):
+    "Lines that `run()` writes to stdout, those that a carriage return overwrites included."
+    with redirect_stdout(io.StringIO()) as out:
+        run()
+    return out.getvalue().strip().replace("\r", "\n").split("\n")
+
+
+def test_the_bar_of_an_early_stopped_training_ends_complete(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    last = shown(lambda: toy(best=4, patience=3).run(100))[-1]
+    assert last.startswith("Toy, seed 0, stopped at epoch 7, best 4: 100%|") and " 7/7, loss " in last
+    last = shown(lambda: toy().run(6))[-1]
+    assert last.startswith("Toy, seed 0, ran all 6 epochs, best 6: 100%|") and " 6/6, loss " in last
+
+
+def test_a_log_stays_small_and_a_bar_can_be_hidden(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert len(shown(lambda: toy(patience=300).run(300))) < 30
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert shown(lambda: toy().run(3)) == [""]
+
+
+def test_the_bar_of_a_resumed_training_goes_on(tmp_path, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    toy(Checkpoint(tmp_path / "c.pt", seconds=0)).run(5)
+    lines = shown(lambda: toy(Checkpoint(tmp_path / "c.pt", seconds=0)).run(10))
+    assert lines[0].startswith("Toy, seed 0:  50%|") and "10/10" in lines[-1]
+    assert "ran all 10 epochs" in shown(lambda: toy(Checkpoint(tmp_path / "c.pt", seconds=0)).run(10))[-1]
+
+
+PROGRAM = TOY + '''
+path, epochs, stop_at = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+class Waits(Checkpoint):
+    def after_epoch(self, loop):
+        super().after_epoch(loop)
+        if len(loop.history) == stop_at:
+            print("ready", file=sys.stderr, flush=True)
+            time.sleep(60)
+
+with exits_when_stopped():
+    loop = toy(Waits(path, seconds=0))
+    history = loop.run(epochs)
+    torch.save([history.to_dict("list"), loop.module.state_dict()], path + ".end")
+'''
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_program_says_one_line_and_goes_on(tmp_path, number, code):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+
+    def start(path, stop_at=0):
+        return subprocess.Popen([sys.executable, tmp_path / "program.py", path, "12", str(stop_at)], env=env,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    path = str(tmp_path / "c.pt")
+    stopped = start(path, stop_at=5)
+    assert stopped.stderr.readline() == "ready\n"
+    stopped.send_signal(number)
+    out, err = stopped.communicate(timeout=60)
+    best = torch.load(path)["callbacks"][1]
+    assert stopped.returncode == code and out == ""
+    assert err == (f"Toy, seed 0: stopped during epoch 5. Kept: the first 5 epochs (best so far: epoch 5, score "
+                   f"{best['best']:.4f}), in {path}. The same call goes on from there.\n")
+    assert start(path).wait(60) == start(path + ".whole").wait(60) == 0
+    (history, weights), (whole, wanted) = (torch.load(p + ".end") for p in (path, path + ".whole"))
+    assert history == whole and all(torch.equal(weights[n], w) for n, w in wanted.items())
+    assert len(whole["loss"]) == 12 and [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_a_stop_before_anything_is_kept_says_so(tmp_path):
+    with pytest.raises(Stopped, match=r"^Toy, seed 0: stopped during epoch 3\. Nothing is kept\.$") as stop:
+        toy(Checkpoint(tmp_path / "c.pt"), stop_at=3).run(9)
+    assert stop.value.signal == signal.SIGINT and isinstance(stop.value, KeyboardInterrupt)
+    with pytest.raises(Stopped, match="during epoch 2") as stop:
+        toy(stop_at=2, by=signal.SIGTERM).run(9)
+    assert stop.value.signal == signal.SIGTERM
+
+
+def test_a_handler_of_ones_own_is_left_alone():
+    called = []
+    before = signal.signal(signal.SIGTERM, lambda *args: called.append(1))
+    try:
+        with sigterm_stops():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert called == [1]
+
+
+def test_a_loop_runs_in_a_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(toy().run(3)))
+    thread.start(), thread.join()
+    assert len(found[0]) == 3
+
+
+def test_the_stop_button_shows_one_line(tmp_path):
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TOY + f"\ntoy(Checkpoint({str(tmp_path / 'c.pt')!r}, "
+                                                                     "seconds=0), stop_at=4).run(9)")])
+    with pytest.raises(CellExecutionError):
+        NotebookClient(book, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    error, = (o for o in book.cells[0].outputs if o.output_type == "error")
+    line, = error.traceback
+    assert error.ename == "Stopped" and line.startswith("Toy, seed 0: stopped during epoch 4. Kept: the first 3 epochs")
+
+
+def test_checkpoints_are_written_by_the_clock(tmp_path, monkeypatch):
+    now, written = [0.0], []
+    monkeypatch.setattr(ptmrec.training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ptmrec.training, "write_atomically", lambda path, write: written.append(now[0]))
+
+    class Clock(ptmrec.training.Callback):
+        def after_epoch(self, loop):
+            now[0] += 4
+
+    toy(Clock(), Checkpoint(tmp_path / "c.pt", seconds=10)).run(10)
+    assert written == [12, 24, 36]
+
+
+def change(path, **changes):
+    torch.save(torch.load(path) | changes, path)
+
+
+DAMAGE = {
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello"),
+    "a list": lambda path: torch.save([1, 2], path),
+    "no optimiser": lambda path: torch.save({k: v for k, v in torch.load(path).items() if k != "optimiser"}, path),
+    "a weight is missing": lambda path: change(path, weights={"weight": torch.zeros(1, 4)}),
+    "a weight too many": lambda path: change(path, weights=torch.load(path)["weights"] | {"more": torch.zeros(1)}),
+    "another shape": lambda path: change(path, weights={"weight": torch.zeros(1, 5), "bias": torch.zeros(1)}),
+    "another optimiser": lambda path: change(path, optimiser={"state": {}, "param_groups": []}),
+    "another callback": lambda path: change(path, callbacks=[{}]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path, damage):
+    path = tmp_path / "c.pt"
+    whole = toy(Checkpoint(path, seconds=0)).run(6)
+    toy(Checkpoint(path, seconds=0), seed=1).run(6)
+    DAMAGE[damage](path)
+    loop = toy(Checkpoint(path, seconds=0))
+    with pytest.warns(UserWarning, match=f"The checkpoint {path} is not used, and the training starts anew: it "):
+        assert loop.run(6).equals(whole)
+    again = toy(Checkpoint(path, seconds=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert again.run(6).equals(whole) and torch.equal(again.module.weight, loop.module.weight)
+
+
+def warned(losses):
+    loop = Loop(None, None, lambda epoch: {"loss": losses[epoch - 1]}, lambda epoch: {}, [Health("loss", "Lower lr.")])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop.run(len(losses))
+    return [str(w.message) for w in caught]
+
+
+def test_a_spike_is_a_spike_below_zero_too():
+    assert warned([1.0, 0.5, 1.5]) == [] and warned([1.0, 0.5, 1.51, 9.0]) == [
+        "Epoch 3: loss has risen to 1.51, and its lowest value was 0.5. Lower lr."]
+    assert warned([1.0, -5.9, -6.1, -6.01]) == warned([-1.0, -0.9, -1.2, -1.1]) == warned([0.5, -0.01, 0.1]) == []
+    assert len(warned([1.0, -6.0, 9.0])) == len(warned([-1.0, -2.0, 2.5])) == 1
