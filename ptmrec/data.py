@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #8fcd3c96
 def repo_root() -> Path:
@@ -97,9 +98,14 @@ def find_dataset(
                     f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
 
 # %% ../nbs/00_data.ipynb #53a88d76
-def progress(*args, **kwargs) -> tqdm:
-    "A tqdm bar (same arguments) that disappears when done; `TQDM_DISABLE=1` hides it."
-    return tqdm(*args, leave=False, disable=os.environ.get("TQDM_DISABLE") == "1", **kwargs)
+def progress(*args, leave: bool = False, disable: bool = False, **kwargs) -> tqdm:
+    """A tqdm bar (same arguments) in plain text that disappears when done, unless `leave`; `TQDM_DISABLE=1` hides it.
+
+    Notebooks write it to stdout, where papermill can show it, and programs to stderr.
+    """
+    file = sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else sys.stderr
+    return tqdm(*args, leave=leave, file=file, mininterval=0.1 if file.isatty() else 1,
+                disable=disable or os.environ.get("TQDM_DISABLE") == "1", **kwargs)
 
 # %% ../nbs/00_data.ipynb #63171ba3
 def _hashed_bytes(part):

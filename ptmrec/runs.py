@@ -8,7 +8,7 @@ __all__ = ['PACKAGE', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of',
            'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs', 'per_user_values',
            'compare', 'option_parser', 'command_line']
 
-# %% ../nbs/03c_runs.ipynb #edacb8be
+# %% ../nbs/03c_runs.ipynb #703ab40e
 import argparse
 import ast
 import functools
@@ -37,6 +37,7 @@ from .distributed import broadcast, rank
 from .peft import attach
 from .ranking import Evaluator, paired_test, rank_items
 from .settings import SettingError, described, did_you_mean, resolve
+from .training import exits_when_stopped
 
 # %% ../nbs/03c_runs.ipynb #df7dd55c
 def set_seed(seed: int, device="cpu") -> None:
@@ -413,7 +414,7 @@ def _recommend(
 
 Run.embeddings, Run.recommend = _embeddings, _recommend
 
-# %% ../nbs/03c_runs.ipynb #4a471fe8
+# %% ../nbs/03c_runs.ipynb #1a9e8868
 class RunEncoder:
     "The CLIP of a run, tuned if the run tuned it, ready for a new picture or text; features have unit length."
 
@@ -424,7 +425,7 @@ class RunEncoder:
     def image(self, path: str | Path) -> torch.Tensor:
         "Feature (d_v,) of a picture file."
         pixels = load_image(path, self.clip.image_size, self.clip.resize_mode, self.clip.interpolation)
-        pixels = self.clip.normalise(torch.from_numpy(pixels)[None].to(self.clip.mean.device))
+        pixels = self.clip.normalise(torch.tensor(pixels)[None].to(self.clip.mean.device))
         return F.normalize(encode_image(self.clip, pixels, self.prompts), dim=1)[0]
 
     @torch.no_grad()
@@ -513,7 +514,7 @@ def compare(
     chosen = [best_variant(runs) if v is None else check_variant(runs[0], v) for runs, v in zip((a, b), variants)]
     return paired_test(*(per_user_values(runs, v, metric) for runs, v in zip((a, b), chosen)))
 
-# %% ../nbs/03c_runs.ipynb #24053ce1
+# %% ../nbs/03c_runs.ipynb #764ea1f1
 def _literal(text):
     "`text` as papermill's -p takes it: True, False, None, a whole number, a number, or a string."
     for read in ({"True": True, "False": False, "None": None}.__getitem__, int, float):
@@ -539,14 +540,16 @@ def option_parser(function) -> argparse.ArgumentParser:
 def command_line(function, arguments: list[str] | None = None):
     """Call an experiment with the options of `arguments` (None: the shell's).
 
-    A wrong setting ends the program with one sentence and exit status 2, a `DataError` with 1.
+    A wrong setting ends the program with one sentence and exit status 2, a `DataError` with 1, Ctrl-C with 130, SIGTERM
+    with 143.
     """
     parser = option_parser(function)
     given, unknown = parser.parse_known_args(arguments)
     given = vars(given) | {text.split("=")[0].lstrip("-"): None for text in unknown if text.startswith("--")}
     try:
         resolve(function.experiment, given)
-        return function(**given)
+        with exits_when_stopped():
+            return function(**given)
     except SettingError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

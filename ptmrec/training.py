@@ -9,7 +9,6 @@ __all__ = ['TripleSampler', 'Callback', 'Stopped', 'sigterm_stops', 'exits_when_
 
 # %% ../nbs/03b_training.ipynb #00b10b44
 import math
-import os
 import signal
 import sys
 import threading
@@ -22,9 +21,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.std import tqdm
 
-from .data import DataError, write_atomically
+from .data import DataError, progress, write_atomically
 from .distributed import rank
 
 # %% ../nbs/03b_training.ipynb #a749d7bb
@@ -203,7 +201,7 @@ def how_it_ended(loop: Loop) -> str:
 
 # %% ../nbs/03b_training.ipynb #02cb542b
 class Progress(Callback):
-    "A bar on stdout with the epoch and the latest values of `shown`, columns of the history. `TQDM_DISABLE=1` hides it."
+    "A bar with the epoch and the latest values of `shown`, columns of the history; see `progress`."
 
     layout = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
 
@@ -212,9 +210,8 @@ class Progress(Callback):
 
     def before(self, loop):
         loop.name = self.name
-        self.bar = tqdm(desc=self.name, total=loop.epochs, initial=len(loop.history), bar_format=self.layout,
-                        file=sys.stdout, mininterval=0.1 if sys.stdout.isatty() else 1,
-                        disable=os.environ.get("TQDM_DISABLE") == "1" or rank() > 0)
+        self.bar = progress(desc=self.name, total=loop.epochs, initial=len(loop.history), bar_format=self.layout,
+                            leave=True, disable=rank() > 0)
 
     def after_epoch(self, loop):
         self.latest |= {k: f"{loop.history[-1][k]:.4f}" for k in self.shown if k in loop.history[-1]}

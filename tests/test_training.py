@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr
 
 import nbformat
 import pytest
@@ -48,8 +48,8 @@ toy = namespace["toy"]
 
 
 def shown(run):
-    "Lines that `run()` writes to stdout, those that a carriage return overwrites included."
-    with redirect_stdout(io.StringIO()) as out:
+    "Lines that `run()` writes to stderr, those that a carriage return overwrites included."
+    with redirect_stderr(io.StringIO()) as out:
         run()
     return out.getvalue().strip().replace("\r", "\n").split("\n")
 
