@@ -1,22 +1,23 @@
 """Bad input and bad luck: clear errors, nothing half-written."""
 import importlib
 import math
+import shutil
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from PIL import Image
 from small import SHORT, make_shop
 
 from ptmrec.clip_prompting import ItemEncoder, frozen_features, load_clip
 from ptmrec.data import DataError, cache_dir, image_map, load_data
 from ptmrec.memory import container_free
-from ptmrec.stage1 import run_stage1, seeds_of, training_of
+from ptmrec.settings import resolve
+from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import run_stage2
 
 
@@ -100,7 +101,7 @@ def test_ready_made_features_run_stage1_and_are_refused_by_stage2(tmp_path, monk
     with pytest.raises(DataError, match="Move its .npy files away, and the CLIP"):
         run_stage2("ready", n_seeds=1)
     (folder / "text_feat.npy").unlink()
-    with pytest.warns(UserWarning, match="ready-made features, image, .* not its own text"):
+    with pytest.warns(UserWarning, match="ready-made features .image., .* not its own text"):
         run_stage1("ready", epochs=1, n_seeds=1)
     np.save(folder / "image_feat.npy", np.zeros((5, 16), np.float32))
     with pytest.raises(DataError, match="image_feat.npy has 5 rows"):
@@ -121,6 +122,7 @@ def test_a_killed_run_is_not_a_finished_one_and_resumes(runs, monkeypatch):
 
     whole, = run_stage1(epochs=25, patience=25, n_seeds=1)
     expected = whole.metrics()
+    shutil.rmtree(whole.folder)
     evaluate, calls = stage1.evaluate, []
     monkeypatch.setattr(stage1, "Checkpoint", partial(stage1.Checkpoint, seconds=0))
 
@@ -141,7 +143,7 @@ def test_a_killed_run_is_not_a_finished_one_and_resumes(runs, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_seeds_that_are_done_stay_done_after_a_kill(tmp_path, monkeypatch, stage):
-    "The third call finds all seeds finished, and does them once more."
+    "The third call finds all seeds finished and uses them again; a rerun that is killed goes on as well."
     module = importlib.import_module(f"ptmrec.{stage}")
     experiment, train = (run_stage1, "train_backbone") if stage == "stage1" else (run_stage2, "tune")
     trained, original = [], getattr(module, train)
@@ -151,8 +153,8 @@ def test_seeds_that_are_done_stay_done_after_a_kill(tmp_path, monkeypatch, stage
     settings = ({"epochs": 1, "backbone": "vbpr"} if stage == "stage1" else SHORT) | {"n_seeds": 3}
 
     def dies(*args, **more):
-        trained.append(more.get("name") or args[-2])
-        if len(trained) == 2:
+        trained.append(int(next(a for a in args if isinstance(a, str) and "seed" in a)[-1]))
+        if len(trained) in (2, 6):
             raise KeyboardInterrupt
         return original(*args, **more)
 
@@ -161,10 +163,14 @@ def test_seeds_that_are_done_stay_done_after_a_kill(tmp_path, monkeypatch, stage
     with pytest.raises(KeyboardInterrupt):
         experiment(shop, **settings)
     first = experiment(shop, **settings)
+    assert trained == [0, 1, 1, 2]
     again = experiment(shop, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        experiment(shop, **settings, rerun=True)
+    anew = experiment(shop, **settings, rerun=True)
     more = experiment(shop, **settings | {"n_seeds": 4})
-    assert [int(name[-1]) for name in trained] == [0, 1, 1, 2, 0, 1, 2, 3]
-    assert [run.metrics() for run in first] == [run.metrics() for run in again] == [run.metrics() for run in more[:3]]
+    assert trained == [0, 1, 1, 2, 0, 1, 1, 2, 3]
+    assert all([run.metrics() for run in first] == [run.metrics() for run in runs[:3]] for runs in (again, anew, more))
 
 
 JOINT = {"task_weight": 1.0, "tune_backbone": True}
@@ -216,7 +222,7 @@ def test_what_stage2_has_trained_survives_a_kill_in_its_evaluation(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage2, "evaluate_variants", dies)
+        patch.setattr(stage2, "score_variants", dies)
         run_stage2("shop", **SHORT)
     trained = len(calls)
     run, = run_stage2("shop", **SHORT)
@@ -266,8 +272,9 @@ def test_no_training_interaction(small):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"epochs": 0}, "epochs=0 must be at least 1"), ({"stage2_epochs": 0}, "stage2_epochs=0 must be at least 1"),
-    ({"tuning": "lora", "lora_targets": "mpl"}, "mpl"), ({"cache_prefix": True}, "trained from its first layer on"),
+    ({"epochs": 0}, "epochs=0 is not allowed"), ({"stage2_epochs": 0}, "stage2_epochs=0 is not allowed"),
+    ({"tuning": "lora", "lora_targets": "mpl", "n_ctx": None, "prompt_depth": None},
+     "Did you mean mlp"), ({"cache_prefix": True}, "trained from its first layer on"),
     ({"prompt_depth": 9}, "prompt_depth|layers"), ({"backbone": "smore"}, "Lower knn_k .*knn_k_image")])
 def test_what_cannot_work_is_refused_before_anything_is_trained(small, monkeypatch, changes, message):
     monkeypatch.setattr("ptmrec.stage1.train_backbone", lambda *args, **how: pytest.fail("Stage 1 has begun"))
@@ -282,9 +289,8 @@ def test_a_backbone_without_features_needs_no_clip(small, monkeypatch):
 
 
 def test_the_sample_by_name_or_by_folder_has_the_same_defaults():
-    by = [SimpleNamespace(dataset=name, n_seeds=None, seed=0, lr=None, batch_size=None, epochs=9, patience=9)
-          for name in ("sample", "data/sample")]
-    assert training_of(by[0]) == training_of(by[1]) and list(seeds_of(by[0])) == list(seeds_of(by[1])) == [0, 1, 2]
+    by = [resolve(run_stage1.experiment, {"dataset": name}) for name in ("sample", ROOT / "data" / "sample")]
+    assert [(p.n_seeds, p.lr, p.batch_size, p.image_weight) for p in by] == [(3, 5e-3, 512, 0.5)] * 2
 
 
 def test_what_a_container_may_use(tmp_path):
