@@ -8,16 +8,19 @@ __all__ = ['VERSIONS', 'measure_fresh', 'main', 'synchronize', 'device_name', 'p
            'drawn_backbone', 'plain_adjacency', 'PlainFREEDOM', 'plain_bpr', 'plain_evaluation', 'timed_epoch',
            'total_loss', 'timed_validation', 'stage1_epochs', 'median_seconds', 'copy_speed', 'product_speed',
            'propagation_bound', 'ranking_bounds', 'draw_pairs', 'propagation_and_ranking', 'AllRowsFREEDOM', 'repeat',
-           'as_cuda_graph', 'kernels_per_step', 'freedom_and_batch', 'training_step', 'draw_grouped_features',
-           'item_graph_recall', 'timed_steps', 'timed_ranking', 'timed_exact_neighbours', 'large_steps', 'alternate',
-           'seconds_of', 'clever_row', 'interactions_of', 'epoch_of', 'plain_propagate', 'compare_horner',
-           'compare_rows', 'plain_topk', 'compare_topk', 'freedom_seconds', 'compare_reuse']
+           'training_update', 'as_cuda_graph', 'kernels_per_step', 'freedom_and_batch', 'training_step',
+           'draw_grouped_features', 'item_graph_recall', 'timed_steps', 'timed_ranking', 'timed_exact_neighbours',
+           'large_steps', 'alternate', 'seconds_of', 'clever_row', 'interactions_of', 'epoch_of', 'plain_propagate',
+           'compare_horner', 'compare_rows', 'AllRowsLightGCN', 'random_item_graph', 'compare_step', 'plain_topk',
+           'compare_topk', 'keep_freed_memory', 'freedom_seconds', 'compare_kept']
 
 # %% ../nbs/08_benchmarks.ipynb #980b1f09
 import argparse
+import ctypes
 import importlib
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -36,13 +39,13 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .backbones import BACKBONES, FREEDOM
+from .backbones import BACKBONES, FREEDOM, LightGCN
 from .data import SPLIT_RULES, Interactions, describe, k_core, load_data, make_split
 from .data import read_interactions, repo_root
-from .graphs import propagate, sample_edges, user_item_graph
+from .graphs import Graph, propagate, rows_of, sample_edges, user_item_graph
 from .ranking import CUTOFFS, Evaluator, Pairs, rank_items, stable_topk, user_metrics
 from .runs import pick_device
-from .training import TripleSampler, reuse_memory
+from .training import TripleSampler
 
 # %% ../nbs/08_benchmarks.ipynb #f9eaea08
 def measure_fresh(
@@ -77,13 +80,13 @@ def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
-
+# %% ../nbs/08_benchmarks.ipynb #19d7174d
 def device_name(device: torch.device) -> str:
     "The GPU, or the CPU with the threads that torch uses."
     threads = torch.get_num_threads()
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
 
-
+# %% ../nbs/08_benchmarks.ipynb #fbd3fac1
 def peak_gib(device: torch.device) -> float:
     "The highest memory so far in GiB: of the GPU's tensors, or of this process with all that it has imported."
     if device.type == "cuda":
@@ -176,7 +179,7 @@ def draw_interactions(users: int, items: int, pairs: int, seed: int = 0) -> Inte
     user, item = pair // items, pair % items
     return Interactions(user, item, make_split("random", user, item), np.arange(users), np.arange(items))
 
-
+# %% ../nbs/08_benchmarks.ipynb #8cc992f8
 def draw_features(n_items: int, dims: dict[str, int], device: torch.device) -> dict[str, torch.Tensor]:
     "Random unit rows (I, d_m) for each modality of `dims` {modality: d_m}."
     return {m: F.normalize(torch.randn(n_items, d), dim=1).to(device) for m, d in dims.items()}
@@ -194,7 +197,7 @@ def new_backbone(
     dims = {m: f.shape[1] for m, f in features.items()} if cls.uses_features else {}
     return cls(user, item, n_users, n_items, dims, train_features=train_features, **settings).to(user.device)
 
-
+# %% ../nbs/08_benchmarks.ipynb #1be41799
 def drawn_backbone(
     backbone: str | type,  # a name of `BACKBONES`, or a class
     inter: Interactions,
@@ -255,7 +258,7 @@ class PlainFREEDOM(nn.Module):
             terms[f"aux_{m}"] = self.ours.settings.aux_weight * plain_bpr(users[user], modal[pos], modal[neg])
         return terms
 
-
+# %% ../nbs/08_benchmarks.ipynb #9625be4a
 def plain_bpr(user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor) -> torch.Tensor:
     "BPR of embeddings (B, d), as it is written in papers."
     return -F.logsigmoid((user * pos).sum(1) - (user * neg).sum(1)).mean()
@@ -285,7 +288,7 @@ def timed_epoch(model: nn.Module, optimiser, sampler: TripleSampler, watch: Stop
         watch("backward", loss.backward)
         watch("update", optimiser.step)
 
-
+# %% ../nbs/08_benchmarks.ipynb #0c9e9586
 def total_loss(model: nn.Module, batch: tuple) -> torch.Tensor:
     "The sum of the model's loss terms on a batch (user, pos, neg)."
     return sum(model.loss(*batch).values())
@@ -336,13 +339,13 @@ def median_seconds(run, device: torch.device, times: int = 9) -> float:
         watch("run", run)
     return float(np.median([row["seconds"] for row in watch.rows]))
 
-
+# %% ../nbs/08_benchmarks.ipynb #fd02c72d
 def copy_speed(table: torch.Tensor) -> float:
     "Bytes per second, read and written, of copying a float32 table."
     out = torch.empty_like(table)
     return 2 * table.numel() * 4 / median_seconds(lambda: out.copy_(table), table.device)
 
-
+# %% ../nbs/08_benchmarks.ipynb #e036290c
 def product_speed(n: int, device: torch.device) -> float:
     "Floating-point operations per second of multiplying two (n, n) matrices."
     square = torch.randn(n, n, device=device)
@@ -377,7 +380,7 @@ def draw_pairs(users: int, items: int, pairs: int) -> tuple[np.ndarray, np.ndarr
     rng = np.random.default_rng(0)
     return rng.integers(0, users, pairs), (items * rng.random(pairs) ** 2).astype(np.int64)
 
-
+# %% ../nbs/08_benchmarks.ipynb #ac86da5f
 def propagation_and_ranking(
     sizes: dict,  # {name: (users, items, pairs)}
     d: int = 64,  # size of embeddings
@@ -404,7 +407,7 @@ class AllRowsFREEDOM(FREEDOM):
 
     def forward(self, user=None, item=None):
         users, items = super().forward()
-        return (users, items) if user is None else (F.embedding(user, users), F.embedding(item, items))
+        return rows_of(users, user), rows_of(items, item)
 
 # %% ../nbs/08_benchmarks.ipynb #f6676e2d
 def repeat(step, times: int = 3):
@@ -414,6 +417,14 @@ def repeat(step, times: int = 3):
     return step
 
 
+def training_update(loss_of, optimiser, batch: tuple) -> None:
+    "One training step on a batch of triples; `loss_of` gives the loss terms."
+    loss = sum(loss_of(*batch).values())
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+# %% ../nbs/08_benchmarks.ipynb #f7283cfc
 def as_cuda_graph(step):
     "Record `step` as a CUDA graph, after three warm-up steps on a stream of their own; returns its replay."
     side = torch.cuda.Stream()
@@ -426,7 +437,7 @@ def as_cuda_graph(step):
         step()
     return graph.replay
 
-
+# %% ../nbs/08_benchmarks.ipynb #c549c6a7
 def kernels_per_step(step, times: int = 5) -> tuple[float, float]:
     "Kernels per step, and the seconds per step in which the GPU works on them."
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -458,12 +469,7 @@ def training_step(version: str, users: int, items: int, pairs: int, device: str 
     freedom, batch = freedom_and_batch(version, users, items, pairs, device)
     optimiser = torch.optim.Adam(freedom.parameters(), 1e-3, fused=True, capturable=device.type == "cuda")
     loss_of = torch.compile(freedom.loss) if version == "all rows, compiled" else freedom.loss
-
-    def step():
-        optimiser.zero_grad()
-        sum(loss_of(*batch).values()).backward()
-        optimiser.step()
-
+    step = partial(training_update, loss_of, optimiser, batch)
     step = as_cuda_graph(step) if version == "all rows, CUDA graph" else repeat(step)
     synchronize(device)
     watch = Stopwatch(device)
@@ -485,7 +491,7 @@ def draw_grouped_features(n_items: int, dim: int) -> torch.Tensor:
         features[part] = centres[group[part]] + 0.5 * torch.randn(len(part), dim)
     return features
 
-
+# %% ../nbs/08_benchmarks.ipynb #b46bf405
 def item_graph_recall(item_graph, features: torch.Tensor, k: int, n_asked: int = 500) -> float:
     "The share of the exact `k` nearest items, of `n_asked` random ones, that an item graph of `k` neighbours has."
     asked, unit = torch.randperm(len(features))[:n_asked], F.normalize(features, dim=1)
@@ -497,13 +503,7 @@ def item_graph_recall(item_graph, features: torch.Tensor, k: int, n_asked: int =
 def timed_steps(watch: Stopwatch, backbone: nn.Module, sampler: TripleSampler, batch_sizes: list[int]) -> None:
     "Time the start of an epoch, and a training step for each batch size."
     optimiser = torch.optim.Adam(backbone.parameters(), 1e-3, fused=True)
-
-    def step(batch):
-        loss = total_loss(backbone, batch)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
+    step = partial(training_update, backbone.loss, optimiser)
     watch("start of epoch", backbone.start_epoch)
     for size in batch_sizes:
         batches = sampler.epoch(size)
@@ -518,7 +518,7 @@ def timed_ranking(watch: Stopwatch, backbone: nn.Module, masked: Pairs) -> None:
     users = torch.arange(min(2048, backbone.n_users), device=watch.device)
     watch("ranking 2,048 users", lambda: rank_items(*tables, users, masked), times=3)
 
-
+# %% ../nbs/08_benchmarks.ipynb #c1f113a8
 def timed_exact_neighbours(watch: Stopwatch, features: torch.Tensor, k: int) -> None:
     "Time the exact neighbours of 1,024 items; the memory that this takes shows in no other row."
     unit = F.normalize(features, dim=1)
@@ -568,7 +568,7 @@ def alternate(
     names = list(versions)
     return [{name: versions[name]() for name in names[:: 1 if turn % 2 else -1]} for turn in range(times)]
 
-
+# %% ../nbs/08_benchmarks.ipynb #61e8ddfd
 def seconds_of(run, device: torch.device) -> float:
     "Seconds of one call: of the clock on a GPU; on a CPU of the process, on one core, which other programs change little."
     if device.type == "cpu":
@@ -579,7 +579,7 @@ def seconds_of(run, device: torch.device) -> float:
     synchronize(device)
     return clock() - start
 
-
+# %% ../nbs/08_benchmarks.ipynb #1f8fc0cb
 def clever_row(what: str, size: str, turns: list[dict]) -> dict:
     "A row of the stored table from turns {plain, clever}: medians of seconds, and how many times as long plain takes."
     median = pd.DataFrame(turns).median()
@@ -591,7 +591,7 @@ def interactions_of(dataset: str | None = None, **size) -> Interactions:
     "Those of a data set by name or folder, else drawn ones of `size` (users, items, pairs)."
     return load_data(dataset).inter if dataset else draw_interactions(**size)
 
-
+# %% ../nbs/08_benchmarks.ipynb #f9f81f31
 def epoch_of(backbone: nn.Module, batch_size: int = 2048):
     "A function that trains `backbone` for an epoch, the same batches each time."
     optimiser = torch.optim.Adam(backbone.parameters(), 1e-3, fused=True)
@@ -635,6 +635,38 @@ def compare_rows(size: dict, times: int = 7, dim: int = 512, device: str = "auto
     epochs = {name: epoch_of(drawn_backbone(cls, inter, features, device)) for name, cls in models.items()}
     return alternate({name: partial(seconds_of, epoch, device) for name, epoch in epochs.items()}, times)
 
+# %% ../nbs/08_benchmarks.ipynb #bd88c6af
+class AllRowsLightGCN(LightGCN):
+    "LightGCN that propagates for all users and items in each step, then takes the batch's rows."
+
+    def id_path(self, user=None, item=None):
+        users, items = super().id_path()
+        return rows_of(users, user), rows_of(items, item)
+
+# %% ../nbs/08_benchmarks.ipynb #9b6bcad2
+def random_item_graph(n_items: int, k: int, device: torch.device) -> Graph:
+    "An item graph (I, I) of `k` random neighbours per item, each with the weight 1 / k."
+    row = torch.arange(n_items, device=device).repeat_interleave(k)
+    return Graph(row, torch.randint_like(row, n_items), torch.full(row.shape, 1 / k, device=device), (n_items, n_items))
+
+# %% ../nbs/08_benchmarks.ipynb #b7be7af0
+def compare_step(size: dict, backbone: str, times: int = 5, batch_size: int = 2048, device: str = "auto") -> list[dict]:
+    "A training step of LightGCN or FREEDOM: all rows and then the batch's, against the batch's rows only."
+    device, n = pick_device(device), (size["users"], size["items"])
+    user, item = (torch.as_tensor(x, device=device) for x in draw_pairs(**size))
+    batch = user[:batch_size], item[:batch_size], torch.randint_like(item[:batch_size], size["items"])
+    neighbours = random_item_graph(size["items"], 10, device)
+
+    def step_of(cls):
+        model = new_backbone(cls, user, item, *n, {})
+        model.item_graph = neighbours
+        model.train().start_epoch()
+        optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+        return partial(training_update, model.loss, optimiser, batch)
+
+    classes = {"plain": {"lightgcn": AllRowsLightGCN, "freedom": AllRowsFREEDOM}[backbone], "clever": BACKBONES[backbone]}
+    return alternate({name: partial(seconds_of, step_of(cls), device) for name, cls in classes.items()}, times)
+
 # %% ../nbs/08_benchmarks.ipynb #d6f576d3
 def plain_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     "The `k` highest of each row of `scores` (B, I) as item numbers (B, k), ties by the lower number."
@@ -658,12 +690,21 @@ def compare_topk(size: dict, times: int = 7, d: int = 64, device: str = "auto") 
 
     return alternate({"plain": partial(seconds, plain_topk), "clever": partial(seconds, stable_topk)}, times)
 
+# %% ../nbs/08_benchmarks.ipynb #a41c3e11
+def keep_freed_memory() -> None:
+    "Have the C library (glibc; elsewhere nothing happens) keep the memory that this process frees."
+    trim_threshold, mmap_max = -1, -4  # names of <malloc.h>
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
 # %% ../nbs/08_benchmarks.ipynb #779a6b0a
-def freedom_seconds(size: dict, reuse: bool, epochs: int = 1, dim: int = 512, device: str = "auto") -> float:
+def freedom_seconds(size: dict, keep: bool, epochs: int = 1, dim: int = 512, device: str = "auto") -> float:
     "Median seconds of an epoch of FREEDOM with its validation, after one that warms up."
     device, inter = pick_device(device), interactions_of(**size)
-    if reuse:
-        reuse_memory()
+    if keep:
+        keep_freed_memory()
     features = draw_features(inter.n_items, {"image": dim, "text": dim}, device)
     model, evaluator = drawn_backbone("freedom", inter, features, device), Evaluator(inter, device)
     epoch = epoch_of(model)
@@ -675,8 +716,8 @@ def freedom_seconds(size: dict, reuse: bool, epochs: int = 1, dim: int = 512, de
     seconds = [seconds_of(run, device) for _ in range(epochs + 1)]
     return float(np.median(seconds[1:]))
 
-
-def compare_reuse(size: dict, times: int = 5, epochs: int = 1, dim: int = 512, device: str = "auto") -> list[dict]:
-    "An epoch of FREEDOM with its validation: as the C library has it, against `reuse_memory`; a process per turn."
+# %% ../nbs/08_benchmarks.ipynb #2ca7fcc7
+def compare_kept(size: dict, times: int = 5, epochs: int = 1, dim: int = 512, device: str = "auto") -> list[dict]:
+    "An epoch of FREEDOM with its validation: as the C library has it, against `keep_freed_memory`; a process per turn."
     run = partial(measure_fresh, "freedom_seconds", size=size, epochs=epochs, dim=dim, device=device)
-    return alternate({"plain": partial(run, reuse=False), "clever": partial(run, reuse=True)}, times, warm_up=False)
+    return alternate({"plain": partial(run, keep=False), "clever": partial(run, keep=True)}, times, warm_up=False)

@@ -41,7 +41,7 @@ from .stage2 import Stage2, make_batches
 WORDS = ("soft organic cotton baby infant toddler newborn travel stroller blanket swaddle bottle warmer monitor safety "
          "gate crib sheet fitted nursing pillow cover teether pacifier clip bib wipes diaper bag changing pad").split()
 
-
+# %% ../nbs/08a_tuning_cost.ipynb #88bbf6bf
 def write_items(folder: Path, n: int = 300, side: int = 400) -> float:
     "Draw `n` photographs and titles into `folder`; returns the mean size of a JPEG in kB."
     rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ class SharedItems:
     def forward(self, items):
         return super().forward(items % len(self.tokens))
 
-
+# %% ../nbs/08a_tuning_cost.ipynb #89760ff1
 class SharedItemEncoder(SharedItems, ItemEncoder):
     "An `ItemEncoder` of items that share pictures and titles."
 
@@ -99,7 +99,7 @@ class DecodedImages:
     def __getitem__(self, items):
         return np.stack([load_image(self.paths[i], self.size) for i in items])
 
-
+# %% ../nbs/08a_tuning_cost.ipynb #6b4e8fa2
 def uncut_texts():
     "A `with` block in which texts are as long as CLIP's context."
     trim = clip_prompting.trim
@@ -142,7 +142,7 @@ def measured_encoder(
     encoder.tuning = attach(clip, tuning, **settings)
     return encoder
 
-
+# %% ../nbs/08a_tuning_cost.ipynb #b2440757
 def measured_stage2(encoder: ItemEncoder, data: RecData, device: torch.device, **settings) -> MeasuredStage2:
     "Stage 2 of VBPR with random features and an encoder, ready to train."
     dims = {m: f.shape[1] for m, f in ItemEncoder.forward(encoder, torch.arange(2)).items()}
@@ -154,7 +154,7 @@ def seconds_now(device: torch.device) -> float:
     "The clock on a GPU, the time of this process on a CPU."
     return time.perf_counter() if device.type == "cuda" else time.process_time()
 
-
+# %% ../nbs/08a_tuning_cost.ipynb #50137613
 def memory_mb(device: torch.device, most: bool = False) -> float:
     "MB of this process, or of the GPU: now, or the `most` since `reset_most`."
     if device.type == "cuda":
@@ -162,7 +162,7 @@ def memory_mb(device: torch.device, most: bool = False) -> float:
     key = "VmHWM" if most else "VmRSS"
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(key)) * 1024 / 1e6
 
-
+# %% ../nbs/08a_tuning_cost.ipynb #71cf8979
 def reset_most(device: torch.device) -> None:
     "Begin to look for the highest memory from now on; what was freed is given back first."
     gc.collect()
@@ -203,7 +203,7 @@ def tuning_update(stage2: Stage2, optimiser, user: torch.Tensor, item: torch.Ten
     synchronize(device)
     return {"loss": loss.item(), "squared gradient": gradient.item()}
 
-
+# %% ../nbs/08a_tuning_cost.ipynb #19a63ea3
 def encoded_items(item: torch.Tensor, distinct: bool) -> int:
     "How many items a batch encodes."
     return len(item.unique()) if distinct else len(item)
@@ -223,7 +223,7 @@ def tuning_batches(stage2: MeasuredStage2, batch_by: str, size: int, steps: int)
             stage2.encoder(torch.cat([item.unique() for _, item in batches]))
     return batches
 
-
+# %% ../nbs/08a_tuning_cost.ipynb #e0b434b9
 def encodings_per_epoch(stage2: MeasuredStage2, batch_by: str, size: int = 128) -> int:
     "How many items an epoch encodes, in batches of `size`."
     batches = make_batches(batch_by, stage2.backbone.user.cpu(), stage2.backbone.item.cpu(), size)
@@ -258,7 +258,7 @@ def estimated_memory(stage2: Stage2, user: torch.Tensor, item: torch.Tensor, mic
 # %% ../nbs/08a_tuning_cost.ipynb #4923b5db
 BABY_SHAPE = [19_445, 7_050, 118_000]  # users, items, training pairs
 
-
+# %% ../nbs/08a_tuning_cost.ipynb #930d4533
 def tuning_cost(
     folder: str,  # of `write_items`
     clip: str | dict = "ViT-B-32",

@@ -8,15 +8,18 @@ import torch
 from small import TEXT, VISION
 
 from ptmrec import benchmarks
-from ptmrec.backbones import BACKBONES
+from ptmrec.backbones import BACKBONES, FREEDOM, LightGCN
 from ptmrec.benchmarks import (
     VERSIONS,
+    AllRowsFREEDOM,
+    AllRowsLightGCN,
     PlainFREEDOM,
     alternate,
     clever_row,
     compare_horner,
-    compare_reuse,
+    compare_kept,
     compare_rows,
+    compare_step,
     compare_topk,
     draw_features,
     draw_interactions,
@@ -124,12 +127,31 @@ def test_clever_against_plain(compare):
     assert clever_row("a", "b", turns).keys() == stored("clever", "device", "date")
 
 
+@pytest.mark.parametrize("backbone", ["lightgcn", "freedom"])
+def test_clever_steps_against_plain(backbone):
+    turns = compare_step(SIZE, backbone, times=2, batch_size=8, device="cpu")
+    assert len(turns) == 2 and columns(turns) == {"plain", "clever"}
+
+
+@pytest.mark.parametrize(("ours", "all_rows"), [(LightGCN, AllRowsLightGCN), (FREEDOM, AllRowsFREEDOM)])
+def test_all_rows_change_no_loss_and_no_gradient(ours, all_rows):
+    inter, features, found = draw_interactions(**SIZE), draw_features(80, {"text": 8}, CPU), []
+    for cls in (ours, all_rows):
+        torch.manual_seed(0)
+        model = drawn_backbone(cls, inter, features, CPU)
+        terms = model.loss(model.user[:9], model.item[:9], torch.arange(9))
+        sum(terms.values()).backward()
+        found.append((terms["bpr"].item(), model.user_emb.grad, model.item_emb.grad))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6) and torch.allclose(found[0][2], found[1][2], atol=1e-6)
+
+
 def test_clever_against_plain_in_fresh_processes(monkeypatch):
     asked = []
     monkeypatch.setattr(benchmarks, "measure_fresh", lambda name, **arguments: asked.append(arguments) or getattr(
-        benchmarks, name)(**arguments | {"reuse": False}))
-    turns = compare_reuse(SIZE, times=1, epochs=1, dim=8, device="cpu")
-    assert columns(turns) == {"plain", "clever"} and [a["reuse"] for a in asked] == [True, False]
+        benchmarks, name)(**arguments | {"keep": False}))
+    turns = compare_kept(SIZE, times=1, epochs=1, dim=8, device="cpu")
+    assert columns(turns) == {"plain", "clever"} and [a["keep"] for a in asked] == [True, False]
 
 
 def test_turns_change_their_order_and_a_row_has_medians():
