@@ -99,12 +99,14 @@ def find_dataset(
 
 # %% ../nbs/00_data.ipynb #53a88d76
 def progress(*args, leave: bool = False, disable: bool = False, **kwargs) -> tqdm:
-    """A tqdm bar (same arguments) in plain text that disappears when done, unless `leave`; `TQDM_DISABLE=1` hides it.
+    """A tqdm bar (same arguments) in plain text; `TQDM_DISABLE=1` hides it.
+
+    Unless `leave`, it appears after three seconds, and disappears when done.
 
     Notebooks write it to stdout, where papermill can show it, and programs to stderr.
     """
     file = sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else sys.stderr
-    return tqdm(*args, leave=leave, file=file, mininterval=0.1 if file.isatty() else 1,
+    return tqdm(*args, leave=leave, file=file, mininterval=0.1 if file.isatty() else 1, delay=0 if leave else 3,
                 disable=disable or os.environ.get("TQDM_DISABLE") == "1", **kwargs)
 
 # %% ../nbs/00_data.ipynb #63171ba3
