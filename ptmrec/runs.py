@@ -367,7 +367,7 @@ def check_variant(run: Run, variant: str | None) -> str:
         raise DataError(f"Run {run.key} has no variant '{variant}'. It has: {', '.join(names) if names[0] else 'none'}.")
     return best_variant([run]) if variant is None else variant
 
-# %% ../nbs/03c_runs.ipynb #bbd83370
+# %% ../nbs/03c_runs.ipynb #3cbc1ebe
 def _data(run):
     "The data set of a run, loaded as it was then; raises `DataError` if its content has changed."
     how = {name: run.about["arguments"][name] for name in ("dataset", "min_rating", "core", "split", "split_seed")}
@@ -386,7 +386,7 @@ def recommendation_table(lists: np.ndarray, users: np.ndarray, inter) -> pd.Data
     row, rank = (lists >= 0).nonzero()
     return pd.DataFrame({"user": inter.user_ids[users][row], "rank": rank + 1, "item": inter.item_ids[lists[row, rank]]})
 
-# %% ../nbs/03c_runs.ipynb #bceb5abd
+# %% ../nbs/03c_runs.ipynb #8ee43f1f
 def _embeddings(run, variant: str | None = None) -> dict:
     "Final embeddings {\"user\": (U, d'), \"item\": (I, d')}, whose inner products rank, of a variant of a finished run."
     variant = check_variant(run, variant)
@@ -414,12 +414,12 @@ def _recommend(
 
 Run.embeddings, Run.recommend = _embeddings, _recommend
 
-# %% ../nbs/03c_runs.ipynb #1a9e8868
+# %% ../nbs/03c_runs.ipynb #ac48d879
 class RunEncoder:
     "The CLIP of a run, tuned if the run tuned it, ready for a new picture or text; features have unit length."
 
-    def __init__(self, clip: Clip, prompts=None):
-        self.clip, self.prompts = clip, prompts
+    def __init__(self, clip: Clip, tuning=None):
+        self.clip, self.tuning, self.prompts = clip, tuning, tuning.prompts if tuning is not None else None
 
     @torch.no_grad()
     def image(self, path: str | Path) -> torch.Tensor:
@@ -435,9 +435,9 @@ class RunEncoder:
         return F.normalize(encode_text(self.clip, tokens, self.prompts), dim=1)[0]
 
     def __repr__(self):
-        return f"RunEncoder({self.clip.name}, {'stock' if self.prompts is None else 'with prompts'})"
+        return f"RunEncoder({self.clip.name}, {'stock' if self.tuning is None else type(self.tuning).__name__})"
 
-
+# %% ../nbs/03c_runs.ipynb #87ef533d
 def _clip_of(run):
     "The stock CLIP of a run; None if it used none."
     if run.about["encoder"] is None:
@@ -458,7 +458,7 @@ def _encoder(run) -> RunEncoder:
     tuning = attach(clip, run.params["tuning"], run.about["arguments"]["towers"],
                     **run.about["arguments"]["components"]["tuning"])
     load_parameters(tuning, run.load_weights("tuning"), f"{run.folder}/tuning.safetensors")
-    return RunEncoder(clip, tuning.prompts)
+    return RunEncoder(clip, tuning)
 
 
 def _item_features(run) -> dict[str, pd.DataFrame]:
@@ -470,7 +470,7 @@ def _item_features(run) -> dict[str, pd.DataFrame]:
 
 Run.encoder, Run.item_features = _encoder, _item_features
 
-# %% ../nbs/03c_runs.ipynb #810601b1
+# %% ../nbs/03c_runs.ipynb #87e46c28
 def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     "All runs as a table, the newest first: what they are, whether they are finished, their validation and test metric."
     rows = []
@@ -490,7 +490,7 @@ def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     table = pd.DataFrame(rows)
     return table.sort_values("created", ascending=False, ignore_index=True) if len(table) else table
 
-# %% ../nbs/03c_runs.ipynb #52c47593
+# %% ../nbs/03c_runs.ipynb #39024eb7
 def per_user_values(runs: list[Run], variant: str, metric: str) -> list[pd.Series]:
     "Test values of a metric per user, one Series (index: user number) per run; `variant` is \"\" for runs of Stage 1."
     tables = [run.load_table("per_user.parquet") for run in runs]
@@ -514,7 +514,7 @@ def compare(
     chosen = [best_variant(runs) if v is None else check_variant(runs[0], v) for runs, v in zip((a, b), variants)]
     return paired_test(*(per_user_values(runs, v, metric) for runs, v in zip((a, b), chosen)))
 
-# %% ../nbs/03c_runs.ipynb #764ea1f1
+# %% ../nbs/03c_runs.ipynb #22458094
 def _literal(text):
     "`text` as papermill's -p takes it: True, False, None, a whole number, a number, or a string."
     for read in ({"True": True, "False": False, "None": None}.__getitem__, int, float):

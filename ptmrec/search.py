@@ -48,11 +48,11 @@ def cells(grid: dict, n_trials: int | None = None, seed: int = 0) -> list[dict]:
         random.Random(seed).shuffle(found)
     return found[:n_trials]
 
-# %% ../nbs/04b_search.ipynb #cee8179e
-def attempt(run: Run, p, inputs, test: bool):
+# %% ../nbs/04b_search.ipynb #18bf2c80
+def attempt(run: Run, settings, inputs, test: bool):
     "The trained run (scored, with `test`), or the exception that it raised."
     try:
-        return train_stage1(run.begin(), p, inputs, test)
+        return train_stage1(run.begin(), settings, inputs, test)
     except Exception as error:
         return error
 
@@ -70,15 +70,15 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def attempt_elsewhere(n: int, backbone: type, run: Run, p, test: bool) -> tuple:
+def attempt_elsewhere(n: int, backbone: type, run: Run, settings, test: bool) -> tuple:
     "`attempt` in a worker process: the trial's number, and what came of it."
     exit_with_parent()
     os.environ["TQDM_DISABLE"] = "1"
-    if p.backbone not in BACKBONES:
-        BACKBONES[p.backbone] = backbone
-    return n, attempt(run, p, load_inputs(p), test)
+    if settings.backbone not in BACKBONES:
+        BACKBONES[settings.backbone] = backbone
+    return n, attempt(run, settings, load_inputs(settings), test)
 
-# %% ../nbs/04b_search.ipynb #0db23eb9
+# %% ../nbs/04b_search.ipynb #c3a992c2
 def finished_trials(runs: dict, trials: list, inputs, processes: int, test: bool):
     "Runs {number: run} of `trials` (settings) as they end: yields (number, the run or an exception)."
     left = [n for n, run in runs.items() if not (run.finished if test else run.trained)]
@@ -90,7 +90,7 @@ def finished_trials(runs: dict, trials: list, inputs, processes: int, test: bool
         yield from Parallel(return_as="generator_unordered")(
             delayed(attempt_elsewhere)(n, BACKBONES[trials[n].backbone], runs[n], trials[n], test) for n in left)
 
-# %% ../nbs/04b_search.ipynb #30ace953
+# %% ../nbs/04b_search.ipynb #a218c1de
 def run_all(trials: list, names: list, inputs, processes: int, test: bool, title: str, after_each=lambda runs: None) -> dict:
     """Run all `trials` (settings); returns {number: run}. `after_each` gets the runs that are done, each time one is.
 
@@ -98,7 +98,7 @@ def run_all(trials: list, names: list, inputs, processes: int, test: bool, title
     failed, with their values of the settings `names`.
     """
     done, failed = {}, {}
-    runs = {n: stage1_run(p, inputs) for n, p in enumerate(trials)}
+    runs = {n: stage1_run(settings, inputs) for n, settings in enumerate(trials)}
     results = finished_trials(runs, trials, inputs, processes, test)
     for n, result in progress(results, total=len(trials), desc=title, unit="run"):
         if isinstance(result, Run):
@@ -115,7 +115,7 @@ def run_all(trials: list, names: list, inputs, processes: int, test: bool, title
                            ) from next(iter(failed.values()))
     return done
 
-# %% ../nbs/04b_search.ipynb #84ce18f4
+# %% ../nbs/04b_search.ipynb #8731c2f6
 def trial_table(trials: list, runs: dict, names: list, metric: str) -> pd.DataFrame:
     "A row per run {number of the trial: run}, best validation first, the earlier one where two are equal."
     best_metric = f"valid {metric}"
@@ -129,7 +129,7 @@ def trial_table(trials: list, runs: dict, names: list, metric: str) -> pd.DataFr
     table = pd.DataFrame(rows.values(), pd.Index(rows, name="trial"))
     return table.sort_values(best_metric, ascending=False, kind="stable")
 
-# %% ../nbs/04b_search.ipynb #6eadf62b
+# %% ../nbs/04b_search.ipynb #b9dcf659
 def search(
     backbone: str,
     dataset: str,
@@ -146,16 +146,16 @@ def search(
     fail or no trial has a result.
     """
     params |= {"backbone": backbone, "dataset": str(dataset), "n_seeds": n_seeds}
-    p = resolve(run_stage1.experiment, params)
+    settings = resolve(run_stage1.experiment, params)
     grid = {k: v for k, v in (grid_of(backbone) if grid is None else grid).items() if k not in params}
     check_grid(backbone, grid)
-    trials = [resolve(run_stage1.experiment, params | cell) for cell in cells(grid, n_trials, p.seed)]
-    inputs = load_inputs(p)
-    kept = new_run("search", inputs.data.name, p.key_parameters | {"grid": grid, "n_trials": n_trials},
+    trials = [resolve(run_stage1.experiment, params | cell) for cell in cells(grid, n_trials, settings.seed)]
+    inputs = load_inputs(settings)
+    kept = new_run("search", inputs.data.name, settings.key_parameters | {"grid": grid, "n_trials": n_trials},
                    inputs.data.fingerprint()).begin()
     runs = run_all(trials, list(grid), inputs, processes, False, f"Search, {backbone}",
-                   lambda runs: kept.save_table("trials.csv", trial_table(trials, runs, list(grid), p.metric)))
-    table = trial_table(trials, runs, list(grid), p.metric)
+                   lambda runs: kept.save_table("trials.csv", trial_table(trials, runs, list(grid), settings.metric)))
+    table = trial_table(trials, runs, list(grid), settings.metric)
     if not any(runs.values()):
         raise RuntimeError(f"Search, {backbone}: every trial diverged. Lower lr.")
     finished = run_all(one_per_seed(trials[table.index[0]]), ["seed"], inputs, processes, True, f"Winner, {backbone}")
@@ -164,7 +164,7 @@ def search(
                  "seeds": {run.params["seed"]: run.metrics() for run in winners}})
     return table, winners
 
-# %% ../nbs/04b_search.ipynb #32b0dd31
+# %% ../nbs/04b_search.ipynb #76638409
 def plot_search(table: pd.DataFrame):
     "Validation metric of the trials against each setting that varies; the winner is marked. Returns the figure."
     varied = [name for name in table.loc[:, :"seed"] if table[name].nunique() > 1]

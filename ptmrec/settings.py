@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'LIMIT_NAMES', 'setting', 'Settings', 'SettingError', 'did_you_mean', 'allowed_values', 'check_choice',
-           'check_settings', 'meaning', 'check_claims', 'Registry', 'dataset_defaults', 'Experiment', 'Resolved',
-           'resolve', 'experiment', 'described', 'parameters_cell', 'write_parameters_cell', 'assigned_names',
-           'notebook_parameters', 'main']
+           'check_settings', 'meaning', 'check_claims', 'Registry', 'dataset_defaults', 'Experiment',
+           'component_values', 'Resolved', 'resolve', 'experiment', 'described', 'parameters_cell',
+           'write_parameters_cell', 'assigned_names', 'notebook_parameters', 'main']
 
 # %% ../nbs/00d_settings.ipynb #3ae07117
 import ast
@@ -177,7 +177,7 @@ class Registry(dict):
                 found.setdefault(name, {})[component] = field
         return found
 
-# %% ../nbs/00d_settings.ipynb #7f9602ad
+# %% ../nbs/00d_settings.ipynb #0be2e54f
 def dataset_defaults(
     folder: Path | None,  # the data set's folder; None: it is not there yet
     own: type[Settings],  # the experiment's own settings
@@ -214,18 +214,18 @@ def _check_defaults(path, tables, own, components):
         except SettingError as error:
             raise SettingError(f"{path}: {error}") from None
 
-# %% ../nbs/00d_settings.ipynb #3fc9c779
+# %% ../nbs/00d_settings.ipynb #4d63e5cd
 class Experiment:
     """What is behind an experiment's flat arguments.
 
     `own`: its own `Settings`. `registries`: {setting: registry}; the setting names the component, or several joined by +.
     `locate(dataset)`: the data set's folder, or None if it has to be downloaded first; raises if there is no such thing.
-    `fetch(p)`: called before the function with what is known by then; returns the folder, downloaded if need be.
-    `check(p)`: raises if settings that are right one by one do not go together.
+    `fetch(settings)`: called before the function with what is known by then; returns the folder, downloaded if need be.
+    `check(settings)`: raises if settings that are right one by one do not go together.
     """
 
     def __init__(self, function, own, registries, locate, fetch, check):
-        self.function, self.own, self.registries = function, own, registries
+        self.function, self.call, self.own, self.registries = function, function, own, registries
         self.locate, self.fetch, self.check = locate, fetch, check
         own_claims = [(f"experiment '{function.__name__}'", own.model_fields)]
         for registry in registries.values():
@@ -259,7 +259,32 @@ class Experiment:
         own = {name: None if f.json_schema_extra["per_dataset"] else f.default for name, f in self.own.model_fields.items()}
         return own | dict.fromkeys(self.component_settings())
 
-# %% ../nbs/00d_settings.ipynb #361ce75f
+# %% ../nbs/00d_settings.ipynb #82a71664
+def component_values(
+    experiment: Experiment,
+    chosen: dict,  # {setting that names a component: its value}, several joined by +
+    given: dict,  # {setting: value} of the call
+    tables: dict,  # what `dataset_defaults` returns
+) -> dict:
+    "{kind: {setting: value}} of the chosen components; raises `SettingError` for a setting that none of them uses."
+    values = {}
+    for chooser, registry in experiment.registries.items():
+        values[registry.kind] = {}
+        for name in [n for n in registry if n in chosen[chooser].split("+")]:
+            cls = registry[name]
+            mine = tables.get(name, {}) | {k: v for k, v in given.items() if k in cls.Settings.model_fields}
+            values[registry.kind] |= check_settings(cls.Settings, mine, f"{registry.kind} '{name}'").model_dump()
+    used = {k: v for of_kind in values.values() for k, v in of_kind.items()}
+    for name, owners in experiment.component_settings().items():
+        if name in given and name not in used:
+            kinds = {c: r for c, r in experiment.registries.items() if owners.keys() & r.keys()}
+            names = " and ".join(f"{c}='{chosen[c]}'" for c in kinds)
+            has = ", ".join(k for r in kinds.values() for k in values[r.kind]) or "none"
+            raise SettingError(f"{name} is a setting of {', '.join(owners)}, and {names} does not use it (its settings: "
+                               f"{has}). Leave {name} out.")
+    return values
+
+# %% ../nbs/00d_settings.ipynb #2fbea878
 class Resolved(SimpleNamespace):
     """The settings of one call, each with its value: own and components' settings as attributes.
 
@@ -286,44 +311,23 @@ def resolve(experiment: Experiment, given: dict, folder: Path | None = None) -> 
     check_settings(own, mine, experiment.function.__name__)
     folder = folder or experiment.locate(given.get("dataset", own.model_fields["dataset"].default))
     tables = dataset_defaults(folder, own, experiment.registries.values())
-    p = Resolved(**check_settings(own, tables[""] | mine, experiment.function.__name__).model_dump())
-    p.components = _resolve_components(experiment, p, {k: v for k, v in given.items() if v is not None}, tables)
-    values = {k: v for of_kind in p.components.values() for k, v in of_kind.items()}
+    settings = Resolved(**check_settings(own, tables[""] | mine, experiment.function.__name__).model_dump())
+    chosen = {chooser: getattr(settings, chooser) for chooser in experiment.registries}
+    settings.components = component_values(experiment, chosen, {k: v for k, v in given.items() if v is not None}, tables)
+    values = {k: v for of_kind in settings.components.values() for k, v in of_kind.items()}
     no_result = {k for k, f in own.model_fields.items() if not f.json_schema_extra["changes_result"]}
-    p.key_parameters = {k: v for k, v in (vars(p) | values).items() if k not in no_result | {"components"}}
-    vars(p).update(values)
-    experiment.check(p)
-    return p
+    settings.key_parameters = {k: v for k, v in (vars(settings) | values).items() if k not in no_result | {"components"}}
+    vars(settings).update(values)
+    experiment.check(settings)
+    return settings
 
-
-def _resolve_components(experiment, p, given, tables):
-    "{kind: {setting: value}} of the components that `p` chooses; raises for settings that none of them uses."
-    used, components = {}, {}
-    for chooser, registry in experiment.registries.items():
-        names = [n for n in registry if n in getattr(p, chooser).split("+")]
-        components[registry.kind] = {}
-        for name in names:
-            cls = registry[name]
-            values = tables.get(name, {}) | {k: v for k, v in given.items() if k in cls.Settings.model_fields}
-            checked = check_settings(cls.Settings, values, f"{registry.kind} '{name}'").model_dump()
-            components[registry.kind] |= checked
-            used |= dict.fromkeys(checked, True)
-    for name, owners in experiment.component_settings().items():
-        if name in given and name not in used:
-            kinds = {c: r for c, r in experiment.registries.items() if owners.keys() & r.keys()}
-            chosen = " and ".join(f"{c}='{getattr(p, c)}'" for c in kinds)
-            has = ", ".join(k for r in kinds.values() for k in components[r.kind]) or "none"
-            raise SettingError(f"{name} is a setting of {', '.join(owners)}, and {chosen} does not use it "
-                               f"(its settings: {has}). Leave {name} out.")
-    return components
-
-# %% ../nbs/00d_settings.ipynb #9b5220b8
+# %% ../nbs/00d_settings.ipynb #e398b3d1
 def experiment(
     own: type[Settings],  # the experiment's own settings, `dataset` among them
     registries: dict[str, Registry],  # {setting that names the component: registry}
     locate: Callable,  # from a data set's name or path to its folder, see `Experiment`
     fetch: Callable,  # the same, downloaded if need be
-    check: Callable = lambda p: None,  # raises if settings do not go together
+    check: Callable = lambda settings: None,  # raises if settings do not go together
 ) -> Callable:
     "Decorator that turns a function of a `Resolved` record into one with flat arguments, checked before it is called."
     def decorate(function):
@@ -339,7 +343,7 @@ def experiment(
         return call
     return decorate
 
-# %% ../nbs/00d_settings.ipynb #7f60a461
+# %% ../nbs/00d_settings.ipynb #45d16487
 def _own_comment(field):
     choices = field.json_schema_extra["choices"]
     names = list(choices() if callable(choices) else choices or [])
@@ -374,7 +378,7 @@ def _defaults(owners):
         by_value.setdefault(field.default, []).append(component)
     return "; ".join(f"{', '.join(names)} {value}" for value, names in by_value.items())
 
-# %% ../nbs/00d_settings.ipynb #50880ea1
+# %% ../nbs/00d_settings.ipynb #5d7609dd
 def parameters_cell(function: Callable) -> str:
     "Source of the `parameters` cell of a notebook that runs the experiment `function`."
     lines = [f"# Parameters of {function.__name__}"]
@@ -385,7 +389,7 @@ def parameters_cell(function: Callable) -> str:
             lines.append(f"{name} = {value}  # {about}")
     return "\n".join(lines)
 
-# %% ../nbs/00d_settings.ipynb #4efc897e
+# %% ../nbs/00d_settings.ipynb #a4b8b19f
 def write_parameters_cell(notebook: str | Path, function: Callable) -> None:
     "Put `parameters_cell` into the cell tagged `parameters` of a notebook file."
     content = json.loads(Path(notebook).read_text(encoding="utf-8"))
@@ -395,7 +399,7 @@ def write_parameters_cell(notebook: str | Path, function: Callable) -> None:
     tagged[0]["source"] = parameters_cell(function).splitlines(keepends=True)
     Path(notebook).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-# %% ../nbs/00d_settings.ipynb #28627fa3
+# %% ../nbs/00d_settings.ipynb #4376f671
 def assigned_names(sources: Iterable[str]) -> list[str]:
     "Names that the cells among `sources` assign whose first line begins with `# Parameters`."
     found = {}
@@ -415,7 +419,7 @@ def notebook_parameters(
     resolve(function.experiment, given)
     return given
 
-# %% ../nbs/00d_settings.ipynb #339fe349
+# %% ../nbs/00d_settings.ipynb #05f826d8
 def main(arguments: list[str]) -> None:
     "Write the parameters cells of notebooks: `arguments` are pairs of a notebook file and `module.function`."
     for notebook, name in zip(arguments[::2], arguments[1::2]):

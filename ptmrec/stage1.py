@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SAMPLE', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'EncoderSettings', 'EvaluationSettings', 'TrainingSettings',
            'Stage1Settings', 'locate_dataset', 'fetch_dataset', 'run_stage1', 'one_per_seed', 'Inputs', 'load_inputs',
-           'build_backbone', 'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_backbone',
-           'train_one_epoch', 'validate', 'check_fit', 'stage1_parameters', 'stage1_run', 'run_arguments',
-           'train_stage1', 'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table', 'plot_history']
+           'build_backbone', 'new_backbone', 'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought',
+           'train_backbone', 'train_with', 'train_one_epoch', 'validate', 'check_fit', 'stage1_parameters',
+           'stage1_run', 'run_arguments', 'train_stage1', 'score_stage1', 'save_embeddings', 'load_backbone',
+           'metrics_table', 'plot_history']
 
 # %% ../nbs/04_stage1.ipynb #cc248f8a
 import time
@@ -77,7 +78,7 @@ class Stage1Settings(TrainingSettings, EvaluationSettings, EncoderSettings, Data
     rerun: bool = setting(False, "make finished runs anew", changes_result=False)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", changes_result=False)
 
-# %% ../nbs/04_stage1.ipynb #78ebea35
+# %% ../nbs/04_stage1.ipynb #ade974ae
 def locate_dataset(dataset: str):
     "Folder of a data set; None for an Amazon category that has to be downloaded first. Raises `DataError`."
     try:
@@ -88,33 +89,33 @@ def locate_dataset(dataset: str):
         raise
 
 
-def fetch_dataset(p):
-    "Folder of the data set of `p`, downloaded if need be; of several processes, the first one downloads."
-    init_distributed(p.device)
-    pick_device(p.device)
+def fetch_dataset(settings):
+    "Folder of the data set of `settings`, downloaded if need be; of several processes, the first one downloads."
+    init_distributed(settings.device)
+    pick_device(settings.device)
     with main_first():
-        return find_or_prepare(p.dataset)
+        return find_or_prepare(settings.dataset)
 
-# %% ../nbs/04_stage1.ipynb #6a1a39c9
+# %% ../nbs/04_stage1.ipynb #f89651d9
 @experiment(Stage1Settings, {"backbone": BACKBONES}, locate_dataset, fetch_dataset)
-def run_stage1(p) -> list[Run]:
+def run_stage1(settings) -> list[Run]:
     """Stage 1: train a backbone on frozen features, for each seed; returns the finished runs.
 
     Finished runs are used again, a stopped one goes on; `rerun` makes them anew. Raises `SettingError` for a wrong
     setting, before anything is loaded, and `DataError` for data that cannot be used.
     """
-    inputs = load_inputs(p)
-    runs = [stage1_run(seed, inputs) for seed in one_per_seed(p)]
-    for run in runs_to_do(runs, p.rerun):
-        train_stage1(run, p.replace(seed=run.params["seed"]), inputs)
+    inputs = load_inputs(settings)
+    runs = [stage1_run(seed, inputs) for seed in one_per_seed(settings)]
+    for run in runs_to_do(runs, settings.rerun):
+        train_stage1(run, settings.replace(seed=run.params["seed"]), inputs)
     return runs
 
 
-def one_per_seed(p) -> list:
+def one_per_seed(settings) -> list:
     "The settings of each seed's run."
-    return [p.replace(seed=seed) for seed in range(p.seed, p.seed + p.n_seeds)]
+    return [settings.replace(seed=seed) for seed in range(settings.seed, settings.seed + settings.n_seeds)]
 
-# %% ../nbs/04_stage1.ipynb #32804c79
+# %% ../nbs/04_stage1.ipynb #75bf1a09
 @dataclass
 class Inputs:
     "What a run reads: `features` {modality: (I, d_m)}; `clip` is None if the features are ready-made or not needed."
@@ -125,31 +126,32 @@ class Inputs:
     device: torch.device
 
 
-def load_inputs(p) -> Inputs:
-    "The inputs for settings `p`; raises `DataError` for data that cannot be used."
-    device = pick_device(p.device)
+def load_inputs(settings) -> Inputs:
+    "The inputs for these settings; raises `DataError` for data that cannot be used."
+    device = pick_device(settings.device)
     with main_first():
-        data = load_data(find_or_prepare(p.dataset), p.min_rating, p.core, p.split, p.split_seed)
-    if not BACKBONES[p.backbone].uses_features:
+        data = load_data(find_or_prepare(settings.dataset), settings.min_rating, settings.core, settings.split,
+                         settings.split_seed)
+    if not BACKBONES[settings.backbone].uses_features:
         return Inputs(data, None, {}, device)
-    clip = None if data.features else load_clip(p.clip_model, p.pretrained).to(device)
-    _warn_of_unused(p, data)
+    clip = None if data.features else load_clip(settings.clip_model, settings.pretrained).to(device)
+    _warn_of_unused(settings, data)
     return Inputs(data, clip, frozen_features(data, clip, device), device)
 
-# %% ../nbs/04_stage1.ipynb #4d3c5b72
+# %% ../nbs/04_stage1.ipynb #7b238cb8
 SAMPLE = repo_root() / "data" / "sample"
 
 
-def _warn_of_unused(p, data):
+def _warn_of_unused(settings, data):
     own = {"image": any(data.images), "text": any(data.texts)}
     if data.features and (unused := [m for m in own if own[m] and m not in data.features]):
         warnings.warn(f"Data set '{data.name}' brings ready-made features ({', '.join(data.features)}), and only they are "
                       f"used, not its own {' and '.join(unused)}. Move the .npy files away to encode these with a CLIP.")
-    if not data.features and p.pretrained == "sample" and find_dataset(p.dataset) != SAMPLE:
+    if not data.features and settings.pretrained == "sample" and find_dataset(settings.dataset) != SAMPLE:
         warnings.warn("The tiny CLIP has only seen drawings of the sample. For photographs use a CLIP that has seen some: "
                       "clip_model ViT-B-32, pretrained openai.")
 
-# %% ../nbs/04_stage1.ipynb #0ee59bc4
+# %% ../nbs/04_stage1.ipynb #fcbb61e0
 def build_backbone(
     name: str,  # of `BACKBONES`
     inter,  # `Interactions`
@@ -173,7 +175,13 @@ def build_backbone(
         backbone.set_features(features)
     return backbone
 
-# %% ../nbs/04_stage1.ipynb #4370057c
+
+def new_backbone(settings, inputs: Inputs, features: dict | None = None):
+    "An untrained backbone for resolved settings, on the features of `inputs` unless others are given."
+    return build_backbone(settings.backbone, inputs.data.inter, inputs.features if features is None else features,
+                          settings.components["backbone"], settings.emb_size, settings.train_features, inputs.device)
+
+# %% ../nbs/04_stage1.ipynb #dcaedcc5
 LABELS = {"valid": "validation", "bpr": "BPR loss", "reg": "L2 loss", "cl": "contrastive loss", "kt": "KT loss,",
           "aux": "auxiliary loss,", "recall": "Recall", "ndcg": "NDCG", "map": "MAP", "hit": "HitRate",
           "precision": "Precision"}
@@ -184,7 +192,7 @@ def label(name: str) -> str:
     words = [LABELS.get(word, word) for word in name.replace("@", " @").replace("_", " ").split()]
     return " ".join(words).replace(" @", "@")
 
-# %% ../nbs/04_stage1.ipynb #63bb6949
+# %% ../nbs/04_stage1.ipynb #b18ef182
 @torch.no_grad()
 def evaluate(backbone, evaluator: Evaluator, split: str):
     "Per-user metrics and top-50 lists of a backbone on a split."
@@ -197,11 +205,11 @@ def mean_metrics(per_user: pd.DataFrame) -> dict:
     return {name: float(value) for name, value in per_user.mean().items()}
 
 
-def make_evaluator(p, inputs: Inputs) -> Evaluator:
-    "The evaluator that settings `p` ask for."
-    return Evaluator(inputs.data.inter, inputs.device, p.eval_items, p.eval_users, p.mask_valid)
+def make_evaluator(settings, inputs: Inputs) -> Evaluator:
+    "The evaluator that these settings ask for."
+    return Evaluator(inputs.data.inter, inputs.device, settings.eval_items, settings.eval_users, settings.mask_valid)
 
-# %% ../nbs/04_stage1.ipynb #7e5e1798
+# %% ../nbs/04_stage1.ipynb #ee8aa1fe
 @torch.no_grad()
 def most_bought(inter, evaluator: Evaluator) -> pd.DataFrame:
     "Per-user validation metrics of showing everybody the items with the most training interactions."
@@ -209,7 +217,7 @@ def most_bought(inter, evaluator: Evaluator) -> pd.DataFrame:
     item_emb = torch.as_tensor(n_bought, dtype=torch.float32, device=evaluator.masked["valid"].item.device)[:, None]
     return evaluator("valid", torch.ones_like(item_emb[:1]).expand(inter.n_users, 1), item_emb)[0]
 
-# %% ../nbs/04_stage1.ipynb #dd8b1d76
+# %% ../nbs/04_stage1.ipynb #6a6b4cdd
 def train_backbone(
     backbone,
     evaluator: Evaluator,
@@ -243,7 +251,13 @@ def train_backbone(
         callbacks.append(Checkpoint(checkpoint))
     return Loop(backbone, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
 
-# %% ../nbs/04_stage1.ipynb #7c066783
+# %% ../nbs/04_stage1.ipynb #32800052
+def train_with(settings, backbone, evaluator: Evaluator, name: str, checkpoint) -> pd.DataFrame:
+    "`train_backbone` with resolved settings."
+    return train_backbone(backbone, evaluator, settings.lr, settings.batch_size, settings.epochs, settings.patience,
+                          settings.metric, f"{name}, seed {settings.seed}", checkpoint)
+
+
 def train_one_epoch(backbone, optimiser, batches) -> dict:
     "One pass over `batches` of triples; returns the mean of each loss term."
     backbone.train()
@@ -265,7 +279,7 @@ def validate(backbone, evaluator: Evaluator, metric: str) -> dict:
     shown = dict.fromkeys(("recall@10", metric, "recall@20", "ndcg@20"))
     return {f"valid {m}": float(per_user[m].mean()) for m in shown}
 
-# %% ../nbs/04_stage1.ipynb #ec5e308f
+# %% ../nbs/04_stage1.ipynb #235ac8d5
 def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = "recall@20") -> dict:
     "Warn if Stage 1 underfits: its best validation metric is below that of the most bought items. Returns both."
     popular = most_bought(inter, evaluator)[metric].mean()
@@ -276,47 +290,46 @@ def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = 
                       "batch_size.")
     return report
 
-# %% ../nbs/04_stage1.ipynb #ab3774e5
-STAGE1_CODE = ("stage1.train_backbone", "stage1.build_backbone", "stage1.evaluate", "stage1.make_evaluator", "runs.set_seed",
+# %% ../nbs/04_stage1.ipynb #bb3d271d
+STAGE1_CODE = ("stage1.train_with", "stage1.new_backbone", "stage1.evaluate", "stage1.make_evaluator", "runs.set_seed",
                "clip_prompting.frozen_features")
 
 
-def stage1_parameters(p) -> dict:
-    "The settings among `p` that can change a result of Stage 1."
-    own = [name for name in Stage1Settings.model_fields if name in p.key_parameters]
-    return {name: p.key_parameters[name] for name in [*own, *p.components["backbone"]]}
+def stage1_parameters(settings) -> dict:
+    "The settings among `settings` that can change a result of Stage 1."
+    own = [name for name in Stage1Settings.model_fields if name in settings.key_parameters]
+    return {name: settings.key_parameters[name] for name in [*own, *settings.components["backbone"]]}
 
 
-def stage1_run(p, inputs: Inputs) -> Run:
-    "The run of settings `p`, finished or not; nothing is written."
-    params = stage1_parameters(p) | {"device": inputs.device.type}
-    code = code_of(*STAGE1_CODE) | own_code(BACKBONES[p.backbone])
+def stage1_run(settings, inputs: Inputs) -> Run:
+    "The run of these settings, finished or not; nothing is written."
+    params = stage1_parameters(settings) | {"device": inputs.device.type}
+    code = code_of(*STAGE1_CODE) | own_code(BACKBONES[settings.backbone])
     return new_run("stage1", inputs.data.name, params, inputs.data.fingerprint(),
-                   inputs.clip.fingerprint() if inputs.clip else None, code, run_arguments(p))
+                   inputs.clip.fingerprint() if inputs.clip else None, code, run_arguments(settings))
 
 
-def run_arguments(p) -> dict:
+def run_arguments(settings) -> dict:
     "All settings, with the data set's folder, to load the same inputs again."
-    return {k: v for k, v in vars(p).items() if k != "key_parameters"} | {"dataset": str(find_dataset(p.dataset))}
+    everything = {k: v for k, v in vars(settings).items() if k != "key_parameters"}
+    return everything | {"dataset": str(find_dataset(settings.dataset))}
 
-# %% ../nbs/04_stage1.ipynb #9ff46494
-def train_stage1(run: Run, p, inputs: Inputs, test: bool = True) -> Run:
+# %% ../nbs/04_stage1.ipynb #3b8b45be
+def train_stage1(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
     "Train a run of Stage 1 and, with `test`, score it and finish it; what is trained already is not trained again."
-    set_seed(p.seed, inputs.device)
-    evaluator = make_evaluator(p, inputs)
-    backbone = build_backbone(p.backbone, inputs.data.inter, inputs.features, p.components["backbone"], p.emb_size,
-                              p.train_features, inputs.device)
+    set_seed(settings.seed, inputs.device)
+    evaluator = make_evaluator(settings, inputs)
+    backbone = new_backbone(settings, inputs)
     if run.trained:
         load_parameters(backbone, run.load_weights("backbone"), f"{run.folder}/backbone.safetensors")
     else:
-        history = train_backbone(backbone, evaluator, p.lr, p.batch_size, p.epochs, p.patience, p.metric,
-                                 f"Stage 1, seed {p.seed}", run.checkpoint)
+        history = train_with(settings, backbone, evaluator, "Stage 1", run.checkpoint)
         run.save_weights("backbone", dict(backbone.named_parameters()))
         run.save_table("history.csv", history.reset_index())
         run.checkpoint.unlink(missing_ok=True)
     return score_stage1(run, backbone, evaluator, inputs.data.inter) if test else run
 
-# %% ../nbs/04_stage1.ipynb #0ee3eea3
+# %% ../nbs/04_stage1.ipynb #ce93dfaf
 def score_stage1(run: Run, backbone, evaluator: Evaluator, inter) -> Run:
     "Score a trained run on both splits, keep what it recommends, and finish it."
     check_fit(run.load_table("history.csv"), inter, evaluator, run.params["metric"])
@@ -337,14 +350,13 @@ def save_embeddings(run: Run, name: str, backbone) -> None:
     run.save_weights(name, {"user": user_emb, "item": item_emb})
 
 
-def load_backbone(run: Run, p, inputs: Inputs):
+def load_backbone(run: Run, settings, inputs: Inputs):
     "The trained backbone of a finished run of Stage 1, with the features that it was trained on."
-    backbone = build_backbone(p.backbone, inputs.data.inter, inputs.features, p.components["backbone"], p.emb_size,
-                              p.train_features, inputs.device)
+    backbone = new_backbone(settings, inputs)
     load_parameters(backbone, run.load_weights("backbone"), f"{run.folder}/backbone.safetensors")
     return backbone
 
-# %% ../nbs/04_stage1.ipynb #c6ca25d2
+# %% ../nbs/04_stage1.ipynb #30b09d2d
 def metrics_table(metrics: dict) -> pd.DataFrame:
     "Mean and standard deviation over seeds as text. `metrics`: {row: [{metric: value} per seed]}."
     names = [f"{m}@{k}" for m in ("recall", "ndcg") for k in (10, 20)]
@@ -353,7 +365,7 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
                                 for n, v in values.items()} for row, values in rows.items()}).T
     return table.rename(columns=label)
 
-# %% ../nbs/04_stage1.ipynb #71076807
+# %% ../nbs/04_stage1.ipynb #3ca87bf2
 def plot_history(runs: list[Run], columns: list[str], title: str = ""):
     "A panel per history column, a line per run; returns the figure."
     figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 2.8), squeeze=False, layout="constrained")

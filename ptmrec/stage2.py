@@ -6,12 +6,12 @@
 __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_NAMES', 'TransferSettings',
            'Stage2TrainingSettings', 'Stage2Settings', 'check_stage2', 'run_stage2', 'item_batches',
            'interaction_batches', 'make_batches', 'teacher', 'Stage2', 'transfer_terms', 'with_features',
-           'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned', 'tune', 'variants', 'train_again',
-           'joint_settings', 'parameter_table', 'stage2_run', 'make_encoder', 'check_encoder', 'stage1_of',
-           'train_stage2', 'tune_and_keep', 'need_of', 'score_variants', 'projections_alone', 'variant_name',
-           'results_table', 'verdict', 'report', 'plot_results', 'main']
+           'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned', 'tune', 'variants',
+           'joint_settings', 'parameter_table', 'attach_tuning', 'stage2_run', 'make_encoder', 'check_encoder',
+           'stage1_of', 'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep', 'score_variants',
+           'projections_alone', 'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
 
-# %% ../nbs/05_stage2.ipynb #232be039
+# %% ../nbs/05_stage2.ipynb #61ea1d9a
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -34,10 +34,10 @@ from .ranking import Evaluator, Pairs
 from .runs import (Run, best_variant, code_of, command_line, compare, new_run, own_code, per_user_values,
                          recommendation_table, runs_to_do, set_seed)
 from .settings import SettingError, Settings, experiment, setting
-from .stage1 import (STAGE1_CODE, Inputs, Stage1Settings, build_backbone, evaluate, fetch_dataset, label,
+from .stage1 import (STAGE1_CODE, Inputs, Stage1Settings, evaluate, fetch_dataset, label,
                            load_backbone, load_inputs, locate_dataset, make_evaluator, mean_metrics, metrics_table,
-                           one_per_seed, run_arguments, save_embeddings, stage1_run, train_backbone, train_stage1,
-                           validate)
+                           new_backbone, one_per_seed, run_arguments, save_embeddings, stage1_run, train_stage1,
+                           train_with, validate)
 from .training import Callback, Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features
 
 # %% ../nbs/05_stage2.ipynb #ddb05c45
@@ -79,33 +79,33 @@ class Stage2Settings(TransferSettings, Stage2TrainingSettings, Stage1Settings):
     precision: str = setting("float32", "of CLIP in Stage 2; bf16: mixed precision, for GPUs", choices=PRECISIONS)
     cache_prefix: bool = setting(False, "keep the frozen layers' output per item; for tunings of the last layers")
 
-# %% ../nbs/05_stage2.ipynb #12b1a569
-def check_stage2(p) -> None:
+# %% ../nbs/05_stage2.ipynb #9a98cee6
+def check_stage2(settings) -> None:
     "Raise `SettingError` if settings of Stage 2 do not go together."
-    tuning_methods(p.tuning)
-    if not BACKBONES[p.backbone].uses_features:
-        raise SettingError(f"backbone='{p.backbone}' uses no features, so there is nothing to tune. Take one of "
+    tuning_methods(settings.tuning)
+    if not BACKBONES[settings.backbone].uses_features:
+        raise SettingError(f"backbone='{settings.backbone}' uses no features, so there is nothing to tune. Take one of "
                            f"{', '.join(name for name, cls in BACKBONES.items() if cls.uses_features)}.")
-    if p.training == "two_stage" and not p.kt_weight and not p.task_weight:
+    if settings.training == "two_stage" and not settings.kt_weight and not settings.task_weight:
         raise SettingError("kt_weight=0 and task_weight=0 leave no loss to train by. Set one of them above 0.")
 
-# %% ../nbs/05_stage2.ipynb #11b142e1
+# %% ../nbs/05_stage2.ipynb #ace4922c
 @experiment(Stage2Settings, {"backbone": BACKBONES, "tuning": TUNINGS}, locate_dataset, fetch_dataset, check_stage2)
-def run_stage2(p) -> list[Run]:
+def run_stage2(settings) -> list[Run]:
     """Both stages, for each seed; returns the finished runs of Stage 2.
 
     Finished runs, of Stage 1 too, are used again, and stopped ones go on; `rerun` makes those of Stage 2 anew. Raises
     `SettingError` for a wrong setting, before anything is loaded, and `DataError` for data that cannot be used.
     """
-    p = joint_settings(p) if p.training == "joint" else p
-    inputs = load_inputs(p)
-    check_encoder(p, inputs)
-    runs = [stage2_run(seed, inputs) for seed in one_per_seed(p)]
-    for run in runs_to_do(runs, p.rerun):
-        train_stage2(run, p.replace(seed=run.params["seed"]), inputs)
+    settings = joint_settings(settings) if settings.training == "joint" else settings
+    inputs = load_inputs(settings)
+    check_encoder(settings, inputs)
+    runs = [stage2_run(seed, inputs) for seed in one_per_seed(settings)]
+    for run in runs_to_do(runs, settings.rerun):
+        train_stage2(run, settings.replace(seed=run.params["seed"]), inputs)
     return runs
 
-# %% ../nbs/05_stage2.ipynb #cc73031b
+# %% ../nbs/05_stage2.ipynb #a85c1480
 def item_batches(user: torch.Tensor, item: torch.Tensor, batch_size: int):
     "Batches of `batch_size` distinct items with all their training pairs: (user, item); each item is in one batch."
     by_item = Pairs(item.numpy(), user.numpy(), int(item.max()) + 1)
@@ -125,7 +125,7 @@ def make_batches(batch_by: str, user: torch.Tensor, item: torch.Tensor, batch_si
     "Batches of training pairs by \"items\" or \"interactions\"."
     return (item_batches if batch_by == "items" else interaction_batches)(user, item, batch_size)
 
-# %% ../nbs/05_stage2.ipynb #6959ef00
+# %% ../nbs/05_stage2.ipynb #73338353
 @torch.no_grad()
 def teacher(backbone, kt_source: str) -> tuple:
     "Fixed embeddings of Stage 1: id_user (U, d), id_item (I, d), and modal_user (U, d) that features are matched with."
@@ -133,7 +133,7 @@ def teacher(backbone, kt_source: str) -> tuple:
     id_user, id_item = backbone.id_path() if kt_source == "id" else backbone()
     return tuple(table.detach().clone() for table in (id_user, id_item, backbone.modal_users()))
 
-# %% ../nbs/05_stage2.ipynb #ff9f35e4
+# %% ../nbs/05_stage2.ipynb #87d52f79
 class Stage2(nn.Module):
     """The trained part of Stage 2: the tuning of `encoder` and the projections W_m of `backbone`.
 
@@ -187,7 +187,7 @@ class Stage2(nn.Module):
         return ({m: f.clone() for m, f in self.bank.items()},
                 {m: self.backbone.project[m](f) for m, f in self.bank.items()})
 
-
+# %% ../nbs/05_stage2.ipynb #f377f3d6
 def transfer_terms(model: Stage2, user, items, live: dict) -> dict:
     "The weighted KL loss of each modality (Eq. 13); of several ranks, each has the rows of its share of users."
     id_user, id_item, modal_user = model.teacher
@@ -196,7 +196,7 @@ def transfer_terms(model: Stage2, user, items, live: dict) -> dict:
                                                  model.backbone.project[m](f), model.tau, model.similarity, len(user))
             for m, f in live.items()}
 
-# %% ../nbs/05_stage2.ipynb #31c28914
+# %% ../nbs/05_stage2.ipynb #86ef466b
 def with_features(backbone, features: dict, projected: dict, feature_space: str):
     "Give `backbone` tuned features, and an item graph built from them (\"raw\") or from their projections."
     backbone.set_features(features, projected if feature_space == "projected" else features)
@@ -217,7 +217,7 @@ class MissingImages(Callback):
     def state(self, fallback):
         self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
 
-# %% ../nbs/05_stage2.ipynb #eab2ab85
+# %% ../nbs/05_stage2.ipynb #14887613
 def tune_one_epoch(model: Stage2, optimiser, sampler: TripleSampler, batches: list, accumulate: int) -> dict:
     "One pass over `batches` of pairs, `accumulate` per step (the last step may have fewer); returns mean loss terms."
     total = {}
@@ -234,7 +234,7 @@ def tune_one_epoch(model: Stage2, optimiser, sampler: TripleSampler, batches: li
     means = {k: float(v) / len(batches) for k, v in all_reduce(total).items()}
     return {"loss": sum(means.values())} | means
 
-# %% ../nbs/05_stage2.ipynb #9e9e6dee
+# %% ../nbs/05_stage2.ipynb #bffba1f4
 def stage2_optimiser(model: Stage2, project_lr: float) -> torch.optim.Adam:
     "Adam on the projections (and the backbone, if it moves), and on the tuning with its own learning rates."
     groups = [{"params": [q for q in model.backbone.parameters() if q.requires_grad], "lr": project_lr}]
@@ -246,7 +246,7 @@ def validate_tuned(model: Stage2, evaluator: Evaluator, feature_space: str, metr
     backbone = with_features(model.backbone, *model.tuned(), feature_space)
     return broadcast(validate(backbone, evaluator, metric))
 
-# %% ../nbs/05_stage2.ipynb #855408a9
+# %% ../nbs/05_stage2.ipynb #fe7d458e
 def tune(
     model: Stage2,
     evaluator: Evaluator,
@@ -288,41 +288,34 @@ def tune(
         callbacks.append(Checkpoint(checkpoint, seconds=0))
     return Loop(model, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
 
-# %% ../nbs/05_stage2.ipynb #419aa9c3
+# %% ../nbs/05_stage2.ipynb #09ee75b2
 VARIANTS = ("as_is", "continued", "fresh")  # of two stages; joint training has one
 
 
-def variants(backbone, features, projected, inputs: Inputs, evaluator, p, run: Run):
+def variants(backbone, features, projected, inputs: Inputs, evaluator, settings, run: Run):
     "The backbones to evaluate after tuning, one after the other: yields (name, backbone)."
     check_features(features)
-    backbone = with_features(backbone, features, projected, p.feature_space)
-    if p.training == "joint":
+    backbone = with_features(backbone, features, projected, settings.feature_space)
+    if settings.training == "joint":
         yield "joint", backbone
         return
     yield "as_is", backbone
     backbone.requires_grad_(True)
-    yield "continued", train_again("continued", backbone, evaluator, p, run, inputs.device)
-    tables = projected if p.feature_space == "projected" else features
-    set_seed(p.seed, inputs.device)
-    fresh = build_backbone(p.backbone, inputs.data.inter, tables, p.components["backbone"], p.emb_size, p.train_features,
-                           inputs.device)
-    yield "fresh", train_again("fresh", fresh, evaluator, p, run, inputs.device, seed_again=False)
+    set_seed(settings.seed, inputs.device)
+    train_with(settings, backbone, evaluator, "continued", run.folder / "checkpoint_continued.pt")
+    yield "continued", backbone
+    set_seed(settings.seed, inputs.device)
+    fresh = new_backbone(settings, inputs, projected if settings.feature_space == "projected" else features)
+    train_with(settings, fresh, evaluator, "fresh", run.folder / "checkpoint_fresh.pt")
+    yield "fresh", fresh
 
+# %% ../nbs/05_stage2.ipynb #aa0ad314
+def joint_settings(settings):
+    "The settings that joint training decides replaced: the backbone learns, by its own loss, as long as Stage 1 may."
+    return settings.replace(kt_weight=0.0, task_weight=1.0, tune_backbone=True, project_lr=settings.lr,
+                            stage2_epochs=settings.epochs)
 
-def train_again(name: str, backbone, evaluator, p, run: Run, device, seed_again: bool = True):
-    "Train a variant's backbone as Stage 1 does; a stopped training goes on."
-    if seed_again:
-        set_seed(p.seed, device)
-    train_backbone(backbone, evaluator, p.lr, p.batch_size, p.epochs, p.patience, p.metric, f"{name}, seed {p.seed}",
-                   run.folder / f"checkpoint_{name}.pt")
-    return backbone
-
-# %% ../nbs/05_stage2.ipynb #9835a740
-def joint_settings(p):
-    "Settings `p` with those that joint training decides: the backbone learns, by its own loss, as long as Stage 1 may."
-    return p.replace(kt_weight=0.0, task_weight=1.0, tune_backbone=True, project_lr=p.lr, stage2_epochs=p.epochs)
-
-# %% ../nbs/05_stage2.ipynb #56ce32e3
+# %% ../nbs/05_stage2.ipynb #a6d316bb
 def parameter_table(model: Stage2) -> pd.DataFrame:
     "Numbers of trained and frozen parameters of a `Stage2` model by group."
     clip, tuning, backbone = model.encoder.clip, model.encoder.tuning, model.backbone
@@ -338,86 +331,73 @@ def parameter_table(model: Stage2) -> pd.DataFrame:
                        for kind in ("trained", "frozen")}
     return pd.DataFrame(rows).T.rename_axis("group")
 
-# %% ../nbs/05_stage2.ipynb #d067725c
-STAGE2_CODE = ("stage2.tune", "stage2.variants", "stage2.make_encoder", "peft.tuning_methods")
+# %% ../nbs/05_stage2.ipynb #8767fb6c
+def attach_tuning(settings, encoder: ItemEncoder):
+    "Attach the tuning of resolved settings to the towers of `encoder`; returns the `Tuning`."
+    return attach(encoder.clip, settings.tuning, encoder.modalities, **settings.components["tuning"])
+
+# %% ../nbs/05_stage2.ipynb #edfd8032
+STAGE2_CODE = ("stage2.new_model", "stage2.tune_with", "stage2.variants", "stage2.make_encoder")
 
 
-def stage2_run(p, inputs: Inputs) -> Run:
-    "The run of settings `p`, finished or not; nothing is written."
-    params = p.key_parameters | {"device": inputs.device.type, "stage1": stage1_run(p, inputs).key}
-    code = code_of(*STAGE1_CODE, *STAGE2_CODE) | own_code(BACKBONES[p.backbone])
-    for method in tuning_methods(p.tuning):
+def stage2_run(settings, inputs: Inputs) -> Run:
+    "The run of these settings, finished or not; nothing is written."
+    params = settings.key_parameters | {"device": inputs.device.type, "stage1": stage1_run(settings, inputs).key}
+    code = code_of(*STAGE1_CODE, *STAGE2_CODE) | own_code(BACKBONES[settings.backbone])
+    for method in tuning_methods(settings.tuning):
         code |= own_code(method)
-    arguments = run_arguments(p) | {"towers": list(inputs.features)}
+    arguments = run_arguments(settings) | {"towers": list(inputs.features)}
     return new_run("stage2", inputs.data.name, params, inputs.data.fingerprint(), inputs.clip.fingerprint(), code,
                    arguments)
 
 
-def make_encoder(p, inputs: Inputs) -> ItemEncoder:
-    "An encoder of items with the tuning of settings `p` attached."
-    encoder = (PrefixEncoder if p.cache_prefix else ItemEncoder)(inputs.clip, inputs.data, precision=p.precision)
-    encoder.tuning = attach(inputs.clip, p.tuning, encoder.modalities, **p.components["tuning"])
+def make_encoder(settings, inputs: Inputs) -> ItemEncoder:
+    "An encoder of items with the tuning of these settings attached."
+    kind = PrefixEncoder if settings.cache_prefix else ItemEncoder
+    encoder = kind(inputs.clip, inputs.data, precision=settings.precision)
+    encoder.tuning = attach_tuning(settings, encoder)
     return encoder
 
-# %% ../nbs/05_stage2.ipynb #e9a6fae3
-def check_encoder(p, inputs: Inputs) -> None:
+# %% ../nbs/05_stage2.ipynb #7b89ee39
+def check_encoder(settings, inputs: Inputs) -> None:
     "Raise `DataError` if there is nothing to tune, or if the tuning does not suit the CLIP, before Stage 1 is trained."
     if inputs.clip is None:
         how = ("Move its .npy files away, and the CLIP encodes its own images and texts." if inputs.data.has_content else
                "It has no images or texts of its own to encode. Stage 1 runs as it is.")
         raise DataError(f"Data set '{inputs.data.name}' brings ready-made features, and Stage 2 tunes a CLIP to make them. "
                         f"{how}")
-    encoder = make_encoder(p, inputs)
+    encoder = make_encoder(settings, inputs)
     with encoder.tuning:
         encoder(torch.tensor([0]))
 
-# %% ../nbs/05_stage2.ipynb #bc2a4e2d
-def stage1_of(p, inputs: Inputs) -> Run:
-    "The finished run of Stage 1 that belongs to settings `p`, trained if need be; of several processes, the first trains."
+# %% ../nbs/05_stage2.ipynb #79e35fb5
+def stage1_of(settings, inputs: Inputs) -> Run:
+    "The finished run of Stage 1 with these settings, trained if need be; of several processes, the first trains."
     with main_first():
-        run = stage1_run(p, inputs)
-        return run if run.finished else train_stage1(run.begin(), p, inputs)
+        run = stage1_run(settings, inputs)
+        return run if run.finished else train_stage1(run.begin(), settings, inputs)
 
 
-def train_stage2(run: Run, p, inputs: Inputs) -> Run:
+def train_stage2(run: Run, settings, inputs: Inputs) -> Run:
     "Do and finish a run of Stage 2, or of joint training; the CLIP is the stock one before and after."
-    stage1, device = stage1_of(p, inputs), inputs.device
-    evaluator = make_evaluator(p, inputs)
-    set_seed(p.seed, device)
-    if p.training == "two_stage":
-        backbone = load_backbone(stage1, p, inputs)
+    stage1, device = stage1_of(settings, inputs), inputs.device
+    evaluator = make_evaluator(settings, inputs)
+    set_seed(settings.seed, device)
+    if settings.training == "two_stage":
+        backbone = load_backbone(stage1, settings, inputs)
     else:
-        backbone = build_backbone(p.backbone, inputs.data.inter, inputs.features, p.components["backbone"], p.emb_size,
-                                  p.train_features, device)
-    set_seed(p.seed, device)
-    encoder = make_encoder(p, inputs)
+        backbone = new_backbone(settings, inputs)
+    set_seed(settings.seed, device)
+    encoder = make_encoder(settings, inputs)
     with encoder.tuning:
-        tuned, projected = tune_and_keep(run, p, backbone, encoder, evaluator)
+        tuned, projected = tune_and_keep(run, settings, backbone, encoder, evaluator)
         if not rank():  # backbones train in one process
-            each = variants(backbone, tuned, projected, inputs, evaluator, p, run)
+            each = variants(backbone, tuned, projected, inputs, evaluator, settings, run)
             score_variants(run, each, inputs.data.inter, evaluator, stage1)
         barrier()
     return run
 
-# %% ../nbs/05_stage2.ipynb #b7da5b5a
-def tune_and_keep(run: Run, p, backbone, encoder, evaluator: Evaluator) -> tuple[dict, dict]:
-    "Tune, and write what was learnt into the run's folder; returns tuned features and their projections."
-    model = Stage2(backbone, encoder, p.kt_source, p.similarity, p.tau, p.kt_weight, p.task_weight, p.tune_backbone,
-                   None if p.micro_batch == "auto" else p.micro_batch)
-    need = need_of(model, p.batch_by, p.stage2_batch_size, p.accumulate)
-    model.micro_batch, memory = fit_memory(need, p.micro_batch, free_bytes(encoder.device))
-    run.save_table("memory.csv", memory)
-    run.save_table("parameters.csv", parameter_table(model))
-    patience = max(1, p.patience // p.validate_every) if p.training == "joint" else None  # in validations
-    history = tune(model, evaluator, p.project_lr, p.batch_by, p.stage2_batch_size, p.accumulate, p.stage2_epochs,
-                   p.validate_every, patience, p.feature_space, f"Stage 2, seed {p.seed}", run.checkpoint, p.metric)
-    run.save_table("history.csv", history.reset_index())
-    run.save_weights("tuning", dict(encoder.tuning.named_parameters()))
-    tuned, projected = model.tuned()
-    run.save_weights("features", tuned | {f"projected_{m}": f for m, f in projected.items()})
-    return tuned, projected
-
-
+# %% ../nbs/05_stage2.ipynb #7de6aa46
 def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1):
     "Memory that training `model` will take, found on one batch: a `MemoryNeed`. Draws from no generator."
     backbone = model.backbone.train()
@@ -426,7 +406,37 @@ def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1):
         user, pos = next(iter(make_batches(batch_by, backbone.user.cpu(), backbone.item.cpu(), batch_size)))
         return memory_need(model, *(x.to(backbone.user.device) for x in (user, pos)), accumulate)
 
-# %% ../nbs/05_stage2.ipynb #1fc758e1
+# %% ../nbs/05_stage2.ipynb #7ef4e69a
+def new_model(settings, backbone, encoder: ItemEncoder) -> Stage2:
+    "The `Stage2` model of resolved settings."
+    micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
+    return Stage2(backbone, encoder, settings.kt_source, settings.similarity, settings.tau, settings.kt_weight,
+                  settings.task_weight, settings.tune_backbone, micro_batch)
+
+
+def tune_with(settings, model: Stage2, evaluator: Evaluator, checkpoint) -> pd.DataFrame:
+    "`tune` with resolved settings; joint training ends with Stage 1's patience."
+    patience = max(1, settings.patience // settings.validate_every) if settings.training == "joint" else None
+    return tune(model, evaluator, settings.project_lr, settings.batch_by, settings.stage2_batch_size, settings.accumulate,
+                settings.stage2_epochs, settings.validate_every, patience, settings.feature_space,
+                f"Stage 2, seed {settings.seed}", checkpoint, settings.metric)
+
+
+def tune_and_keep(run: Run, settings, backbone, encoder, evaluator: Evaluator) -> tuple[dict, dict]:
+    "Tune, and write what was learnt into the run's folder; returns tuned features and their projections."
+    model = new_model(settings, backbone, encoder)
+    need = need_of(model, settings.batch_by, settings.stage2_batch_size, settings.accumulate)
+    model.micro_batch, memory = fit_memory(need, settings.micro_batch, free_bytes(encoder.device))
+    run.save_table("memory.csv", memory)
+    run.save_table("parameters.csv", parameter_table(model))
+    history = tune_with(settings, model, evaluator, run.checkpoint)
+    run.save_table("history.csv", history.reset_index())
+    run.save_weights("tuning", dict(encoder.tuning.named_parameters()))
+    tuned, projected = model.tuned()
+    run.save_weights("features", tuned | {f"projected_{m}": f for m, f in projected.items()})
+    return tuned, projected
+
+# %% ../nbs/05_stage2.ipynb #569f6049
 def score_variants(run: Run, tuned_backbones, inter, evaluator: Evaluator, stage1: Run) -> Run:
     "Score variants (name, backbone) on both splits, keep weights, embeddings, users' values and lists; finish the run."
     metrics, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("topk.parquet")}
@@ -444,13 +454,13 @@ def score_variants(run: Run, tuned_backbones, inter, evaluator: Evaluator, stage
         checkpoint.unlink()
     return run.finish(metrics)
 
-# %% ../nbs/05_stage2.ipynb #96adc76c
+# %% ../nbs/05_stage2.ipynb #28e3ccf2
 def projections_alone(params: dict) -> list[Run]:
     "`run_stage2` with the same settings and no tuning of CLIP; settings of tuning methods are left out."
     methods = TUNINGS.settings()
     return run_stage2(**{k: v for k, v in params.items() if k not in methods} | {"tuning": "none"})
 
-# %% ../nbs/05_stage2.ipynb #57c8ae3c
+# %% ../nbs/05_stage2.ipynb #985b1dfb
 VARIANT_NAMES = {"stage1": "Stage 1", "as_is": "as is"}
 
 
@@ -475,7 +485,7 @@ def results_table(runs: list[Run], control: list[Run] = ()) -> pd.DataFrame:
 def _mean_and_spread(values):
     return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
-# %% ../nbs/05_stage2.ipynb #b6629405
+# %% ../nbs/05_stage2.ipynb #703221b3
 def verdict(runs: list[Run], metric: str = "recall@10", against: list[Run] = ()) -> str:
     "One sentence: the best variant (on validation) on test, against Stage 1 or the best variant of the runs `against`."
     best = best_variant(runs)
@@ -494,7 +504,7 @@ def report(runs: list[Run], control: list[Run] = ()) -> str:
     lines += [verdict(runs, against=control)] if control else []
     return "\n\n".join([*lines, "\n".join(str(run.folder) for run in runs)])
 
-# %% ../nbs/05_stage2.ipynb #d8929a1a
+# %% ../nbs/05_stage2.ipynb #4d03cc00
 def plot_results(runs: list[Run], control: list[Run] = (), metrics=("recall@10", "recall@20", "ndcg@20")):
     "Test metrics per variant, seeds averaged per user, with 95 % intervals over users; small dots are seeds."
     rows = [(variant_name(v), runs, v) for v in runs[0].metrics()]
@@ -517,7 +527,7 @@ def _dot(ax, y, seeds, color):
     ax.errorbar(values.mean(), y, xerr=half, fmt="o", ms=7, color=color, capsize=3)
     ax.plot([s.mean() for s in seeds], [y + 0.25] * len(seeds), ".", ms=4, color=color, alpha=0.6)
 
-# %% ../nbs/05_stage2.ipynb #1fe66504
+# %% ../nbs/05_stage2.ipynb #a8b32dee
 def main(arguments: list[str] | None = None) -> None:
     "`run_stage2` as a program: see `command_line`."
     runs = command_line(run_stage2, arguments)

@@ -24,8 +24,19 @@ import pytest
 from conftest import SHARED
 from PIL import Image
 
-from ptmrec.amazon import (PUBLISHED, PUBLISHED_SETTINGS, check_image, download_images, fetch_file, find_or_prepare, prepare,
-                           read_image_features, read_manifest, read_meta, read_reviews)
+from ptmrec.amazon import (
+    PUBLISHED,
+    PUBLISHED_SETTINGS,
+    check_image,
+    download_images,
+    fetch_file,
+    find_or_prepare,
+    prepare,
+    read_image_features,
+    read_manifest,
+    read_meta,
+    read_reviews,
+)
 from ptmrec.data import DataError, load_data
 
 

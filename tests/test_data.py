@@ -10,9 +10,26 @@ from conftest import SHARED
 from PIL import Image
 
 from ptmrec.clip_prompting import frozen_features
-from ptmrec.data import (MODALITIES, SPLIT_RULES, DataError, Interactions, Modality, cache_dir, describe, find_dataset,
-                         find_path, fingerprint, k_core, load_data, make_split, random_split, read_table, repo_root,
-                         show_items, show_statistics)
+from ptmrec.data import (
+    MODALITIES,
+    SPLIT_RULES,
+    DataError,
+    Interactions,
+    Modality,
+    cache_dir,
+    describe,
+    find_dataset,
+    find_path,
+    fingerprint,
+    k_core,
+    load_data,
+    make_split,
+    random_split,
+    read_table,
+    repo_root,
+    show_items,
+    show_statistics,
+)
 from ptmrec.ranking import CUTOFFS, Evaluator
 from ptmrec.stage1 import build_backbone
 

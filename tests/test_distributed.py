@@ -25,7 +25,7 @@ import ptmrec.stage2
 import ptmrec.training
 from ptmrec.clip_prompting import ItemEncoder, encode_in_blocks, frozen_features, load_clip
 from ptmrec.data import cache_dir, load_data
-from ptmrec.distributed import rank, init_distributed, sum_gradients, all_reduce, world_size
+from ptmrec.distributed import all_reduce, init_distributed, rank, sum_gradients, world_size
 from ptmrec.peft import attach
 from ptmrec.ranking import Evaluator
 from ptmrec.runs import new_run, set_seed

@@ -1,23 +1,18 @@
 """Every notebook runs, is in step with its module, is clean, and keeps its parameters cell."""
-import ast
 import importlib
 import inspect
 import shutil
+import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import ROOT
 
-from ptmrec.backbones import BACKBONES
-from ptmrec.peft import TUNINGS
-from ptmrec.stage1 import run_stage1
-from ptmrec.stage2 import run_stage2
-
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-EXPERIMENTS = {"04_stage1": "run_stage1", "05_stage2": "run_stage2"}
 BIN = Path(sys.executable).parent
 
 
@@ -61,27 +56,11 @@ def test_outputs_are_stored_in_order(notebook):
     assert not any(o.output_type == "error" for c in cells for o in c.outputs)
 
 
-@pytest.mark.parametrize("notebook", EXPERIMENTS)
-def test_parameters_cell_equals_the_function(notebook):
-    cells = nbformat.read(ROOT / "nbs" / f"{notebook}.ipynb", 4).cells
-    tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    cell = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(tagged[0]).body}
-    function = getattr(importlib.import_module(f"ptmrec.{notebook[3:]}"), EXPERIMENTS[notebook])
-    assert cell == {name: q.default for name, q in inspect.signature(function).parameters.items()}
-
-
 @pytest.mark.parametrize("notebook", ["01a_peft", "04a_published", "05a_when_it_helps", "08_benchmarks", "08a_tuning_cost"])
 def test_measurements_have_one_parameters_cell(notebook):
     cells = nbformat.read(ROOT / "nbs" / f"{notebook}.ipynb", 4).cells
     tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1 and tagged[0].startswith("measure = False")
-
-
-def test_every_setting_is_a_parameter():
-    stage1, stage2 = (inspect.signature(f).parameters for f in (run_stage1, run_stage2))
-    assert BACKBONES.settings().keys() <= stage1.keys()
-    assert TUNINGS.settings().keys() <= stage2.keys()
 
 
 def test_package_needs_no_development_tools():
@@ -98,3 +77,47 @@ def test_public_names_are_documented(module):
         thing = getattr(module, name)
         if inspect.isclass(thing) or inspect.isfunction(thing):
             assert thing.__doc__, f"{module.__name__}.{name} has no docstring"
+
+
+def exported_lines(notebook):
+    "Lines of each exported cell that is not all imports, and the longest run of them without an example between."
+    lengths, run, longest = [], 0, 0
+    for cell in nbformat.read(notebook, 4).cells:
+        lines = [line for line in cell.source.split("\n")[1:] if line.strip()]
+        if cell.cell_type != "code":
+            continue
+        if not cell.source.startswith("#|"):
+            run = 0
+        elif cell.source.startswith("#| export") and not lines[0].startswith(("import", "from")):
+            lengths.append(len(lines))
+            run += len(lines)
+        longest = max(longest, run)
+    return lengths, longest
+
+
+def test_lessons_come_in_small_steps():
+    found = {notebook.stem: exported_lines(notebook) for notebook in NOTEBOOKS}
+    too_long = {name: longest for name, (_, longest) in found.items() if longest > 40}
+    assert not too_long, f"exported lines in a row with no example between: {too_long}"
+    assert statistics.median(n for lengths, _ in found.values() for n in lengths) <= 12
+
+
+def test_a_notebook_that_was_only_run_is_unchanged_for_git(tmp_path):
+    git = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True, text=True)
+    for name in (".ci", "nbs"):
+        (tmp_path / name).mkdir()
+    for name in (".gitattributes", ".ci/keep_outputs.py", "nbs/03_losses.ipynb"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    git(["git", "init", "-q"])
+    git(["git", "config", "filter.keep-outputs.clean", f"{sys.executable} .ci/keep_outputs.py %f"])
+    git(["git", "add", "-A"])
+    git(["git", "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "x"])
+    path = tmp_path / "nbs" / "03_losses.ipynb"
+    notebook = nbformat.read(path, 4)
+    ran = next(c for c in notebook.cells if c.get("outputs"))
+    ran.outputs, ran.execution_count, notebook.metadata["ran"] = [], 7, True
+    nbformat.write(notebook, path)
+    assert git(["git", "status", "--porcelain"]).stdout == ""
+    ran.source += "\n# edited"
+    nbformat.write(notebook, path)
+    assert git(["git", "status", "--porcelain"]).stdout == " M nbs/03_losses.ipynb\n"
