@@ -7,10 +7,10 @@ __all__ = ['SAMPLE', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'EncoderSettings',
            'Stage1Settings', 'locate_dataset', 'fetch_dataset', 'run_stage1', 'one_per_seed', 'Inputs', 'load_inputs',
            'build_backbone', 'new_backbone', 'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought',
            'train_backbone', 'train_with', 'train_one_epoch', 'validate', 'check_fit', 'stage1_parameters',
-           'stage1_run', 'run_arguments', 'train_stage1', 'score_stage1', 'save_embeddings', 'load_backbone',
-           'metrics_table', 'plot_history']
+           'stage1_code', 'stage1_run', 'run_arguments', 'train_stage1', 'score_stage1', 'save_embeddings',
+           'load_backbone', 'metrics_table', 'plot_history']
 
-# %% ../nbs/04_stage1.ipynb #cc248f8a
+# %% ../nbs/04_stage1.ipynb #9526dafe
 import time
 import warnings
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .backbones import BACKBONES
 from .clip_prompting import Clip, frozen_features, load_clip
 from .data import SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
 from .distributed import init_distributed, main_first
-from .ranking import GROUPS, Evaluator, metric_names
+from .ranking import GROUPS, METRICS, Evaluator, metric_names
 from .runs import (Run, code_of, load_parameters, new_run, own_code, pick_device, recommendation_table, runs_to_do,
                          set_seed)
 from .settings import Settings, experiment, setting
@@ -290,7 +290,7 @@ def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = 
                       "batch_size.")
     return report
 
-# %% ../nbs/04_stage1.ipynb #bb3d271d
+# %% ../nbs/04_stage1.ipynb #bf9f8cca
 STAGE1_CODE = ("stage1.train_with", "stage1.new_backbone", "stage1.evaluate", "stage1.make_evaluator", "runs.set_seed",
                "clip_prompting.frozen_features")
 
@@ -301,12 +301,21 @@ def stage1_parameters(settings) -> dict:
     return {name: settings.key_parameters[name] for name in [*own, *settings.components["backbone"]]}
 
 
+def stage1_code(settings) -> dict[str, str]:
+    "The code that Stage 1 passes through: training, backbone, and the package's metrics with the chosen one."
+    code, chosen = code_of(*STAGE1_CODE) | own_code(BACKBONES[settings.backbone]), METRICS[settings.metric.split("@")[0]]
+    for metric in METRICS.values():
+        if metric is chosen or metric.__module__ == "ptmrec.ranking":
+            code |= own_code(metric)
+    return code
+
+
 def stage1_run(settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = stage1_parameters(settings) | {"device": inputs.device.type}
-    code = code_of(*STAGE1_CODE) | own_code(BACKBONES[settings.backbone])
     return new_run("stage1", inputs.data.name, params, inputs.data.fingerprint(),
-                   inputs.clip.fingerprint() if inputs.clip else None, code, run_arguments(settings))
+                   inputs.clip.fingerprint() if inputs.clip else None, stage1_code(settings),
+                   run_arguments(settings))
 
 
 def run_arguments(settings) -> dict:

@@ -11,7 +11,7 @@ __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_N
            'stage1_of', 'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep', 'score_variants',
            'projections_alone', 'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
 
-# %% ../nbs/05_stage2.ipynb #61ea1d9a
+# %% ../nbs/05_stage2.ipynb #56cf10b4
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -34,10 +34,9 @@ from .ranking import Evaluator, Pairs
 from .runs import (Run, best_variant, code_of, command_line, compare, new_run, own_code, per_user_values,
                          recommendation_table, runs_to_do, set_seed)
 from .settings import SettingError, Settings, experiment, setting
-from .stage1 import (STAGE1_CODE, Inputs, Stage1Settings, evaluate, fetch_dataset, label,
-                           load_backbone, load_inputs, locate_dataset, make_evaluator, mean_metrics, metrics_table,
-                           new_backbone, one_per_seed, run_arguments, save_embeddings, stage1_run, train_stage1,
-                           train_with, validate)
+from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
+                           locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
+                           run_arguments, save_embeddings, stage1_code, stage1_run, train_stage1, train_with, validate)
 from .training import Callback, Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features
 
 # %% ../nbs/05_stage2.ipynb #ddb05c45
@@ -336,14 +335,14 @@ def attach_tuning(settings, encoder: ItemEncoder):
     "Attach the tuning of resolved settings to the towers of `encoder`; returns the `Tuning`."
     return attach(encoder.clip, settings.tuning, encoder.modalities, **settings.components["tuning"])
 
-# %% ../nbs/05_stage2.ipynb #edfd8032
+# %% ../nbs/05_stage2.ipynb #acf679f1
 STAGE2_CODE = ("stage2.new_model", "stage2.tune_with", "stage2.variants", "stage2.make_encoder")
 
 
 def stage2_run(settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = settings.key_parameters | {"device": inputs.device.type, "stage1": stage1_run(settings, inputs).key}
-    code = code_of(*STAGE1_CODE, *STAGE2_CODE) | own_code(BACKBONES[settings.backbone])
+    code = stage1_code(settings) | code_of(*STAGE2_CODE)
     for method in tuning_methods(settings.tuning):
         code |= own_code(method)
     arguments = run_arguments(settings) | {"towers": list(inputs.features)}
