@@ -36,8 +36,18 @@ from anyio.from_thread import start_blocking_portal
 from PIL import Image
 from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from .data import (IMAGE_ENDINGS, TEXT_FIELDS, DataError, data_dir, find_dataset, has_interactions, k_core, make_split,
-                         progress, write_atomically)
+from ptmrec.data import (
+    IMAGE_ENDINGS,
+    TEXT_FIELDS,
+    DataError,
+    data_dir,
+    find_dataset,
+    has_interactions,
+    k_core,
+    make_split,
+    progress,
+    write_atomically,
+)
 
 # %% ../nbs/00a_amazon.ipynb #1b077ab8
 BASE_URL = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"

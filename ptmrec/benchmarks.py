@@ -12,15 +12,13 @@ __all__ = ['VERSIONS', 'measure_fresh', 'main', 'synchronize', 'device_name', 'p
            'draw_grouped_features', 'item_graph_recall', 'timed_steps', 'timed_ranking', 'timed_exact_neighbours',
            'large_steps', 'alternate', 'seconds_of', 'clever_row', 'interactions_of', 'epoch_of', 'plain_propagate',
            'compare_horner', 'compare_rows', 'AllRowsLightGCN', 'random_item_graph', 'compare_step', 'plain_topk',
-           'compare_topk', 'keep_freed_memory', 'freedom_seconds', 'compare_kept']
+           'compare_topk', 'epoch_seconds', 'compare_kept']
 
-# %% ../nbs/08_benchmarks.ipynb #980b1f09
+# %% ../nbs/08_benchmarks.ipynb #5066b869
 import argparse
-import ctypes
 import importlib
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -45,9 +43,9 @@ from .data import read_interactions, repo_root
 from .graphs import Graph, propagate, rows_of, sample_edges, user_item_graph
 from .ranking import CUTOFFS, Evaluator, Pairs, rank_items, stable_topk, user_metrics
 from .runs import pick_device
-from .training import TripleSampler
+from .training import TripleSampler, keep_freed_memory
 
-# %% ../nbs/08_benchmarks.ipynb #f9eaea08
+# %% ../nbs/08_benchmarks.ipynb #7fb1fecf
 def measure_fresh(
     name: str,  # a function of this module, or `module.function` of another module of the package
     **arguments,  # its arguments, as JSON can hold them
@@ -59,7 +57,7 @@ def measure_fresh(
         raise RuntimeError(f"The measurement {name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../nbs/08_benchmarks.ipynb #ee378040
+# %% ../nbs/08_benchmarks.ipynb #eb0135a4
 def main() -> None:
     "`python -m ptmrec.benchmarks NAME --json ARGUMENTS`: run a measuring function and print what it returns as JSON."
     parser = argparse.ArgumentParser(prog="python -m ptmrec.benchmarks", description="Run one measurement.")
@@ -74,26 +72,26 @@ def main() -> None:
 if __name__ == "__main__" and "__file__" in globals():
     main()
 
-# %% ../nbs/08_benchmarks.ipynb #3c80de1d
+# %% ../nbs/08_benchmarks.ipynb #e014e682
 def synchronize(device: torch.device) -> None:
     "Wait until a GPU has done all its work; on a CPU, nothing waits."
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
-# %% ../nbs/08_benchmarks.ipynb #19d7174d
+# %% ../nbs/08_benchmarks.ipynb #e6c5ef03
 def device_name(device: torch.device) -> str:
     "The GPU, or the CPU with the threads that torch uses."
     threads = torch.get_num_threads()
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
 
-# %% ../nbs/08_benchmarks.ipynb #fbd3fac1
+# %% ../nbs/08_benchmarks.ipynb #56eacbe4
 def peak_gib(device: torch.device) -> float:
     "The highest memory so far in GiB: of the GPU's tensors, or of this process with all that it has imported."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-# %% ../nbs/08_benchmarks.ipynb #8c968921
+# %% ../nbs/08_benchmarks.ipynb #ad4a93ba
 class Stopwatch:
     "Times steps; `rows` has one row per step: `what`, its mean `seconds`, and `peak_gib`."
 
@@ -114,7 +112,7 @@ class Stopwatch:
         "Seconds of each step, those of the same name added up."
         return pd.DataFrame(self.rows).groupby("what", sort=False).seconds.sum().to_dict()
 
-# %% ../nbs/08_benchmarks.ipynb #f5d02a52
+# %% ../nbs/08_benchmarks.ipynb #196e841d
 def results_path(
     name: str,  # of the table
     kind: str = "cpu",  # kind of device: a GPU has tables of its own
@@ -125,7 +123,7 @@ def results_path(
     own = folder / (name + ("" if kind == "cpu" else f"_{kind}") + ".csv")
     return own if writing or own.exists() else folder / f"{name}.csv"
 
-# %% ../nbs/08_benchmarks.ipynb #fffdf4b4
+# %% ../nbs/08_benchmarks.ipynb #79e0f258
 def draw_data_set(
     folder: str | Path,  # where the files go
     n_rows: int,  # interactions drawn; repeated pairs are dropped
@@ -145,7 +143,7 @@ def draw_data_set(
         path = Path(folder, f"{name}.{ending}")
         content.to_parquet(path) if ending == "parquet" else content.to_csv(path, index=False)
 
-# %% ../nbs/08_benchmarks.ipynb #4c8a9eba
+# %% ../nbs/08_benchmarks.ipynb #f325b809
 def data_steps(folder: str) -> list[dict]:
     "Time the steps of a data set in `folder`, from its file to its description. Rows: step, seconds, peak_gib, sizes."
     watch = Stopwatch()
@@ -161,7 +159,7 @@ def data_steps(folder: str) -> list[dict]:
     size = {"rows": len(data.inter) + int(sum(data.left_out.values())), "rows_kept": len(data.inter)}
     return [{"step": row.pop("what")} | row | size for row in watch.rows]
 
-# %% ../nbs/08_benchmarks.ipynb #45c3e68b
+# %% ../nbs/08_benchmarks.ipynb #5336d090
 def measure_data(n_rows: int, n_items: int, ending: str) -> pd.DataFrame:
     "The rows of `data_steps` for a drawn data set of this size, in a fresh process."
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, PTMREC_DATA=folder):
@@ -169,7 +167,7 @@ def measure_data(n_rows: int, n_items: int, ending: str) -> pd.DataFrame:
         steps = measure_fresh("data_steps", folder=folder)
     return pd.DataFrame(steps).assign(items=n_items, format=ending, cpus=os.cpu_count(), date=str(date.today()))
 
-# %% ../nbs/08_benchmarks.ipynb #e685ce0f
+# %% ../nbs/08_benchmarks.ipynb #525b683e
 def draw_interactions(users: int, items: int, pairs: int, seed: int = 0) -> Interactions:
     "About `pairs` distinct pairs of `users` users and `items` items, popularity skewed, split 8:1:1 at random."
     rng = np.random.default_rng(seed)
@@ -179,12 +177,12 @@ def draw_interactions(users: int, items: int, pairs: int, seed: int = 0) -> Inte
     user, item = pair // items, pair % items
     return Interactions(user, item, make_split("random", user, item), np.arange(users), np.arange(items))
 
-# %% ../nbs/08_benchmarks.ipynb #8cc992f8
+# %% ../nbs/08_benchmarks.ipynb #eb1c9a19
 def draw_features(n_items: int, dims: dict[str, int], device: torch.device) -> dict[str, torch.Tensor]:
     "Random unit rows (I, d_m) for each modality of `dims` {modality: d_m}."
     return {m: F.normalize(torch.randn(n_items, d), dim=1).to(device) for m, d in dims.items()}
 
-# %% ../nbs/08_benchmarks.ipynb #a65a5b3c
+# %% ../nbs/08_benchmarks.ipynb #297f704e
 def new_backbone(
     cls: type,  # of the backbone
     user: torch.Tensor, item: torch.Tensor,  # (n,) training pairs
@@ -197,7 +195,7 @@ def new_backbone(
     dims = {m: f.shape[1] for m, f in features.items()} if cls.uses_features else {}
     return cls(user, item, n_users, n_items, dims, train_features=train_features, **settings).to(user.device)
 
-# %% ../nbs/08_benchmarks.ipynb #1be41799
+# %% ../nbs/08_benchmarks.ipynb #4841a4e3
 def drawn_backbone(
     backbone: str | type,  # a name of `BACKBONES`, or a class
     inter: Interactions,
@@ -214,7 +212,7 @@ def drawn_backbone(
         model.set_features(features)
     return model
 
-# %% ../nbs/08_benchmarks.ipynb #f95e6195
+# %% ../nbs/08_benchmarks.ipynb #71b3dbeb
 def plain_adjacency(user: torch.Tensor, item: torch.Tensor, n_users: int, n_items: int) -> torch.Tensor:
     "The symmetric, degree-normalised matrix over users and items, (U + I, U + I) in COO, of pairs `user`, `item` (n,)."
     n = n_users + n_items
@@ -223,7 +221,7 @@ def plain_adjacency(user: torch.Tensor, item: torch.Tensor, n_users: int, n_item
     value = (degree[edges[0]] * degree[edges[1]]).rsqrt()
     return torch.sparse_coo_tensor(edges, value, (n, n), check_invariants=False).coalesce()
 
-# %% ../nbs/08_benchmarks.ipynb #8d0eeded
+# %% ../nbs/08_benchmarks.ipynb #03c3872b
 class PlainFREEDOM(nn.Module):
     "FREEDOM (Zhou & Shen, ACM MM 2023) straight from its equations, with the parameters of `ours`."
 
@@ -258,12 +256,12 @@ class PlainFREEDOM(nn.Module):
             terms[f"aux_{m}"] = self.ours.settings.aux_weight * plain_bpr(users[user], modal[pos], modal[neg])
         return terms
 
-# %% ../nbs/08_benchmarks.ipynb #9625be4a
+# %% ../nbs/08_benchmarks.ipynb #b19f2f15
 def plain_bpr(user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor) -> torch.Tensor:
     "BPR of embeddings (B, d), as it is written in papers."
     return -F.logsigmoid((user * pos).sum(1) - (user * neg).sum(1)).mean()
 
-# %% ../nbs/08_benchmarks.ipynb #3aad36cb
+# %% ../nbs/08_benchmarks.ipynb #eaf16b03
 def plain_evaluation(model: nn.Module, evaluator: Evaluator, split: str) -> pd.DataFrame:
     "Metrics per user of the embeddings that `model()` returns, from the full score matrix in blocks of 4,096 users."
     positives, (user_emb, item_emb) = evaluator.positives[split], model()
@@ -276,7 +274,7 @@ def plain_evaluation(model: nn.Module, evaluator: Evaluator, split: str) -> pd.D
         hits.append(wanted.gather(1, scores.topk(max(CUTOFFS)).indices))
     return user_metrics(torch.cat(hits).cpu(), positives.count[users].cpu())
 
-# %% ../nbs/08_benchmarks.ipynb #60c65cb6
+# %% ../nbs/08_benchmarks.ipynb #4dd96dc0
 def timed_epoch(model: nn.Module, optimiser, sampler: TripleSampler, watch: Stopwatch, batch_size: int = 2048) -> None:
     "Train one epoch on BPR triples; the watch notes each phase of each step."
     model.train()
@@ -288,12 +286,12 @@ def timed_epoch(model: nn.Module, optimiser, sampler: TripleSampler, watch: Stop
         watch("backward", loss.backward)
         watch("update", optimiser.step)
 
-# %% ../nbs/08_benchmarks.ipynb #0c9e9586
+# %% ../nbs/08_benchmarks.ipynb #896c1092
 def total_loss(model: nn.Module, batch: tuple) -> torch.Tensor:
     "The sum of the model's loss terms on a batch (user, pos, neg)."
     return sum(model.loss(*batch).values())
 
-# %% ../nbs/08_benchmarks.ipynb #15d4209f
+# %% ../nbs/08_benchmarks.ipynb #2b610784
 @torch.no_grad()
 def timed_validation(model: nn.Module, evaluator: Evaluator, watch: Stopwatch) -> pd.DataFrame:
     "Metrics per user on the validation split; the watch notes the time."
@@ -302,7 +300,7 @@ def timed_validation(model: nn.Module, evaluator: Evaluator, watch: Stopwatch) -
         return watch("validation", plain_evaluation, model, evaluator, "valid")
     return watch("validation", lambda: evaluator("valid", *model()))[0]
 
-# %% ../nbs/08_benchmarks.ipynb #849e6015
+# %% ../nbs/08_benchmarks.ipynb #ed9c30ad
 def stage1_epochs(
     users: int, items: int, pairs: int,  # the size of the data set to draw
     backbone: str = "freedom",
@@ -331,7 +329,7 @@ def stage1_epochs(
     return [{"epoch": epoch, "phase": phase, "seconds": seconds} | about
             for epoch, watch in enumerate([watches[0], *watches[2:]]) for phase, seconds in watch.totals().items()]
 
-# %% ../nbs/08_benchmarks.ipynb #9047b1c7
+# %% ../nbs/08_benchmarks.ipynb #3c7acd0b
 def median_seconds(run, device: torch.device, times: int = 9) -> float:
     "Median seconds of `times` calls of `run`."
     watch = Stopwatch(device)
@@ -339,19 +337,19 @@ def median_seconds(run, device: torch.device, times: int = 9) -> float:
         watch("run", run)
     return float(np.median([row["seconds"] for row in watch.rows]))
 
-# %% ../nbs/08_benchmarks.ipynb #fd02c72d
+# %% ../nbs/08_benchmarks.ipynb #5347e15e
 def copy_speed(table: torch.Tensor) -> float:
     "Bytes per second, read and written, of copying a float32 table."
     out = torch.empty_like(table)
     return 2 * table.numel() * 4 / median_seconds(lambda: out.copy_(table), table.device)
 
-# %% ../nbs/08_benchmarks.ipynb #e036290c
+# %% ../nbs/08_benchmarks.ipynb #737fef54
 def product_speed(n: int, device: torch.device) -> float:
     "Floating-point operations per second of multiplying two (n, n) matrices."
     square = torch.randn(n, n, device=device)
     return 2 * n**3 / median_seconds(lambda: square @ square, device, 3)
 
-# %% ../nbs/08_benchmarks.ipynb #8ad24fa4
+# %% ../nbs/08_benchmarks.ipynb #8bb70a5b
 def propagation_bound(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_pairs: int) -> dict:
     "Milliseconds of a layer of propagation, and of copying the bytes that it has to move."
     (n_users, d), n_items = user_emb.shape, len(item_emb)
@@ -362,7 +360,7 @@ def propagation_bound(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_p
     return {"what": "a layer of propagation", "milliseconds": 1e3 * seconds, "reference (ms)": 1e3 * moved / near,
             "by": "memory", "GB/s": near / 1e9}
 
-# %% ../nbs/08_benchmarks.ipynb #a7285867
+# %% ../nbs/08_benchmarks.ipynb #f0f25ad4
 def ranking_bounds(user_emb: torch.Tensor, item_emb: torch.Tensor, masked: Pairs, flops: float) -> list[dict]:
     "Milliseconds of ranking all items for all users, and of their scores alone, beside the arithmetic at `flops`."
     (n_users, d), n_items, device = user_emb.shape, len(item_emb), user_emb.device
@@ -374,13 +372,13 @@ def ranking_bounds(user_emb: torch.Tensor, item_emb: torch.Tensor, masked: Pairs
              "by": "arithmetic", "ns per user and item": 1e9 * s / n_users / n_items,
              "ms per 1,000 users": 1e6 * s / n_users} for what, s in seconds.items()]
 
-# %% ../nbs/08_benchmarks.ipynb #59d169f8
+# %% ../nbs/08_benchmarks.ipynb #84302d7e
 def draw_pairs(users: int, items: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
     "`pairs` pairs (user, item), item popularity skewed; a few are repeated."
     rng = np.random.default_rng(0)
     return rng.integers(0, users, pairs), (items * rng.random(pairs) ** 2).astype(np.int64)
 
-# %% ../nbs/08_benchmarks.ipynb #ac86da5f
+# %% ../nbs/08_benchmarks.ipynb #73457125
 def propagation_and_ranking(
     sizes: dict,  # {name: (users, items, pairs)}
     d: int = 64,  # size of embeddings
@@ -401,7 +399,7 @@ def propagation_and_ranking(
         rows += [{"shop": name} | row | machine for row in found]
     return rows
 
-# %% ../nbs/08_benchmarks.ipynb #0516aba6
+# %% ../nbs/08_benchmarks.ipynb #caf42617
 class AllRowsFREEDOM(FREEDOM):
     "FREEDOM that computes the embeddings of all users and items in each step, then takes the batch's rows."
 
@@ -409,7 +407,7 @@ class AllRowsFREEDOM(FREEDOM):
         users, items = super().forward()
         return rows_of(users, user), rows_of(items, item)
 
-# %% ../nbs/08_benchmarks.ipynb #f6676e2d
+# %% ../nbs/08_benchmarks.ipynb #5cc2a026
 def repeat(step, times: int = 3):
     "Call `step` `times` times; returns it."
     for _ in range(times):
@@ -424,7 +422,7 @@ def training_update(loss_of, optimiser, batch: tuple) -> None:
     loss.backward()
     optimiser.step()
 
-# %% ../nbs/08_benchmarks.ipynb #f7283cfc
+# %% ../nbs/08_benchmarks.ipynb #33da187a
 def as_cuda_graph(step):
     "Record `step` as a CUDA graph, after three warm-up steps on a stream of their own; returns its replay."
     side = torch.cuda.Stream()
@@ -437,7 +435,7 @@ def as_cuda_graph(step):
         step()
     return graph.replay
 
-# %% ../nbs/08_benchmarks.ipynb #c549c6a7
+# %% ../nbs/08_benchmarks.ipynb #621e8b19
 def kernels_per_step(step, times: int = 5) -> tuple[float, float]:
     "Kernels per step, and the seconds per step in which the GPU works on them."
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -446,7 +444,7 @@ def kernels_per_step(step, times: int = 5) -> tuple[float, float]:
     kernels = [e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA]
     return sum(e.count for e in kernels) / times, sum(e.self_device_time_total for e in kernels) / 1e6 / times
 
-# %% ../nbs/08_benchmarks.ipynb #bb5842b8
+# %% ../nbs/08_benchmarks.ipynb #94ee850b
 VERSIONS = ["the batch's rows", "all rows", "all rows, compiled", "all rows, CUDA graph"]  # the last on a GPU only
 
 
@@ -462,7 +460,7 @@ def freedom_and_batch(version: str, users: int, items: int, pairs: int, device: 
     freedom.train().start_epoch()
     return freedom, batch
 
-# %% ../nbs/08_benchmarks.ipynb #0ea659fe
+# %% ../nbs/08_benchmarks.ipynb #7e4d4146
 def training_step(version: str, users: int, items: int, pairs: int, device: str = "auto") -> dict:
     "Milliseconds of a training step of FREEDOM in one of `VERSIONS`, its loss after 23 steps and, on a GPU, its kernels."
     device = pick_device(device)
@@ -482,7 +480,7 @@ def training_step(version: str, users: int, items: int, pairs: int, device: str 
         row["GPU at work"] = 1e3 * at_work / row["ms per step"]
     return row | {"device": device_name(device)}
 
-# %% ../nbs/08_benchmarks.ipynb #d5e0ba5e
+# %% ../nbs/08_benchmarks.ipynb #eb235d6b
 def draw_grouped_features(n_items: int, dim: int) -> torch.Tensor:
     "Features (I, d) in groups of about 50 items that are near to each other."
     centres, group = torch.randn(n_items // 50, dim), torch.randint(n_items // 50, (n_items,))
@@ -491,7 +489,7 @@ def draw_grouped_features(n_items: int, dim: int) -> torch.Tensor:
         features[part] = centres[group[part]] + 0.5 * torch.randn(len(part), dim)
     return features
 
-# %% ../nbs/08_benchmarks.ipynb #b46bf405
+# %% ../nbs/08_benchmarks.ipynb #07ca6c1c
 def item_graph_recall(item_graph, features: torch.Tensor, k: int, n_asked: int = 500) -> float:
     "The share of the exact `k` nearest items, of `n_asked` random ones, that an item graph of `k` neighbours has."
     asked, unit = torch.randperm(len(features))[:n_asked], F.normalize(features, dim=1)
@@ -499,7 +497,7 @@ def item_graph_recall(item_graph, features: torch.Tensor, k: int, n_asked: int =
     found = item_graph.csr.col_indices().view(len(features), -1)[asked]
     return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(exact.cpu().numpy(), found.cpu().numpy())]))
 
-# %% ../nbs/08_benchmarks.ipynb #be468471
+# %% ../nbs/08_benchmarks.ipynb #962c9d0b
 def timed_steps(watch: Stopwatch, backbone: nn.Module, sampler: TripleSampler, batch_sizes: list[int]) -> None:
     "Time the start of an epoch, and a training step for each batch size."
     optimiser = torch.optim.Adam(backbone.parameters(), 1e-3, fused=True)
@@ -510,7 +508,7 @@ def timed_steps(watch: Stopwatch, backbone: nn.Module, sampler: TripleSampler, b
         step(watch(f"triples of an epoch, batch {size}", next, batches))
         watch(f"step, batch {size}", lambda: step(next(batches)), times=3)  # noqa: B023, called at once
 
-# %% ../nbs/08_benchmarks.ipynb #d343a537
+# %% ../nbs/08_benchmarks.ipynb #2e6b3564
 def timed_ranking(watch: Stopwatch, backbone: nn.Module, masked: Pairs) -> None:
     "Time the embeddings for evaluation, and ranking all items for 2,048 users."
     with torch.no_grad():
@@ -518,7 +516,7 @@ def timed_ranking(watch: Stopwatch, backbone: nn.Module, masked: Pairs) -> None:
     users = torch.arange(min(2048, backbone.n_users), device=watch.device)
     watch("ranking 2,048 users", lambda: rank_items(*tables, users, masked), times=3)
 
-# %% ../nbs/08_benchmarks.ipynb #c1f113a8
+# %% ../nbs/08_benchmarks.ipynb #224cfb31
 def timed_exact_neighbours(watch: Stopwatch, features: torch.Tensor, k: int) -> None:
     "Time the exact neighbours of 1,024 items; the memory that this takes shows in no other row."
     unit = F.normalize(features, dim=1)
@@ -526,7 +524,7 @@ def timed_exact_neighbours(watch: Stopwatch, features: torch.Tensor, k: int) -> 
     watch("exact neighbours of 1,024 items", lambda: [
         torch.mm(rows, unit.T, out=space[: len(rows)]).topk(k) for rows in unit[:1024].split(256)])
 
-# %% ../nbs/08_benchmarks.ipynb #92541ab8
+# %% ../nbs/08_benchmarks.ipynb #28f113ec
 def large_steps(
     backbone: str,
     users: int, items: int, pairs: int,  # the size of the data set to draw
@@ -556,7 +554,7 @@ def large_steps(
         timed_exact_neighbours(watch, features["text"], knn_k)
     return [row | {"pairs": len(pair), "backbone": backbone} for row in watch.rows]
 
-# %% ../nbs/08_benchmarks.ipynb #261d6269
+# %% ../nbs/08_benchmarks.ipynb #9c70cc4e
 def alternate(
     versions: dict,  # {name: function that returns seconds}
     times: int = 7,  # turns
@@ -568,7 +566,7 @@ def alternate(
     names = list(versions)
     return [{name: versions[name]() for name in names[:: 1 if turn % 2 else -1]} for turn in range(times)]
 
-# %% ../nbs/08_benchmarks.ipynb #61e8ddfd
+# %% ../nbs/08_benchmarks.ipynb #dad00c6f
 def seconds_of(run, device: torch.device) -> float:
     "Seconds of one call: of the clock on a GPU; on a CPU of the process, on one core, which other programs change little."
     if device.type == "cpu":
@@ -579,19 +577,19 @@ def seconds_of(run, device: torch.device) -> float:
     synchronize(device)
     return clock() - start
 
-# %% ../nbs/08_benchmarks.ipynb #1f8fc0cb
+# %% ../nbs/08_benchmarks.ipynb #f7283c1d
 def clever_row(what: str, size: str, turns: list[dict]) -> dict:
     "A row of the stored table from turns {plain, clever}: medians of seconds, and how many times as long plain takes."
     median = pd.DataFrame(turns).median()
     return {"what": what, "size": size, "plain seconds": median.plain, "clever seconds": median.clever,
             "ratio": median.plain / median.clever, "turns": len(turns)}
 
-# %% ../nbs/08_benchmarks.ipynb #25babe19
+# %% ../nbs/08_benchmarks.ipynb #589b49d0
 def interactions_of(dataset: str | None = None, **size) -> Interactions:
     "Those of a data set by name or folder, else drawn ones of `size` (users, items, pairs)."
     return load_data(dataset).inter if dataset else draw_interactions(**size)
 
-# %% ../nbs/08_benchmarks.ipynb #f9f81f31
+# %% ../nbs/08_benchmarks.ipynb #5a5f8ed9
 def epoch_of(backbone: nn.Module, batch_size: int = 2048):
     "A function that trains `backbone` for an epoch, the same batches each time."
     optimiser = torch.optim.Adam(backbone.parameters(), 1e-3, fused=True)
@@ -603,7 +601,7 @@ def epoch_of(backbone: nn.Module, batch_size: int = 2048):
 
     return epoch
 
-# %% ../nbs/08_benchmarks.ipynb #347e2495
+# %% ../nbs/08_benchmarks.ipynb #630a6b0b
 def plain_propagate(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_layers: int) -> tuple:
     "Mean of `n_layers` + 1 layers of propagation (LightGCN, Eq. 4), layer by layer: (U, d), (I, d)."
     users, items = [user_emb], [item_emb]
@@ -612,7 +610,7 @@ def plain_propagate(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_lay
         users.append(user), items.append(item)
     return torch.stack(users).mean(0), torch.stack(items).mean(0)
 
-# %% ../nbs/08_benchmarks.ipynb #11e58bd7
+# %% ../nbs/08_benchmarks.ipynb #22e94003
 def compare_horner(size: dict, times: int = 7, d: int = 64, n_layers: int = 3, device: str = "auto") -> list[dict]:
     "Three layers of propagation, forward and backward: layer by layer against `propagate`."
     device, inter = pick_device(device), interactions_of(**size)
@@ -626,7 +624,7 @@ def compare_horner(size: dict, times: int = 7, d: int = 64, n_layers: int = 3, d
     return alternate({name: partial(seconds_of, partial(run, function), device) for name, function in
                       {"plain": plain_propagate, "clever": propagate}.items()}, times)
 
-# %% ../nbs/08_benchmarks.ipynb #383412dc
+# %% ../nbs/08_benchmarks.ipynb #5681b065
 def compare_rows(size: dict, times: int = 7, dim: int = 512, device: str = "auto") -> list[dict]:
     "A training epoch of FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, inter = pick_device(device), interactions_of(**size)
@@ -635,7 +633,7 @@ def compare_rows(size: dict, times: int = 7, dim: int = 512, device: str = "auto
     epochs = {name: epoch_of(drawn_backbone(cls, inter, features, device)) for name, cls in models.items()}
     return alternate({name: partial(seconds_of, epoch, device) for name, epoch in epochs.items()}, times)
 
-# %% ../nbs/08_benchmarks.ipynb #bd88c6af
+# %% ../nbs/08_benchmarks.ipynb #c60d466f
 class AllRowsLightGCN(LightGCN):
     "LightGCN that propagates for all users and items in each step, then takes the batch's rows."
 
@@ -643,13 +641,13 @@ class AllRowsLightGCN(LightGCN):
         users, items = super().id_path()
         return rows_of(users, user), rows_of(items, item)
 
-# %% ../nbs/08_benchmarks.ipynb #9b6bcad2
+# %% ../nbs/08_benchmarks.ipynb #9daf1c93
 def random_item_graph(n_items: int, k: int, device: torch.device) -> Graph:
     "An item graph (I, I) of `k` random neighbours per item, each with the weight 1 / k."
     row = torch.arange(n_items, device=device).repeat_interleave(k)
     return Graph(row, torch.randint_like(row, n_items), torch.full(row.shape, 1 / k, device=device), (n_items, n_items))
 
-# %% ../nbs/08_benchmarks.ipynb #b7be7af0
+# %% ../nbs/08_benchmarks.ipynb #6b1c70c0
 def compare_step(size: dict, backbone: str, times: int = 5, batch_size: int = 2048, device: str = "auto") -> list[dict]:
     "A training step of LightGCN or FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, n = pick_device(device), (size["users"], size["items"])
@@ -667,7 +665,7 @@ def compare_step(size: dict, backbone: str, times: int = 5, batch_size: int = 20
     classes = {"plain": {"lightgcn": AllRowsLightGCN, "freedom": AllRowsFREEDOM}[backbone], "clever": BACKBONES[backbone]}
     return alternate({name: partial(seconds_of, step_of(cls), device) for name, cls in classes.items()}, times)
 
-# %% ../nbs/08_benchmarks.ipynb #d6f576d3
+# %% ../nbs/08_benchmarks.ipynb #5c5c4db2
 def plain_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     "The `k` highest of each row of `scores` (B, I) as item numbers (B, k), ties by the lower number."
     values, items = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more shows whether a tie was cut
@@ -676,7 +674,7 @@ def plain_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     items[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return items
 
-# %% ../nbs/08_benchmarks.ipynb #29ceec0b
+# %% ../nbs/08_benchmarks.ipynb #eaa38c76
 def compare_topk(size: dict, times: int = 7, d: int = 64, device: str = "auto") -> list[dict]:
     "Ranking all items for all users: the best 50 by `plain_topk` against `stable_topk`."
     device, inter = pick_device(device), interactions_of(**size)
@@ -690,23 +688,14 @@ def compare_topk(size: dict, times: int = 7, d: int = 64, device: str = "auto") 
 
     return alternate({"plain": partial(seconds, plain_topk), "clever": partial(seconds, stable_topk)}, times)
 
-# %% ../nbs/08_benchmarks.ipynb #a41c3e11
-def keep_freed_memory() -> None:
-    "Have the C library (glibc; elsewhere nothing happens) keep the memory that this process frees."
-    trim_threshold, mmap_max = -1, -4  # names of <malloc.h>
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-# %% ../nbs/08_benchmarks.ipynb #779a6b0a
-def freedom_seconds(size: dict, keep: bool, epochs: int = 1, dim: int = 512, device: str = "auto") -> float:
-    "Median seconds of an epoch of FREEDOM with its validation, after one that warms up."
+# %% ../nbs/08_benchmarks.ipynb #0d997130
+def epoch_seconds(size: dict, keep: bool, backbone: str, epochs: int = 1, dim: int = 512, device: str = "auto") -> float:
+    "Median seconds of an epoch of a backbone with its validation, after one that warms up."
     device, inter = pick_device(device), interactions_of(**size)
     if keep:
         keep_freed_memory()
     features = draw_features(inter.n_items, {"image": dim, "text": dim}, device)
-    model, evaluator = drawn_backbone("freedom", inter, features, device), Evaluator(inter, device)
+    model, evaluator = drawn_backbone(backbone, inter, features, device), Evaluator(inter, device)
     epoch = epoch_of(model)
 
     def run():
@@ -716,8 +705,10 @@ def freedom_seconds(size: dict, keep: bool, epochs: int = 1, dim: int = 512, dev
     seconds = [seconds_of(run, device) for _ in range(epochs + 1)]
     return float(np.median(seconds[1:]))
 
-# %% ../nbs/08_benchmarks.ipynb #2ca7fcc7
-def compare_kept(size: dict, times: int = 5, epochs: int = 1, dim: int = 512, device: str = "auto") -> list[dict]:
-    "An epoch of FREEDOM with its validation: as the C library has it, against `keep_freed_memory`; a process per turn."
-    run = partial(measure_fresh, "freedom_seconds", size=size, epochs=epochs, dim=dim, device=device)
+# %% ../nbs/08_benchmarks.ipynb #9c9bf684
+def compare_kept(
+    size: dict, times: int = 5, backbone: str = "freedom", epochs: int = 1, dim: int = 512, device: str = "auto"
+) -> list[dict]:
+    "An epoch with its validation: as the C library has it, against `keep_freed_memory`; a process per turn."
+    run = partial(measure_fresh, "epoch_seconds", size=size, backbone=backbone, epochs=epochs, dim=dim, device=device)
     return alternate({"plain": partial(run, keep=False), "clever": partial(run, keep=True)}, times, warm_up=False)

@@ -23,8 +23,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .data import (INTERPOLATIONS, RESIZE_MODES, DataError, RecData, cache_dir, find_path, fingerprint, image_map,
-                         progress, repo_root, search_places, write_atomically)
+from ptmrec.data import (
+    INTERPOLATIONS,
+    RESIZE_MODES,
+    DataError,
+    RecData,
+    cache_dir,
+    find_path,
+    fingerprint,
+    image_map,
+    progress,
+    repo_root,
+    search_places,
+    write_atomically,
+)
 from .distributed import barrier, broadcast, main_first, rank, split_work, world_size
 from .settings import SettingError, did_you_mean
 

@@ -15,8 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip_prompting import (ItemEncoder, embed_text, image_features, image_tower, run_blocks, text_features,
-                                   text_module, text_tower)
+from ptmrec.clip_prompting import (
+    ItemEncoder,
+    embed_text,
+    image_features,
+    image_tower,
+    run_blocks,
+    text_features,
+    text_module,
+    text_tower,
+)
 from .data import DataError, cache_dir
 
 # %% ../nbs/01b_prefix.ipynb #f9fc3d64

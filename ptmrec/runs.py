@@ -8,10 +8,11 @@ __all__ = ['PACKAGE', 'NO_EFFECT', 'set_seed', 'pick_device', 'WithoutRemarks', 
            'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs',
            'per_user_values', 'compare', 'option_parser', 'command_line']
 
-# %% ../nbs/03c_runs.ipynb #703ab40e
+# %% ../nbs/03c_runs.ipynb #44781ce1
 import argparse
 import ast
 import functools
+import html
 import importlib.metadata
 import inspect
 import json
@@ -103,9 +104,9 @@ def definitions(module: str) -> tuple[dict, dict]:
             imported |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
     return defined, imported
 
-# %% ../nbs/03c_runs.ipynb #6f60cb4d
+# %% ../nbs/03c_runs.ipynb #5422cbcc
 NO_EFFECT = {"data.progress", "training.Progress", "training.Stopped", "training.how_it_ended", "training.best_so_far",
-             "training.what_is_kept"}  # they show or say something; and the room of settings, whose values are parameters
+             "training.what_is_kept", "training.keep_freed_memory"}  # nor has the room of settings: its values are parameters
 
 
 def code_of(*roots: str) -> dict[str, str]:
@@ -210,7 +211,7 @@ def load_parameters(module: torch.nn.Module, weights: dict, source: str) -> None
         for name, q in mine.items():
             q.copy_(weights[name])
 
-# %% ../nbs/03c_runs.ipynb #26cf9f8c
+# %% ../nbs/03c_runs.ipynb #1b34c863
 class Run(RunFolder):
     """One run: `about` is the content of its run.json. `folder` is where it is written, `target` where it belongs.
 
@@ -255,6 +256,15 @@ class Run(RunFolder):
         names = " + ".join(str(self.params[k]) for k in ("backbone", "tuning") if k in self.params)
         return (f"Run({self.about['experiment']} on {self.about['dataset']}, {names or 'no backbone'}, seed "
                 f"{self.params.get('seed')}: {self.state}, {self.folder})")
+
+    def _repr_html_(self):
+        if not self.finished:
+            return f"<p>{html.escape(repr(self))}</p>"
+        metrics = self.metrics()
+        variants = {"": metrics} if "test" in metrics else metrics
+        shown = [m for m in ("recall@10", "recall@20", "ndcg@10", "ndcg@20") if m in next(iter(variants.values()))["test"]]
+        table = pd.DataFrame({f"test {m}": {v: each["test"][m] for v, each in variants.items()} for m in shown})
+        return f"<p>{html.escape(repr(self))}</p>" + table.to_html(float_format="{:.4f}".format)
 
 # %% ../nbs/03c_runs.ipynb #2a785991
 def new_run(

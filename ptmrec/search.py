@@ -6,7 +6,7 @@
 __all__ = ['check_grid', 'cells', 'attempt', 'exit_with_parent', 'attempt_elsewhere', 'finished_trials', 'run_all', 'trial_table',
            'search', 'plot_search']
 
-# %% ../nbs/04b_search.ipynb #4e37bf97
+# %% ../nbs/04b_search.ipynb #733d0bc3
 import functools
 import itertools
 import math
@@ -23,7 +23,7 @@ from .backbones import BACKBONES, grid_of
 from .data import progress
 from .runs import Run, new_run
 from .settings import SettingError, check_settings, did_you_mean, resolve
-from .stage1 import TrainingSettings, label, load_inputs, one_per_seed, run_stage1, stage1_run, train_stage1
+from .stage1 import TrainingSettings, find_stage1_run, label, load_inputs, one_per_seed, run_stage1, train_stage1
 
 # %% ../nbs/04b_search.ipynb #6e0d9c4d
 def check_grid(backbone: str, grid: dict) -> None:
@@ -90,7 +90,7 @@ def finished_trials(runs: dict, trials: list, inputs, processes: int, test: bool
         yield from Parallel(return_as="generator_unordered")(
             delayed(attempt_elsewhere)(n, BACKBONES[trials[n].backbone], runs[n], trials[n], test) for n in left)
 
-# %% ../nbs/04b_search.ipynb #a218c1de
+# %% ../nbs/04b_search.ipynb #95d31b16
 def run_all(trials: list, names: list, inputs, processes: int, test: bool, title: str, after_each=lambda runs: None) -> dict:
     """Run all `trials` (settings); returns {number: run}. `after_each` gets the runs that are done, each time one is.
 
@@ -98,7 +98,7 @@ def run_all(trials: list, names: list, inputs, processes: int, test: bool, title
     failed, with their values of the settings `names`.
     """
     done, failed = {}, {}
-    runs = {n: stage1_run(settings, inputs) for n, settings in enumerate(trials)}
+    runs = {n: find_stage1_run(settings, inputs) for n, settings in enumerate(trials)}
     results = finished_trials(runs, trials, inputs, processes, test)
     for n, result in progress(results, total=len(trials), desc=title, unit="run"):
         if isinstance(result, Run):

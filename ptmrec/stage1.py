@@ -7,10 +7,10 @@ __all__ = ['SAMPLE', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'EncoderSettings',
            'Stage1Settings', 'locate_dataset', 'fetch_dataset', 'run_stage1', 'one_per_seed', 'Inputs', 'load_inputs',
            'build_backbone', 'new_backbone', 'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought',
            'train_backbone', 'train_with', 'train_one_epoch', 'validate', 'check_fit', 'stage1_parameters',
-           'stage1_code', 'stage1_run', 'run_arguments', 'train_stage1', 'score_stage1', 'save_embeddings',
+           'stage1_code', 'find_stage1_run', 'run_arguments', 'train_stage1', 'score_stage1', 'save_embeddings',
            'load_backbone', 'metrics_table', 'plot_history']
 
-# %% ../nbs/04_stage1.ipynb #9526dafe
+# %% ../nbs/04_stage1.ipynb #4d4b6bd6
 import time
 import warnings
 from dataclasses import dataclass
@@ -26,10 +26,19 @@ from .clip_prompting import Clip, frozen_features, load_clip
 from .data import SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
 from .distributed import init_distributed, main_first
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
-from .runs import (Run, code_of, load_parameters, new_run, own_code, pick_device, recommendation_table, runs_to_do,
-                         set_seed)
+from ptmrec.runs import (
+    Run,
+    code_of,
+    load_parameters,
+    new_run,
+    own_code,
+    pick_device,
+    recommendation_table,
+    runs_to_do,
+    set_seed,
+)
 from .settings import Settings, experiment, setting
-from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler
+from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, keep_freed_memory
 
 # %% ../nbs/04_stage1.ipynb #e28b9345
 class DataSettings(Settings):
@@ -96,7 +105,7 @@ def fetch_dataset(settings):
     with main_first():
         return find_or_prepare(settings.dataset)
 
-# %% ../nbs/04_stage1.ipynb #f89651d9
+# %% ../nbs/04_stage1.ipynb #982062a8
 @experiment(Stage1Settings, {"backbone": BACKBONES}, locate_dataset, fetch_dataset)
 def run_stage1(settings) -> list[Run]:
     """Stage 1: train a backbone on frozen features, for each seed; returns the finished runs.
@@ -105,7 +114,7 @@ def run_stage1(settings) -> list[Run]:
     setting, before anything is loaded, and `DataError` for data that cannot be used.
     """
     inputs = load_inputs(settings)
-    runs = [stage1_run(seed, inputs) for seed in one_per_seed(settings)]
+    runs = [find_stage1_run(seed, inputs) for seed in one_per_seed(settings)]
     for run in runs_to_do(runs, settings.rerun):
         train_stage1(run, settings.replace(seed=run.params["seed"]), inputs)
     return runs
@@ -251,9 +260,10 @@ def train_backbone(
         callbacks.append(Checkpoint(checkpoint))
     return Loop(backbone, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
 
-# %% ../nbs/04_stage1.ipynb #32800052
+# %% ../nbs/04_stage1.ipynb #122bab19
 def train_with(settings, backbone, evaluator: Evaluator, name: str, checkpoint) -> pd.DataFrame:
-    "`train_backbone` with resolved settings."
+    "`train_backbone` with resolved settings; freed memory is kept, since this process goes on with work of the kind."
+    keep_freed_memory()
     return train_backbone(backbone, evaluator, settings.lr, settings.batch_size, settings.epochs, settings.patience,
                           settings.metric, f"{name}, seed {settings.seed}", checkpoint)
 
@@ -290,7 +300,7 @@ def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = 
                       "batch_size.")
     return report
 
-# %% ../nbs/04_stage1.ipynb #bf9f8cca
+# %% ../nbs/04_stage1.ipynb #de752fc1
 STAGE1_CODE = ("stage1.train_with", "stage1.new_backbone", "stage1.evaluate", "stage1.make_evaluator", "runs.set_seed",
                "clip_prompting.frozen_features")
 
@@ -310,7 +320,7 @@ def stage1_code(settings) -> dict[str, str]:
     return code
 
 
-def stage1_run(settings, inputs: Inputs) -> Run:
+def find_stage1_run(settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = stage1_parameters(settings) | {"device": inputs.device.type}
     return new_run("stage1", inputs.data.name, params, inputs.data.fingerprint(),

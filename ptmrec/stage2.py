@@ -7,11 +7,11 @@ __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_N
            'Stage2TrainingSettings', 'Stage2Settings', 'check_stage2', 'run_stage2', 'item_batches',
            'interaction_batches', 'make_batches', 'teacher', 'Stage2', 'transfer_terms', 'with_features',
            'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned', 'tune', 'variants',
-           'joint_settings', 'parameter_table', 'attach_tuning', 'stage2_run', 'make_encoder', 'check_encoder',
+           'joint_settings', 'parameter_table', 'attach_tuning', 'find_stage2_run', 'make_encoder', 'check_encoder',
            'stage1_of', 'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep', 'score_variants',
            'projections_alone', 'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
 
-# %% ../nbs/05_stage2.ipynb #56cf10b4
+# %% ../nbs/05_stage2.ipynb #c9f04b00
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -24,20 +24,69 @@ from torch import nn
 from .backbones import BACKBONES
 from .clip_prompting import ENCODE_BATCH, PRECISIONS, ItemEncoder
 from .data import DataError
-from .distributed import (all_reduce, barrier, broadcast, main_first, my_share, rank, split_work, sum_gradients,
-                                world_size)
+from ptmrec.distributed import (
+    all_reduce,
+    barrier,
+    broadcast,
+    main_first,
+    my_share,
+    rank,
+    split_work,
+    sum_gradients,
+    world_size,
+)
 from .losses import SIMILARITIES, kt_loss
 from .memory import encode_in_parts, fit_memory, free_bytes, memory_need
 from .peft import TUNINGS, attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs
-from .runs import (Run, best_variant, code_of, command_line, compare, new_run, own_code, per_user_values,
-                         recommendation_table, runs_to_do, set_seed)
+from ptmrec.runs import (
+    Run,
+    best_variant,
+    code_of,
+    command_line,
+    compare,
+    new_run,
+    own_code,
+    per_user_values,
+    recommendation_table,
+    runs_to_do,
+    set_seed,
+)
 from .settings import SettingError, Settings, experiment, setting
-from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
-                           locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
-                           run_arguments, save_embeddings, stage1_code, stage1_run, train_stage1, train_with, validate)
-from .training import Callback, Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features
+from ptmrec.stage1 import (
+    Inputs,
+    Stage1Settings,
+    evaluate,
+    fetch_dataset,
+    find_stage1_run,
+    label,
+    load_backbone,
+    load_inputs,
+    locate_dataset,
+    make_evaluator,
+    mean_metrics,
+    metrics_table,
+    new_backbone,
+    one_per_seed,
+    run_arguments,
+    save_embeddings,
+    stage1_code,
+    train_stage1,
+    train_with,
+    validate,
+)
+from ptmrec.training import (
+    Callback,
+    Checkpoint,
+    Health,
+    KeepBest,
+    Loop,
+    Progress,
+    TripleSampler,
+    check_features,
+    keep_freed_memory,
+)
 
 # %% ../nbs/05_stage2.ipynb #ddb05c45
 SOURCES = ("id", "output")
@@ -88,7 +137,7 @@ def check_stage2(settings) -> None:
     if settings.training == "two_stage" and not settings.kt_weight and not settings.task_weight:
         raise SettingError("kt_weight=0 and task_weight=0 leave no loss to train by. Set one of them above 0.")
 
-# %% ../nbs/05_stage2.ipynb #ace4922c
+# %% ../nbs/05_stage2.ipynb #37a157fa
 @experiment(Stage2Settings, {"backbone": BACKBONES, "tuning": TUNINGS}, locate_dataset, fetch_dataset, check_stage2)
 def run_stage2(settings) -> list[Run]:
     """Both stages, for each seed; returns the finished runs of Stage 2.
@@ -99,7 +148,7 @@ def run_stage2(settings) -> list[Run]:
     settings = joint_settings(settings) if settings.training == "joint" else settings
     inputs = load_inputs(settings)
     check_encoder(settings, inputs)
-    runs = [stage2_run(seed, inputs) for seed in one_per_seed(settings)]
+    runs = [find_stage2_run(seed, inputs) for seed in one_per_seed(settings)]
     for run in runs_to_do(runs, settings.rerun):
         train_stage2(run, settings.replace(seed=run.params["seed"]), inputs)
     return runs
@@ -335,13 +384,13 @@ def attach_tuning(settings, encoder: ItemEncoder):
     "Attach the tuning of resolved settings to the towers of `encoder`; returns the `Tuning`."
     return attach(encoder.clip, settings.tuning, encoder.modalities, **settings.components["tuning"])
 
-# %% ../nbs/05_stage2.ipynb #acf679f1
+# %% ../nbs/05_stage2.ipynb #5901daab
 STAGE2_CODE = ("stage2.new_model", "stage2.tune_with", "stage2.variants", "stage2.make_encoder")
 
 
-def stage2_run(settings, inputs: Inputs) -> Run:
+def find_stage2_run(settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
-    params = settings.key_parameters | {"device": inputs.device.type, "stage1": stage1_run(settings, inputs).key}
+    params = settings.key_parameters | {"device": inputs.device.type, "stage1": find_stage1_run(settings, inputs).key}
     code = stage1_code(settings) | code_of(*STAGE2_CODE)
     for method in tuning_methods(settings.tuning):
         code |= own_code(method)
@@ -369,11 +418,11 @@ def check_encoder(settings, inputs: Inputs) -> None:
     with encoder.tuning:
         encoder(torch.tensor([0]))
 
-# %% ../nbs/05_stage2.ipynb #79e35fb5
+# %% ../nbs/05_stage2.ipynb #c68b3ca0
 def stage1_of(settings, inputs: Inputs) -> Run:
     "The finished run of Stage 1 with these settings, trained if need be; of several processes, the first trains."
     with main_first():
-        run = stage1_run(settings, inputs)
+        run = find_stage1_run(settings, inputs)
         return run if run.finished else train_stage1(run.begin(), settings, inputs)
 
 
@@ -405,7 +454,7 @@ def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1):
         user, pos = next(iter(make_batches(batch_by, backbone.user.cpu(), backbone.item.cpu(), batch_size)))
         return memory_need(model, *(x.to(backbone.user.device) for x in (user, pos)), accumulate)
 
-# %% ../nbs/05_stage2.ipynb #7ef4e69a
+# %% ../nbs/05_stage2.ipynb #448b4257
 def new_model(settings, backbone, encoder: ItemEncoder) -> Stage2:
     "The `Stage2` model of resolved settings."
     micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
@@ -415,6 +464,7 @@ def new_model(settings, backbone, encoder: ItemEncoder) -> Stage2:
 
 def tune_with(settings, model: Stage2, evaluator: Evaluator, checkpoint) -> pd.DataFrame:
     "`tune` with resolved settings; joint training ends with Stage 1's patience."
+    keep_freed_memory(limit=2**25)
     patience = max(1, settings.patience // settings.validate_every) if settings.training == "joint" else None
     return tune(model, evaluator, settings.project_lr, settings.batch_by, settings.stage2_batch_size, settings.accumulate,
                 settings.stage2_epochs, settings.validate_every, patience, settings.feature_space,
