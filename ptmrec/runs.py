@@ -104,9 +104,9 @@ def definitions(module: str) -> tuple[dict, dict]:
             imported |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
     return defined, imported
 
-# %% ../nbs/03c_runs.ipynb #5422cbcc
+# %% ../nbs/03c_runs.ipynb #be752cc8
 NO_EFFECT = {"data.progress", "training.Progress", "training.Stopped", "training.how_it_ended", "training.best_so_far",
-             "training.what_is_kept", "training.keep_freed_memory"}  # nor has the room of settings: its values are parameters
+             "training.what_is_kept", "training.keep_freed_memory"}  # nor have settings: their values are parameters
 
 
 def code_of(*roots: str) -> dict[str, str]:
