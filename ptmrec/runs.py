@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'NO_EFFECT', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
-           'own_code', 'read_json', 'RunFolder', 'load_parameters', 'Run', 'new_run', 'why_new', 'runs_to_do',
-           'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs',
+           'own_code', 'read_json', 'shown_path', 'RunFolder', 'load_parameters', 'Run', 'new_run', 'why_new',
+           'runs_to_do', 'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs',
            'per_user_values', 'compare', 'option_parser', 'command_line']
 
-# %% ../nbs/03c_runs.ipynb #44781ce1
+# %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
 import ast
 import functools
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
-from .data import DataError, fingerprint, load_data, load_image, runs_dir, write_atomically
+from .data import DataError, fingerprint, load_data, load_image, repo_root, runs_dir, write_atomically
 from .distributed import broadcast, rank
 from .peft import attach
 from .ranking import Evaluator, paired_test, rank_items
@@ -162,13 +162,18 @@ def _own_hash(function):
     except (OSError, SyntaxError):  # typed into a shell: as good as new in another process
         return f"{os.getpid()}-{id(function)}"
 
-# %% ../nbs/03c_runs.ipynb #df0b04e4
+# %% ../nbs/03c_runs.ipynb #44c83a08
 def read_json(path: Path) -> dict:
     "Content of a JSON file; raises `DataError` that names the file if it is damaged."
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}. Delete the folder {path.parent} to make the run anew.") from None
+
+
+def shown_path(path: Path) -> str:
+    "A path as people read it: from the repository's root if it lies there, else in full."
+    return str(path.relative_to(repo_root()) if path.is_relative_to(repo_root()) else path)
 
 
 class RunFolder:
@@ -211,7 +216,7 @@ def load_parameters(module: torch.nn.Module, weights: dict, source: str) -> None
         for name, q in mine.items():
             q.copy_(weights[name])
 
-# %% ../nbs/03c_runs.ipynb #1b34c863
+# %% ../nbs/03c_runs.ipynb #893ba558
 class Run(RunFolder):
     """One run: `about` is the content of its run.json. `folder` is where it is written, `target` where it belongs.
 
@@ -255,7 +260,7 @@ class Run(RunFolder):
     def __repr__(self):
         names = " + ".join(str(self.params[k]) for k in ("backbone", "tuning") if k in self.params)
         return (f"Run({self.about['experiment']} on {self.about['dataset']}, {names or 'no backbone'}, seed "
-                f"{self.params.get('seed')}: {self.state}, {self.folder})")
+                f"{self.params.get('seed')}: {self.state}, {shown_path(self.folder)})")
 
     def _repr_html_(self):
         if not self.finished:

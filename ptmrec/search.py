@@ -23,7 +23,7 @@ from .backbones import BACKBONES, grid_of
 from .data import progress
 from .runs import Run, new_run
 from .settings import SettingError, check_settings, did_you_mean, resolve
-from .stage1 import TrainingSettings, find_stage1_run, label, load_inputs, one_per_seed, run_stage1, train_stage1
+from .stage1 import TrainingSettings, label, load_inputs, one_per_seed, run_stage1, find_stage1_run, train_stage1
 
 # %% ../nbs/04b_search.ipynb #6e0d9c4d
 def check_grid(backbone: str, grid: dict) -> None:

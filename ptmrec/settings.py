@@ -64,13 +64,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]}?" if near else ""
 
-# %% ../nbs/00d_settings.ipynb #48d3da57
+# %% ../nbs/00d_settings.ipynb #5a964924
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", types.NoneType: "None"}
 LIMIT_NAMES = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def allowed_values(field) -> str:
     "Values that a field allows, in words: `a whole number at least 1 or None`."
+    choices = field.json_schema_extra["choices"]
+    if choices and not callable(choices) and not field.json_schema_extra["joined"]:
+        return f"one of {', '.join(choices)}" + " or None" * (types.NoneType in typing.get_args(field.annotation))
     union = typing.get_origin(field.annotation) in (types.UnionType, typing.Union)
     options = typing.get_args(field.annotation) if union else [field.annotation]
     return " or ".join(_in_words(option, field.metadata) for option in options)

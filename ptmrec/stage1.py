@@ -26,17 +26,8 @@ from .clip_prompting import Clip, frozen_features, load_clip
 from .data import SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
 from .distributed import init_distributed, main_first
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
-from ptmrec.runs import (
-    Run,
-    code_of,
-    load_parameters,
-    new_run,
-    own_code,
-    pick_device,
-    recommendation_table,
-    runs_to_do,
-    set_seed,
-)
+from .runs import (Run, code_of, load_parameters, new_run, own_code, pick_device, recommendation_table, runs_to_do,
+                         set_seed)
 from .settings import Settings, experiment, setting
 from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, keep_freed_memory
 

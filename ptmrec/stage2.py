@@ -11,7 +11,7 @@ __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_N
            'stage1_of', 'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep', 'score_variants',
            'projections_alone', 'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
 
-# %% ../nbs/05_stage2.ipynb #c9f04b00
+# %% ../nbs/05_stage2.ipynb #eef3898d
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -24,69 +24,21 @@ from torch import nn
 from .backbones import BACKBONES
 from .clip_prompting import ENCODE_BATCH, PRECISIONS, ItemEncoder
 from .data import DataError
-from ptmrec.distributed import (
-    all_reduce,
-    barrier,
-    broadcast,
-    main_first,
-    my_share,
-    rank,
-    split_work,
-    sum_gradients,
-    world_size,
-)
+from .distributed import (all_reduce, barrier, broadcast, main_first, my_share, rank, split_work, sum_gradients,
+                                world_size)
 from .losses import SIMILARITIES, kt_loss
 from .memory import encode_in_parts, fit_memory, free_bytes, memory_need
 from .peft import TUNINGS, attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs
-from ptmrec.runs import (
-    Run,
-    best_variant,
-    code_of,
-    command_line,
-    compare,
-    new_run,
-    own_code,
-    per_user_values,
-    recommendation_table,
-    runs_to_do,
-    set_seed,
-)
+from .runs import (Run, best_variant, code_of, command_line, compare, new_run, own_code, per_user_values,
+                         recommendation_table, runs_to_do, set_seed, shown_path)
 from .settings import SettingError, Settings, experiment, setting
-from ptmrec.stage1 import (
-    Inputs,
-    Stage1Settings,
-    evaluate,
-    fetch_dataset,
-    find_stage1_run,
-    label,
-    load_backbone,
-    load_inputs,
-    locate_dataset,
-    make_evaluator,
-    mean_metrics,
-    metrics_table,
-    new_backbone,
-    one_per_seed,
-    run_arguments,
-    save_embeddings,
-    stage1_code,
-    train_stage1,
-    train_with,
-    validate,
-)
-from ptmrec.training import (
-    Callback,
-    Checkpoint,
-    Health,
-    KeepBest,
-    Loop,
-    Progress,
-    TripleSampler,
-    check_features,
-    keep_freed_memory,
-)
+from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
+                           locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
+                           run_arguments, save_embeddings, stage1_code, find_stage1_run, train_stage1, train_with, validate)
+from .training import (Callback, Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features,
+                             keep_freed_memory)
 
 # %% ../nbs/05_stage2.ipynb #ddb05c45
 SOURCES = ("id", "output")
@@ -534,7 +486,7 @@ def results_table(runs: list[Run], control: list[Run] = ()) -> pd.DataFrame:
 def _mean_and_spread(values):
     return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
-# %% ../nbs/05_stage2.ipynb #703221b3
+# %% ../nbs/05_stage2.ipynb #68544bdd
 def verdict(runs: list[Run], metric: str = "recall@10", against: list[Run] = ()) -> str:
     "One sentence: the best variant (on validation) on test, against Stage 1 or the best variant of the runs `against`."
     best = best_variant(runs)
@@ -551,7 +503,7 @@ def report(runs: list[Run], control: list[Run] = ()) -> str:
     "Result table, verdicts and folder as text, for a terminal."
     lines = [results_table(runs, control).to_string(), verdict(runs)]
     lines += [verdict(runs, against=control)] if control else []
-    return "\n\n".join([*lines, "\n".join(str(run.folder) for run in runs)])
+    return "\n\n".join([*lines, "\n".join(shown_path(run.folder) for run in runs)])
 
 # %% ../nbs/05_stage2.ipynb #4d03cc00
 def plot_results(runs: list[Run], control: list[Run] = (), metrics=("recall@10", "recall@20", "ndcg@20")):
