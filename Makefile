@@ -1,4 +1,5 @@
 # The commands of README.md. Everything runs in .venv, which is made on first use.
+SHELL   := bash -o pipefail
 PYTHON  ?= python3
 dataset ?= sample
 bin     := .venv/bin
@@ -18,7 +19,7 @@ help:  ## list the targets
 stage2: .venv/installed  ## both stages on dataset=<name or folder>, default sample; shows progress, prints the result
 	@mkdir -p runs
 	$(bin)/papermill nbs/05_stage2.ipynb runs/stage2-$(notdir $(dataset)).ipynb -p dataset $(dataset) \
-	  --stdout-file /dev/stdout --no-progress-bar
+	  --stdout-file /dev/stdout --no-progress-bar | cat
 
 test: .venv/installed lint  ## nbdev_test on every notebook, and pytest on tests/
 	$(bin)/python -m pytest
@@ -27,7 +28,7 @@ lint: .venv/installed  ## ruff on package, notebooks and tests
 	$(bin)/ruff check nbs ptmrec tests .ci
 
 lab: .venv/installed  ## JupyterLab, on the page where to start
-	$(bin)/jupyter lab nbs/index.ipynb --notebook-dir .
+	$(bin)/jupyter lab nbs/index.ipynb --notebook-dir . --config .ci/jupyter_config.py
 
 notebooks: .venv/installed  ## export, run, clean and stage all notebooks, so that stored outputs match the code
 	$(bin)/nbdev_export
@@ -35,7 +36,7 @@ notebooks: .venv/installed  ## export, run, clean and stage all notebooks, so th
 	TQDM_DISABLE=1 $(bin)/jupyter nbconvert --to notebook --execute --inplace nbs/*.ipynb
 	$(bin)/nbdev_clean
 	@mkdir -p nbs/images && cp "$$(ls -t runs/stage2/sample/*/results.png | head -n 1)" nbs/images/stage2_sample.png
-	git -c filter.keep-outputs.clean= add nbs
+	git -c filter.keep-outputs.clean= add --renormalize nbs
 
 sample: .venv/installed  ## draw the sample and pretrain its CLIP again (about ten minutes)
 	$(bin)/python -m ptmrec.sample

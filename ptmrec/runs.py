@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'NO_EFFECT', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
-           'own_code', 'read_json', 'shown_path', 'RunFolder', 'load_parameters', 'Run', 'new_run', 'why_new',
+           'own_code', 'read_json', 'shown_path', 'RunFolder', 'load_parameters', 'Run', 'new_run', 'settle', 'why_new',
            'runs_to_do', 'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs',
            'per_user_values', 'compare', 'option_parser', 'command_line']
 
@@ -85,7 +85,7 @@ def meaning_of(source: str) -> str:
     "Source code without remarks, as text."
     return ast.dump(WithoutRemarks().visit(ast.parse(source)))
 
-# %% ../nbs/03c_runs.ipynb #ae97c02a
+# %% ../nbs/03c_runs.ipynb #77b84abb
 PACKAGE = Path(inspect.getfile(fingerprint)).parent
 
 
@@ -100,13 +100,16 @@ def definitions(module: str) -> tuple[dict, dict]:
         elif isinstance(node, ast.Assign):
             defined |= {name.id: node for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            imported |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or node.module.startswith("ptmrec.")):
+            source = node.module.removeprefix("ptmrec.")
+            imported |= {alias.asname or alias.name: (source, alias.name) for alias in node.names}
     return defined, imported
 
-# %% ../nbs/03c_runs.ipynb #be752cc8
-NO_EFFECT = {"data.progress", "training.Progress", "training.Stopped", "training.how_it_ended", "training.best_so_far",
-             "training.what_is_kept", "training.keep_freed_memory"}  # nor have settings: their values are parameters
+# %% ../nbs/03c_runs.ipynb #27a9d85d
+# these show or keep what was computed; nor do settings count, whose values are parameters
+NO_EFFECT = {"data.progress", "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "runs.Run", "runs.RunFolder",
+             "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far", "training.how_it_ended",
+             "training.keep_freed_memory", "training.what_is_kept"}
 
 
 def code_of(*roots: str) -> dict[str, str]:
@@ -122,7 +125,7 @@ def code_of(*roots: str) -> dict[str, str]:
             left += [(module, used.id) for used in ast.walk(defined[name]) if isinstance(used, ast.Name)]
     return dict(sorted(found.items()))
 
-# %% ../nbs/03c_runs.ipynb #3f8d0f86
+# %% ../nbs/03c_runs.ipynb #e664ad2e
 def _functions(thing):
     "Functions of a class, or the function that `thing` is: {name: function}; and a class's plain constants {name: text}."
     if inspect.isfunction(thing):
@@ -130,7 +133,7 @@ def _functions(thing):
     members = {k: getattr(v, "fget", None) or getattr(v, "__func__", v) for k, v in vars(thing).items() if k != "Settings"}
     functions = {f"{thing.__name__}.{k}": v for k, v in members.items() if inspect.isfunction(v)}
     constants = {f"{thing.__name__}.{k}": repr(v) for k, v in members.items()
-                 if not k.startswith("__") and not inspect.isfunction(v)}
+                 if not k.startswith("__") and isinstance(v, int | float | str | tuple | None)}
     return functions, constants
 
 
@@ -146,10 +149,16 @@ def own_code(thing) -> dict[str, str]:
             found |= {thing.__qualname__: ""} | {name: fingerprint(text) for name, text in constants.items()}
             for name, function in functions.items():
                 found[name] = _own_hash(function)
-                used = [function.__globals__.get(n) for n in function.__code__.co_names]
+                used = [function.__globals__.get(n) for n in _names(function.__code__)]
                 left += [u for u in used if inspect.isfunction(u) or inspect.isclass(u) and _is_own(u)]
             left += getattr(thing, "__bases__", ())
     return found
+
+
+def _names(code):
+    "Names that a function uses, in its comprehensions and inner functions too."
+    inner = [name for constant in code.co_consts if inspect.iscode(constant) for name in _names(constant)]
+    return [*code.co_names, *inner]
 
 
 def _is_own(thing):
@@ -162,12 +171,15 @@ def _own_hash(function):
     except (OSError, SyntaxError):  # typed into a shell: as good as new in another process
         return f"{os.getpid()}-{id(function)}"
 
-# %% ../nbs/03c_runs.ipynb #44c83a08
+# %% ../nbs/03c_runs.ipynb #7bb02418
 def read_json(path: Path) -> dict:
     "Content of a JSON file; raises `DataError` that names the file if it is damaged."
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "run.json" and not {"experiment", "dataset", "parameters", "data", "code"} <= set(content or ()):
+            raise ValueError("it is not a run's")
+        return content
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}. Delete the folder {path.parent} to make the run anew.") from None
 
 
@@ -216,7 +228,7 @@ def load_parameters(module: torch.nn.Module, weights: dict, source: str) -> None
         for name, q in mine.items():
             q.copy_(weights[name])
 
-# %% ../nbs/03c_runs.ipynb #893ba558
+# %% ../nbs/03c_runs.ipynb #5ef9751d
 class Run(RunFolder):
     """One run: `about` is the content of its run.json. `folder` is where it is written, `target` where it belongs.
 
@@ -255,6 +267,9 @@ class Run(RunFolder):
         return "finished" if self.finished else "trained" if self.trained else "not finished"
 
     def metrics(self):
+        "Metrics of the finished run; raises `DataError` if it is not finished."
+        if not self.finished:
+            raise DataError(f"Run {self.key} is not finished ({self.state}). The call that began it goes on with it.")
         return read_json(self.folder / "metrics.json")
 
     def __repr__(self):
@@ -262,16 +277,7 @@ class Run(RunFolder):
         return (f"Run({self.about['experiment']} on {self.about['dataset']}, {names or 'no backbone'}, seed "
                 f"{self.params.get('seed')}: {self.state}, {shown_path(self.folder)})")
 
-    def _repr_html_(self):
-        if not self.finished:
-            return f"<p>{html.escape(repr(self))}</p>"
-        metrics = self.metrics()
-        variants = {"": metrics} if "test" in metrics else metrics
-        shown = [m for m in ("recall@10", "recall@20", "ndcg@10", "ndcg@20") if m in next(iter(variants.values()))["test"]]
-        table = pd.DataFrame({f"test {m}": {v: each["test"][m] for v, each in variants.items()} for m in shown})
-        return f"<p>{html.escape(repr(self))}</p>" + table.to_html(float_format="{:.4f}".format)
-
-# %% ../nbs/03c_runs.ipynb #2a785991
+# %% ../nbs/03c_runs.ipynb #b0b42cbd
 def new_run(
     experiment: str,  # name of the experiment: a folder under runs/
     dataset: str,  # name of the data set
@@ -288,7 +294,7 @@ def new_run(
     about = json.loads(json.dumps(about, default=str))
     return Run(runs_dir() / experiment / dataset / fingerprint(params, data, encoder, code), about)
 
-# %% ../nbs/03c_runs.ipynb #15e01986
+# %% ../nbs/03c_runs.ipynb #2f47aff9
 def _begin(run) -> Run:
     "Make the run's folder and write run.json, unless that is done already. Returns the run."
     if not (run.folder / "run.json").exists():
@@ -299,27 +305,54 @@ def _begin(run) -> Run:
     return run
 
 
+def settle(target: Path) -> None:
+    "Put a run's folders in order if the process died while a finished rerun took the place of the old run."
+    anew, old = (target.with_name(f"{target.name}.{end}") for end in ("rerun", "old"))
+    if (anew / "metrics.json").exists():
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        anew.rename(target)
+    elif old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _finish(run, metrics: dict) -> Run:
     "Write metrics.json, which makes the run a finished one; a rerun then takes the place of the old run."
     run.save_json("run.json", read_json(run.folder / "run.json") | {"seconds": time.time() - run.start})
     run.save_json("metrics.json", metrics)
-    if run.folder != run.target and not rank():
-        old = run.target.with_name(f"{run.key}.old")
-        run.target.rename(old)
-        run.folder.rename(run.target)
-        shutil.rmtree(old)
+    if not rank():
+        settle(run.target)
     run.folder = run.target
     return run
 
 
 Run.begin, Run.finish = _begin, _finish
 
-# %% ../nbs/03c_runs.ipynb #02de9616
+# %% ../nbs/03c_runs.ipynb #9afdec52
+def _html(run) -> str:
+    "A run with its test metrics, for JupyterLab."
+    if not run.finished:
+        return f"<p>{html.escape(repr(run))}</p>"
+    metrics = run.metrics()
+    variants = {"": metrics} if "test" in metrics else metrics
+    shown = [m for m in ("recall@10", "recall@20", "ndcg@10", "ndcg@20") if m in next(iter(variants.values()))["test"]]
+    table = pd.DataFrame({f"test {m}": {v: each["test"][m] for v, each in variants.items()} for m in shown})
+    return f"<p>{html.escape(repr(run))}</p>" + table.to_html(float_format="{:.4f}".format)
+
+
+Run._repr_html_ = _html
+
+# %% ../nbs/03c_runs.ipynb #a1239de8
 def why_new(run: Run) -> str | None:
     "Why a finished run with the same settings is not used for `run`: one sentence; None if there is no such run."
     for path in sorted(run.target.parent.glob("*/metrics.json"), key=os.path.getmtime, reverse=True):
-        about = read_json(path.with_name("run.json"))
-        if path.parent == run.target or about["parameters"] != run.params:
+        try:
+            about = read_json(path.with_name("run.json"))
+        except DataError:  # it is no use here, and whoever opens it is told
+            continue
+        if path.parent == run.target or path.parent.suffix or about["parameters"] != run.params:
             continue
         changed = [what for what in ("data", "encoder") if about[what] != run.about[what]]
         old, new = about["code"], run.about["code"]
@@ -328,12 +361,14 @@ def why_new(run: Run) -> str | None:
         return f"Run {path.parent.name} has the same settings and is not used: its {' and '.join(changed)} changed since."
     return None
 
-# %% ../nbs/03c_runs.ipynb #aa79e57c
+# %% ../nbs/03c_runs.ipynb #828a3aae
 def runs_to_do(
     runs: list[Run],  # those of one call
     rerun: bool = False,  # make finished runs once more
 ) -> list[Run]:
     "Those of `runs` that are not finished, each begun; says which are used again, and why others are not. All ranks agree."
+    for run in runs if not rank() else ():
+        settle(run.target)
     if rerun:
         started = [r.target.with_name(f"{r.key}.rerun") for r in runs]
         stopped = any(path.exists() for path in started)
@@ -355,10 +390,10 @@ def _about_reuse(run, finished):
     reason = None if (run.folder / "run.json").exists() else why_new(run)
     return f"{reason}\n" if reason else ""
 
-# %% ../nbs/03c_runs.ipynb #10cbf6df
+# %% ../nbs/03c_runs.ipynb #d3d91099
 def open_run(where: str | Path) -> Run:
     "The run in a folder, or with a key (its first digits will do); raises `DataError` if there is none, or several."
-    folder = Path(where).expanduser()
+    folder = Path(where).expanduser().resolve()
     if not (folder / "run.json").exists():
         found = [p.parent for p in sorted(runs_dir().glob("*/*/*/run.json")) if p.parent.name.startswith(str(where))
                  and not p.parent.suffix]
@@ -386,7 +421,7 @@ def check_variant(run: Run, variant: str | None) -> str:
         raise DataError(f"Run {run.key} has no variant '{variant}'. It has: {', '.join(names) if names[0] else 'none'}.")
     return best_variant([run]) if variant is None else variant
 
-# %% ../nbs/03c_runs.ipynb #3cbc1ebe
+# %% ../nbs/03c_runs.ipynb #a5ee5fab
 def _data(run):
     "The data set of a run, loaded as it was then; raises `DataError` if its content has changed."
     how = {name: run.about["arguments"][name] for name in ("dataset", "min_rating", "core", "split", "split_seed")}
@@ -405,7 +440,7 @@ def recommendation_table(lists: np.ndarray, users: np.ndarray, inter) -> pd.Data
     row, rank = (lists >= 0).nonzero()
     return pd.DataFrame({"user": inter.user_ids[users][row], "rank": rank + 1, "item": inter.item_ids[lists[row, rank]]})
 
-# %% ../nbs/03c_runs.ipynb #8ee43f1f
+# %% ../nbs/03c_runs.ipynb #7557a5a7
 def _embeddings(run, variant: str | None = None) -> dict:
     "Final embeddings {\"user\": (U, d'), \"item\": (I, d')}, whose inner products rank, of a variant of a finished run."
     variant = check_variant(run, variant)
@@ -433,7 +468,7 @@ def _recommend(
 
 Run.embeddings, Run.recommend = _embeddings, _recommend
 
-# %% ../nbs/03c_runs.ipynb #ac48d879
+# %% ../nbs/03c_runs.ipynb #28c9b2a6
 class RunEncoder:
     "The CLIP of a run, tuned if the run tuned it, ready for a new picture or text; features have unit length."
 
@@ -456,7 +491,7 @@ class RunEncoder:
     def __repr__(self):
         return f"RunEncoder({self.clip.name}, {'stock' if self.tuning is None else type(self.tuning).__name__})"
 
-# %% ../nbs/03c_runs.ipynb #87ef533d
+# %% ../nbs/03c_runs.ipynb #9113ee1a
 def _clip_of(run):
     "The stock CLIP of a run; None if it used none."
     if run.about["encoder"] is None:
@@ -469,6 +504,7 @@ def _clip_of(run):
 
 def _encoder(run) -> RunEncoder:
     "The encoder of a run, on the CPU; raises `DataError` if its weights are not those of then."
+    run.metrics()
     clip = _clip_of(run)
     if clip is None:
         raise DataError(f"Run {run.key} used ready-made features or none, so it has no encoder.")
@@ -489,13 +525,17 @@ def _item_features(run) -> dict[str, pd.DataFrame]:
 
 Run.encoder, Run.item_features = _encoder, _item_features
 
-# %% ../nbs/03c_runs.ipynb #87e46c28
+# %% ../nbs/03c_runs.ipynb #a2752bcf
 def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     "All runs as a table, the newest first: what they are, whether they are finished, their validation and test metric."
     rows = []
     for path in runs_dir().glob(f"{experiment}/{dataset}/*/run.json"):
-        run = Run(path.parent, read_json(path))
-        if run.about["experiment"] == "search":  # its trials are runs of their own
+        try:
+            run = Run(path.parent, read_json(path))
+        except DataError:
+            rows.append({"key": path.parent.name, "state": "damaged", "created": None})
+            continue
+        if path.parent.suffix or run.about["experiment"] == "search":  # its trials are runs of their own
             continue
         row = {k: run.about.get(k) for k in ("experiment", "dataset")} | {"key": run.key}
         row |= {k: run.params.get(k) for k in ("backbone", "tuning", "seed")}
@@ -509,7 +549,7 @@ def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     table = pd.DataFrame(rows)
     return table.sort_values("created", ascending=False, ignore_index=True) if len(table) else table
 
-# %% ../nbs/03c_runs.ipynb #39024eb7
+# %% ../nbs/03c_runs.ipynb #bbe23688
 def per_user_values(runs: list[Run], variant: str, metric: str) -> list[pd.Series]:
     "Test values of a metric per user, one Series (index: user number) per run; `variant` is \"\" for runs of Stage 1."
     tables = [run.load_table("per_user.parquet") for run in runs]
@@ -533,7 +573,7 @@ def compare(
     chosen = [best_variant(runs) if v is None else check_variant(runs[0], v) for runs, v in zip((a, b), variants)]
     return paired_test(*(per_user_values(runs, v, metric) for runs, v in zip((a, b), chosen)))
 
-# %% ../nbs/03c_runs.ipynb #22458094
+# %% ../nbs/03c_runs.ipynb #ddded5d4
 def _literal(text):
     "`text` as papermill's -p takes it: True, False, None, a whole number, a number, or a string."
     for read in ({"True": True, "False": False, "None": None}.__getitem__, int, float):
@@ -566,6 +606,8 @@ def command_line(function, arguments: list[str] | None = None):
     given, unknown = parser.parse_known_args(arguments)
     given = vars(given) | {text.split("=")[0].lstrip("-"): None for text in unknown if text.startswith("--")}
     try:
+        if unknown and not unknown[0].startswith("--"):
+            raise SettingError(f"'{unknown[0]}' is not an option. Options are written --name value; --help lists them.")
         resolve(function.experiment, given)
         with exits_when_stopped():
             return function(**given)

@@ -129,7 +129,7 @@ def trial_table(trials: list, runs: dict, names: list, metric: str) -> pd.DataFr
     table = pd.DataFrame(rows.values(), pd.Index(rows, name="trial"))
     return table.sort_values(best_metric, ascending=False, kind="stable")
 
-# %% ../nbs/04b_search.ipynb #b9dcf659
+# %% ../nbs/04b_search.ipynb #907548f8
 def search(
     backbone: str,
     dataset: str,
@@ -145,6 +145,9 @@ def search(
     `runs/search/<dataset>/<key>/trials.csv`. Raises `SettingError` at once for a wrong setting, `RuntimeError` if trials
     fail or no trial has a result.
     """
+    for name, value in {"n_trials": n_trials, "processes": processes}.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise SettingError(f"{name}={value!r} is not allowed: it must be a whole number at least 1.")
     params |= {"backbone": backbone, "dataset": str(dataset), "n_seeds": n_seeds}
     settings = resolve(run_stage1.experiment, params)
     grid = {k: v for k, v in (grid_of(backbone) if grid is None else grid).items() if k not in params}

@@ -139,7 +139,7 @@ def check_claims(owner: str, fields: dict, others: Iterable[tuple[str, dict]]) -
                     f"'{fields[name].description}', {allowed_values(fields[name])}; and '{theirs[name].description}', "
                     f"{allowed_values(theirs[name])}. Rename one of them.")
 
-# %% ../nbs/00d_settings.ipynb #33a4709b
+# %% ../nbs/00d_settings.ipynb #477b94ba
 class Registry(dict):
     """Components of one `kind` by name, each a class with `Settings`.
 
@@ -180,7 +180,7 @@ class Registry(dict):
                 found.setdefault(name, {})[component] = field
         return found
 
-# %% ../nbs/00d_settings.ipynb #0be2e54f
+# %% ../nbs/00d_settings.ipynb #3f37ee9a
 def dataset_defaults(
     folder: Path | None,  # the data set's folder; None: it is not there yet
     own: type[Settings],  # the experiment's own settings
@@ -217,7 +217,7 @@ def _check_defaults(path, tables, own, components):
         except SettingError as error:
             raise SettingError(f"{path}: {error}") from None
 
-# %% ../nbs/00d_settings.ipynb #4d63e5cd
+# %% ../nbs/00d_settings.ipynb #904a23b1
 class Experiment:
     """What is behind an experiment's flat arguments.
 
@@ -262,7 +262,7 @@ class Experiment:
         own = {name: None if f.json_schema_extra["per_dataset"] else f.default for name, f in self.own.model_fields.items()}
         return own | dict.fromkeys(self.component_settings())
 
-# %% ../nbs/00d_settings.ipynb #82a71664
+# %% ../nbs/00d_settings.ipynb #3936b0f4
 def component_values(
     experiment: Experiment,
     chosen: dict,  # {setting that names a component: its value}, several joined by +
@@ -287,7 +287,7 @@ def component_values(
                                f"{has}). Leave {name} out.")
     return values
 
-# %% ../nbs/00d_settings.ipynb #2fbea878
+# %% ../nbs/00d_settings.ipynb #eb3e8a07
 class Resolved(SimpleNamespace):
     """The settings of one call, each with its value: own and components' settings as attributes.
 
@@ -307,8 +307,8 @@ def resolve(experiment: Experiment, given: dict, folder: Path | None = None) -> 
     """
     defaults, own = experiment.defaults(), experiment.own
     if unknown := [name for name in given if name not in defaults]:
-        raise SettingError(f"{experiment.function.__name__} has no parameter {unknown[0]}."
-                           f"{did_you_mean(unknown[0], defaults)} It takes: {', '.join(defaults)}.")
+        guess = did_you_mean(unknown[0], defaults) or f" It takes: {', '.join(defaults)}."
+        raise SettingError(f"{experiment.function.__name__} has no parameter {unknown[0]}.{guess}")
     given = {k: str(v) if k == "dataset" else v for k, v in given.items()}
     mine = {k: v for k, v in given.items() if k in own.model_fields and (v is not None or defaults[k] is not None)}
     check_settings(own, mine, experiment.function.__name__)
@@ -324,7 +324,7 @@ def resolve(experiment: Experiment, given: dict, folder: Path | None = None) -> 
     experiment.check(settings)
     return settings
 
-# %% ../nbs/00d_settings.ipynb #e398b3d1
+# %% ../nbs/00d_settings.ipynb #eea5e363
 def experiment(
     own: type[Settings],  # the experiment's own settings, `dataset` among them
     registries: dict[str, Registry],  # {setting that names the component: registry}
@@ -346,7 +346,7 @@ def experiment(
         return call
     return decorate
 
-# %% ../nbs/00d_settings.ipynb #45d16487
+# %% ../nbs/00d_settings.ipynb #4db4c6e3
 def _own_comment(field):
     choices = field.json_schema_extra["choices"]
     names = list(choices() if callable(choices) else choices or [])
@@ -381,7 +381,7 @@ def _defaults(owners):
         by_value.setdefault(field.default, []).append(component)
     return "; ".join(f"{', '.join(names)} {value}" for value, names in by_value.items())
 
-# %% ../nbs/00d_settings.ipynb #5d7609dd
+# %% ../nbs/00d_settings.ipynb #2bb212d8
 def parameters_cell(function: Callable) -> str:
     "Source of the `parameters` cell of a notebook that runs the experiment `function`."
     lines = [f"# Parameters of {function.__name__}"]
@@ -392,7 +392,7 @@ def parameters_cell(function: Callable) -> str:
             lines.append(f"{name} = {value}  # {about}")
     return "\n".join(lines)
 
-# %% ../nbs/00d_settings.ipynb #a4b8b19f
+# %% ../nbs/00d_settings.ipynb #0f04587a
 def write_parameters_cell(notebook: str | Path, function: Callable) -> None:
     "Put `parameters_cell` into the cell tagged `parameters` of a notebook file."
     content = json.loads(Path(notebook).read_text(encoding="utf-8"))
@@ -402,7 +402,7 @@ def write_parameters_cell(notebook: str | Path, function: Callable) -> None:
     tagged[0]["source"] = parameters_cell(function).splitlines(keepends=True)
     Path(notebook).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-# %% ../nbs/00d_settings.ipynb #4376f671
+# %% ../nbs/00d_settings.ipynb #d7d7db7d
 def assigned_names(sources: Iterable[str]) -> list[str]:
     "Names that the cells among `sources` assign whose first line begins with `# Parameters`."
     found = {}
@@ -422,7 +422,7 @@ def notebook_parameters(
     resolve(function.experiment, given)
     return given
 
-# %% ../nbs/00d_settings.ipynb #05f826d8
+# %% ../nbs/00d_settings.ipynb #d6b03e9d
 def main(arguments: list[str]) -> None:
     "Write the parameters cells of notebooks: `arguments` are pairs of a notebook file and `module.function`."
     for notebook, name in zip(arguments[::2], arguments[1::2]):

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'EncoderSettings', 'EvaluationSettings', 'TrainingSettings',
            'Stage1Settings', 'locate_dataset', 'fetch_dataset', 'run_stage1', 'one_per_seed', 'Inputs', 'load_inputs',
            'build_backbone', 'new_backbone', 'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought',
-           'train_backbone', 'train_with', 'train_one_epoch', 'validate', 'check_fit', 'stage1_parameters',
+           'train_one_epoch', 'validate', 'train_backbone', 'train_with', 'check_fit', 'stage1_parameters',
            'stage1_code', 'find_stage1_run', 'run_arguments', 'train_stage1', 'score_stage1', 'save_embeddings',
            'load_backbone', 'metrics_table', 'plot_history']
 
@@ -57,12 +57,12 @@ class EvaluationSettings(Settings):
     eval_items: str = setting("all", "which positives count", choices=GROUPS)
     mask_valid: bool = setting(False, "at test, never recommend what a user has in validation")
 
-# %% ../nbs/04_stage1.ipynb #29c1ffab
+# %% ../nbs/04_stage1.ipynb #9b50ac27
 class TrainingSettings(Settings):
     "Training of the backbone"
 
     lr: float = setting(1e-3, "learning rate of the backbone", gt=0, per_dataset=True)
-    batch_size: int = setting(2048, "triples per batch", ge=1, per_dataset=True)
+    batch_size: int = setting(2048, "triples per batch", ge=1, le=2**31 - 1, per_dataset=True)
     epochs: int = setting(1000, "epochs at most", ge=1)
     patience: int = setting(20, "epochs without a better validation metric that end the training", ge=1)
 
@@ -73,8 +73,8 @@ class Stage1Settings(TrainingSettings, EvaluationSettings, EncoderSettings, Data
     backbone: str = setting("freedom", "the recommender", choices=BACKBONES, first=True)
     emb_size: int = setting(64, "size of the embeddings", ge=1, le=8192)
     train_features: bool = setting(False, "the raw feature tables learn as well, as in the published code")
-    seed: int = setting(0, "the first seed", ge=0)
-    n_seeds: int = setting(1, "as many runs, one per seed", ge=1, first=True, per_dataset=True, changes_result=False)
+    seed: int = setting(0, "the first seed", ge=0, le=2**31 - 1)
+    n_seeds: int = setting(1, "runs, one per seed", ge=1, le=1000, first=True, per_dataset=True, changes_result=False)
     rerun: bool = setting(False, "make finished runs anew", changes_result=False)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", changes_result=False)
 
@@ -217,7 +217,29 @@ def most_bought(inter, evaluator: Evaluator) -> pd.DataFrame:
     item_emb = torch.as_tensor(n_bought, dtype=torch.float32, device=evaluator.masked["valid"].item.device)[:, None]
     return evaluator("valid", torch.ones_like(item_emb[:1]).expand(inter.n_users, 1), item_emb)[0]
 
-# %% ../nbs/04_stage1.ipynb #6a6b4cdd
+# %% ../nbs/04_stage1.ipynb #7c066783
+def train_one_epoch(backbone, optimiser, batches) -> dict:
+    "One pass over `batches` of triples; returns the mean of each loss term."
+    backbone.train()
+    backbone.start_epoch()
+    total, n = {}, 0
+    for batch in batches:
+        terms = backbone.loss(*batch)
+        optimiser.zero_grad()
+        sum(terms.values()).backward()
+        optimiser.step()
+        n += 1
+        total = {k: total.get(k, 0) + v.detach() for k, v in terms.items()}
+    return {k: float(v) / n for k, v in total.items()}
+
+
+def validate(backbone, evaluator: Evaluator, metric: str) -> dict:
+    "Mean validation metrics for a history: `metric`, and three that everybody reports."
+    per_user, _ = evaluate(backbone, evaluator, "valid")
+    shown = dict.fromkeys(("recall@10", metric, "recall@20", "ndcg@20"))
+    return {f"valid {m}": float(per_user[m].mean()) for m in shown}
+
+# %% ../nbs/04_stage1.ipynb #3b0db41a
 def train_backbone(
     backbone,
     evaluator: Evaluator,
@@ -251,36 +273,14 @@ def train_backbone(
         callbacks.append(Checkpoint(checkpoint))
     return Loop(backbone, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
 
-# %% ../nbs/04_stage1.ipynb #122bab19
+
 def train_with(settings, backbone, evaluator: Evaluator, name: str, checkpoint) -> pd.DataFrame:
     "`train_backbone` with resolved settings; freed memory is kept, since this process goes on with work of the kind."
     keep_freed_memory()
     return train_backbone(backbone, evaluator, settings.lr, settings.batch_size, settings.epochs, settings.patience,
                           settings.metric, f"{name}, seed {settings.seed}", checkpoint)
 
-
-def train_one_epoch(backbone, optimiser, batches) -> dict:
-    "One pass over `batches` of triples; returns the mean of each loss term."
-    backbone.train()
-    backbone.start_epoch()
-    total, n = {}, 0
-    for batch in batches:
-        terms = backbone.loss(*batch)
-        optimiser.zero_grad()
-        sum(terms.values()).backward()
-        optimiser.step()
-        n += 1
-        total = {k: total.get(k, 0) + v.detach() for k, v in terms.items()}
-    return {k: float(v) / n for k, v in total.items()}
-
-
-def validate(backbone, evaluator: Evaluator, metric: str) -> dict:
-    "Mean validation metrics for a history: `metric`, and three that everybody reports."
-    per_user, _ = evaluate(backbone, evaluator, "valid")
-    shown = dict.fromkeys(("recall@10", metric, "recall@20", "ndcg@20"))
-    return {f"valid {m}": float(per_user[m].mean()) for m in shown}
-
-# %% ../nbs/04_stage1.ipynb #235ac8d5
+# %% ../nbs/04_stage1.ipynb #6e082828
 def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = "recall@20") -> dict:
     "Warn if Stage 1 underfits: its best validation metric is below that of the most bought items. Returns both."
     popular = most_bought(inter, evaluator)[metric].mean()
@@ -291,9 +291,8 @@ def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = 
                       "batch_size.")
     return report
 
-# %% ../nbs/04_stage1.ipynb #de752fc1
-STAGE1_CODE = ("stage1.train_with", "stage1.new_backbone", "stage1.evaluate", "stage1.make_evaluator", "runs.set_seed",
-               "clip_prompting.frozen_features")
+# %% ../nbs/04_stage1.ipynb #8dce9930
+STAGE1_CODE = ("stage1.train_stage1", "clip_prompting.frozen_features")
 
 
 def stage1_parameters(settings) -> dict:
@@ -324,7 +323,7 @@ def run_arguments(settings) -> dict:
     everything = {k: v for k, v in vars(settings).items() if k != "key_parameters"}
     return everything | {"dataset": str(find_dataset(settings.dataset))}
 
-# %% ../nbs/04_stage1.ipynb #3b8b45be
+# %% ../nbs/04_stage1.ipynb #58a3744f
 def train_stage1(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
     "Train a run of Stage 1 and, with `test`, score it and finish it; what is trained already is not trained again."
     set_seed(settings.seed, inputs.device)
@@ -339,7 +338,7 @@ def train_stage1(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
         run.checkpoint.unlink(missing_ok=True)
     return score_stage1(run, backbone, evaluator, inputs.data.inter) if test else run
 
-# %% ../nbs/04_stage1.ipynb #ce93dfaf
+# %% ../nbs/04_stage1.ipynb #000d05f2
 def score_stage1(run: Run, backbone, evaluator: Evaluator, inter) -> Run:
     "Score a trained run on both splits, keep what it recommends, and finish it."
     check_fit(run.load_table("history.csv"), inter, evaluator, run.params["metric"])
@@ -366,7 +365,7 @@ def load_backbone(run: Run, settings, inputs: Inputs):
     load_parameters(backbone, run.load_weights("backbone"), f"{run.folder}/backbone.safetensors")
     return backbone
 
-# %% ../nbs/04_stage1.ipynb #30b09d2d
+# %% ../nbs/04_stage1.ipynb #f88914de
 def metrics_table(metrics: dict) -> pd.DataFrame:
     "Mean and standard deviation over seeds as text. `metrics`: {row: [{metric: value} per seed]}."
     names = [f"{m}@{k}" for m in ("recall", "ndcg") for k in (10, 20)]
@@ -375,14 +374,14 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
                                 for n, v in values.items()} for row, values in rows.items()}).T
     return table.rename(columns=label)
 
-# %% ../nbs/04_stage1.ipynb #3ca87bf2
+# %% ../nbs/04_stage1.ipynb #ae5b40f7
 def plot_history(runs: list[Run], columns: list[str], title: str = ""):
     "A panel per history column, a line per run; returns the figure."
     figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 2.8), squeeze=False, layout="constrained")
     for ax, column in zip(axes[0], columns):
         for run in runs:
             history = run.load_table("history.csv").dropna(subset=[column])
-            ax.plot(history.epoch, history[column], label=f"seed {run.params['seed']}")
+            ax.plot(history.epoch, history[column], marker=".", ms=3, label=f"seed {run.params['seed']}")
         ax.set(xlabel="epoch", ylabel=label(column))
         ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)

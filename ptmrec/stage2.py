@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_NAMES', 'TransferSettings',
            'Stage2TrainingSettings', 'Stage2Settings', 'check_stage2', 'run_stage2', 'item_batches',
-           'interaction_batches', 'make_batches', 'teacher', 'Stage2', 'transfer_terms', 'with_features',
-           'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned', 'tune', 'variants',
-           'joint_settings', 'parameter_table', 'attach_tuning', 'find_stage2_run', 'make_encoder', 'check_encoder',
-           'stage1_of', 'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep', 'score_variants',
-           'projections_alone', 'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
+           'interaction_batches', 'make_batches', 'teacher', 'attach_tuning', 'Stage2', 'transfer_terms',
+           'with_features', 'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned', 'tune', 'variants',
+           'joint_settings', 'parameter_table', 'find_stage2_run', 'make_encoder', 'check_encoder', 'stage1_of',
+           'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep', 'score_variants', 'projections_alone',
+           'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
 
-# %% ../nbs/05_stage2.ipynb #eef3898d
+# %% ../nbs/05_stage2.ipynb #fbc578ee
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -55,7 +55,7 @@ class TransferSettings(Settings):
     kt_weight: float = setting(1.0, "lambda, weight of the KL loss", ge=0)
     task_weight: float = setting(0.0, "mu, weight of the backbone's own loss", ge=0)
 
-# %% ../nbs/05_stage2.ipynb #d885a6bc
+# %% ../nbs/05_stage2.ipynb #79c29e6f
 class Stage2TrainingSettings(Settings):
     "Training of Stage 2"
 
@@ -63,7 +63,7 @@ class Stage2TrainingSettings(Settings):
     tune_backbone: bool = setting(False, "the backbone moves as well, by its own loss")
     feature_space: str = setting("projected", "features for item graphs and the fresh backbone", choices=SPACES)
     batch_by: str = setting("items", "items with all their pairs, or interactions as in the paper", choices=BATCHES)
-    stage2_batch_size: int = setting(128, "items, or interactions, per batch", ge=1)
+    stage2_batch_size: int = setting(128, "items, or interactions, per batch", ge=1, le=2**31 - 1)
     accumulate: int = setting(1, "batches per optimiser step", ge=1)
     stage2_epochs: int = setting(20, "epochs", ge=1)
     validate_every: int = setting(5, "epochs between validations", ge=1)
@@ -133,13 +133,14 @@ def teacher(backbone, kt_source: str) -> tuple:
     id_user, id_item = backbone.id_path() if kt_source == "id" else backbone()
     return tuple(table.detach().clone() for table in (id_user, id_item, backbone.modal_users()))
 
-# %% ../nbs/05_stage2.ipynb #87d52f79
-class Stage2(nn.Module):
-    """The trained part of Stage 2: the tuning of `encoder` and the projections W_m of `backbone`.
+# %% ../nbs/05_stage2.ipynb #f04f310c
+def attach_tuning(settings, encoder: ItemEncoder):
+    "Attach the tuning of resolved settings to the towers of `encoder`; returns the `Tuning`."
+    return attach(encoder.clip, settings.tuning, encoder.modalities, **settings.components["tuning"])
 
-    With `tune_backbone`, the backbone's other parameters move as well, by the task loss alone. `micro_batch`: how many
-    items of a batch are in memory at a time, see `encode_in_parts`.
-    """
+# %% ../nbs/05_stage2.ipynb #b069451e
+class Stage2(nn.Module):
+    "The trained part of Stage 2: the tuning of `encoder` and the projections W_m of `backbone`; see `TransferSettings`."
 
     def __init__(self, backbone, encoder, kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0,
                  tune_backbone=False, micro_batch=None):
@@ -165,10 +166,7 @@ class Stage2(nn.Module):
         return split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items)
 
     def losses(self, user, pos, neg, live=None):
-        """Weighted loss terms of a batch of triples (B,): {name: scalar}. Of several ranks, each has its part of the sum.
-
-        `live`: features of the batch's distinct items, in order; None: they are encoded.
-        """
+        "Weighted terms {name: scalar} of triples (B,), of several ranks each its part; `live`: features of `pos.unique()`."
         items = pos.unique()
         live = live or self.live_features(items)  # {m: (J, d_m)}
         terms = transfer_terms(self, user, items, live) if self.kt_weight else {}
@@ -187,7 +185,7 @@ class Stage2(nn.Module):
         return ({m: f.clone() for m, f in self.bank.items()},
                 {m: self.backbone.project[m](f) for m, f in self.bank.items()})
 
-# %% ../nbs/05_stage2.ipynb #f377f3d6
+# %% ../nbs/05_stage2.ipynb #1784c61c
 def transfer_terms(model: Stage2, user, items, live: dict) -> dict:
     "The weighted KL loss of each modality (Eq. 13); of several ranks, each has the rows of its share of users."
     id_user, id_item, modal_user = model.teacher
@@ -196,7 +194,7 @@ def transfer_terms(model: Stage2, user, items, live: dict) -> dict:
                                                  model.backbone.project[m](f), model.tau, model.similarity, len(user))
             for m, f in live.items()}
 
-# %% ../nbs/05_stage2.ipynb #86ef466b
+# %% ../nbs/05_stage2.ipynb #c68847c6
 def with_features(backbone, features: dict, projected: dict, feature_space: str):
     "Give `backbone` tuned features, and an item graph built from them (\"raw\") or from their projections."
     backbone.set_features(features, projected if feature_space == "projected" else features)
@@ -217,7 +215,7 @@ class MissingImages(Callback):
     def state(self, fallback):
         self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
 
-# %% ../nbs/05_stage2.ipynb #14887613
+# %% ../nbs/05_stage2.ipynb #ae9e7b0b
 def tune_one_epoch(model: Stage2, optimiser, sampler: TripleSampler, batches: list, accumulate: int) -> dict:
     "One pass over `batches` of pairs, `accumulate` per step (the last step may have fewer); returns mean loss terms."
     total = {}
@@ -234,7 +232,7 @@ def tune_one_epoch(model: Stage2, optimiser, sampler: TripleSampler, batches: li
     means = {k: float(v) / len(batches) for k, v in all_reduce(total).items()}
     return {"loss": sum(means.values())} | means
 
-# %% ../nbs/05_stage2.ipynb #bffba1f4
+# %% ../nbs/05_stage2.ipynb #4383de85
 def stage2_optimiser(model: Stage2, project_lr: float) -> torch.optim.Adam:
     "Adam on the projections (and the backbone, if it moves), and on the tuning with its own learning rates."
     groups = [{"params": [q for q in model.backbone.parameters() if q.requires_grad], "lr": project_lr}]
@@ -246,7 +244,7 @@ def validate_tuned(model: Stage2, evaluator: Evaluator, feature_space: str, metr
     backbone = with_features(model.backbone, *model.tuned(), feature_space)
     return broadcast(validate(backbone, evaluator, metric))
 
-# %% ../nbs/05_stage2.ipynb #fe7d458e
+# %% ../nbs/05_stage2.ipynb #411006f3
 def tune(
     model: Stage2,
     evaluator: Evaluator,
@@ -288,7 +286,7 @@ def tune(
         callbacks.append(Checkpoint(checkpoint, seconds=0))
     return Loop(model, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
 
-# %% ../nbs/05_stage2.ipynb #09ee75b2
+# %% ../nbs/05_stage2.ipynb #9df52eba
 VARIANTS = ("as_is", "continued", "fresh")  # of two stages; joint training has one
 
 
@@ -309,13 +307,13 @@ def variants(backbone, features, projected, inputs: Inputs, evaluator, settings,
     train_with(settings, fresh, evaluator, "fresh", run.folder / "checkpoint_fresh.pt")
     yield "fresh", fresh
 
-# %% ../nbs/05_stage2.ipynb #aa0ad314
+# %% ../nbs/05_stage2.ipynb #14f4711f
 def joint_settings(settings):
     "The settings that joint training decides replaced: the backbone learns, by its own loss, as long as Stage 1 may."
     return settings.replace(kt_weight=0.0, task_weight=1.0, tune_backbone=True, project_lr=settings.lr,
                             stage2_epochs=settings.epochs)
 
-# %% ../nbs/05_stage2.ipynb #a6d316bb
+# %% ../nbs/05_stage2.ipynb #bc2df531
 def parameter_table(model: Stage2) -> pd.DataFrame:
     "Numbers of trained and frozen parameters of a `Stage2` model by group."
     clip, tuning, backbone = model.encoder.clip, model.encoder.tuning, model.backbone
@@ -331,13 +329,8 @@ def parameter_table(model: Stage2) -> pd.DataFrame:
                        for kind in ("trained", "frozen")}
     return pd.DataFrame(rows).T.rename_axis("group")
 
-# %% ../nbs/05_stage2.ipynb #8767fb6c
-def attach_tuning(settings, encoder: ItemEncoder):
-    "Attach the tuning of resolved settings to the towers of `encoder`; returns the `Tuning`."
-    return attach(encoder.clip, settings.tuning, encoder.modalities, **settings.components["tuning"])
-
-# %% ../nbs/05_stage2.ipynb #5901daab
-STAGE2_CODE = ("stage2.new_model", "stage2.tune_with", "stage2.variants", "stage2.make_encoder")
+# %% ../nbs/05_stage2.ipynb #099d4b1d
+STAGE2_CODE = ("stage2.train_stage2",)
 
 
 def find_stage2_run(settings, inputs: Inputs) -> Run:
@@ -358,7 +351,7 @@ def make_encoder(settings, inputs: Inputs) -> ItemEncoder:
     encoder.tuning = attach_tuning(settings, encoder)
     return encoder
 
-# %% ../nbs/05_stage2.ipynb #7b89ee39
+# %% ../nbs/05_stage2.ipynb #518e9f01
 def check_encoder(settings, inputs: Inputs) -> None:
     "Raise `DataError` if there is nothing to tune, or if the tuning does not suit the CLIP, before Stage 1 is trained."
     if inputs.clip is None:
@@ -370,7 +363,7 @@ def check_encoder(settings, inputs: Inputs) -> None:
     with encoder.tuning:
         encoder(torch.tensor([0]))
 
-# %% ../nbs/05_stage2.ipynb #c68b3ca0
+# %% ../nbs/05_stage2.ipynb #6acc2f1b
 def stage1_of(settings, inputs: Inputs) -> Run:
     "The finished run of Stage 1 with these settings, trained if need be; of several processes, the first trains."
     with main_first():
@@ -397,7 +390,7 @@ def train_stage2(run: Run, settings, inputs: Inputs) -> Run:
         barrier()
     return run
 
-# %% ../nbs/05_stage2.ipynb #7de6aa46
+# %% ../nbs/05_stage2.ipynb #6e0fd5a7
 def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1):
     "Memory that training `model` will take, found on one batch: a `MemoryNeed`. Draws from no generator."
     backbone = model.backbone.train()
@@ -406,7 +399,7 @@ def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1):
         user, pos = next(iter(make_batches(batch_by, backbone.user.cpu(), backbone.item.cpu(), batch_size)))
         return memory_need(model, *(x.to(backbone.user.device) for x in (user, pos)), accumulate)
 
-# %% ../nbs/05_stage2.ipynb #448b4257
+# %% ../nbs/05_stage2.ipynb #0e43399d
 def new_model(settings, backbone, encoder: ItemEncoder) -> Stage2:
     "The `Stage2` model of resolved settings."
     micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
@@ -437,7 +430,7 @@ def tune_and_keep(run: Run, settings, backbone, encoder, evaluator: Evaluator) -
     run.save_weights("features", tuned | {f"projected_{m}": f for m, f in projected.items()})
     return tuned, projected
 
-# %% ../nbs/05_stage2.ipynb #569f6049
+# %% ../nbs/05_stage2.ipynb #6d4624df
 def score_variants(run: Run, tuned_backbones, inter, evaluator: Evaluator, stage1: Run) -> Run:
     "Score variants (name, backbone) on both splits, keep weights, embeddings, users' values and lists; finish the run."
     metrics, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("topk.parquet")}
@@ -455,13 +448,13 @@ def score_variants(run: Run, tuned_backbones, inter, evaluator: Evaluator, stage
         checkpoint.unlink()
     return run.finish(metrics)
 
-# %% ../nbs/05_stage2.ipynb #28e3ccf2
+# %% ../nbs/05_stage2.ipynb #b50c044f
 def projections_alone(params: dict) -> list[Run]:
     "`run_stage2` with the same settings and no tuning of CLIP; settings of tuning methods are left out."
     methods = TUNINGS.settings()
     return run_stage2(**{k: v for k, v in params.items() if k not in methods} | {"tuning": "none"})
 
-# %% ../nbs/05_stage2.ipynb #985b1dfb
+# %% ../nbs/05_stage2.ipynb #10b429b1
 VARIANT_NAMES = {"stage1": "Stage 1", "as_is": "as is"}
 
 
@@ -486,7 +479,7 @@ def results_table(runs: list[Run], control: list[Run] = ()) -> pd.DataFrame:
 def _mean_and_spread(values):
     return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
-# %% ../nbs/05_stage2.ipynb #68544bdd
+# %% ../nbs/05_stage2.ipynb #fa0dd5d1
 def verdict(runs: list[Run], metric: str = "recall@10", against: list[Run] = ()) -> str:
     "One sentence: the best variant (on validation) on test, against Stage 1 or the best variant of the runs `against`."
     best = best_variant(runs)
@@ -505,7 +498,7 @@ def report(runs: list[Run], control: list[Run] = ()) -> str:
     lines += [verdict(runs, against=control)] if control else []
     return "\n\n".join([*lines, "\n".join(shown_path(run.folder) for run in runs)])
 
-# %% ../nbs/05_stage2.ipynb #4d03cc00
+# %% ../nbs/05_stage2.ipynb #b74959d4
 def plot_results(runs: list[Run], control: list[Run] = (), metrics=("recall@10", "recall@20", "ndcg@20")):
     "Test metrics per variant, seeds averaged per user, with 95 % intervals over users; small dots are seeds."
     rows = [(variant_name(v), runs, v) for v in runs[0].metrics()]
@@ -528,7 +521,7 @@ def _dot(ax, y, seeds, color):
     ax.errorbar(values.mean(), y, xerr=half, fmt="o", ms=7, color=color, capsize=3)
     ax.plot([s.mean() for s in seeds], [y + 0.25] * len(seeds), ".", ms=4, color=color, alpha=0.6)
 
-# %% ../nbs/05_stage2.ipynb #a8b32dee
+# %% ../nbs/05_stage2.ipynb #05dcf5c4
 def main(arguments: list[str] | None = None) -> None:
     "`run_stage2` as a program: see `command_line`."
     runs = command_line(run_stage2, arguments)

@@ -58,6 +58,29 @@ def test_a_stopped_rerun_leaves_the_finished_run(small, monkeypatch, experiment,
     assert [p.name for p in first.folder.parent.iterdir()] == [first.key]
 
 
+@pytest.mark.parametrize("moment", ["before the swap", "between the renames", "before the old one is gone"])
+def test_a_rerun_that_dies_in_its_last_moment_heals(small, moment):
+    run, = run_stage1("shop", backbone="bpr", epochs=1, n_seeds=1)
+    anew, old = (run.folder.with_name(f"{run.key}.{end}") for end in ("rerun", "old"))
+    shutil.copytree(run.folder, old if moment == "before the old one is gone" else anew)
+    if moment == "between the renames":
+        run.folder.rename(old)
+    again, = run_stage1("shop", backbone="bpr", epochs=1, n_seeds=1, rerun=True)
+    assert again.finished and [p.name for p in run.folder.parent.iterdir()] == [run.key]
+
+
+def test_one_damaged_run_stops_nothing(small):
+    run, = run_stage1("shop", backbone="bpr", epochs=1, n_seeds=1)
+    (run.folder / "run.json").write_text("{}")
+    assert list_runs().state.tolist() == ["damaged"]
+    other, = run_stage1("shop", backbone="bpr", epochs=2, n_seeds=1)
+    with pytest.raises(DataError, match="is not a run's"):
+        open_run(run.folder)
+    (other.folder / "metrics.json").unlink()
+    with pytest.raises(DataError, match="is not finished .trained.. The call that began it goes on with it"):
+        other.recommend()
+
+
 def in_copy(folder, code="from ptmrec.stage1 import run_stage1; run_stage1('shop', backbone='bpr', epochs=2, n_seeds=1)"):
     "What a program prints that uses the copy of the package in `folder`."
     env = os.environ | {"PYTHONPATH": str(folder), "PTMREC_RUNS": str(folder / "runs"), "PTMREC_DATA": str(folder),
