@@ -117,7 +117,7 @@ def dataset_names() -> list[str]:
     folders = [f for d in (data_dir(), repo_root() / "data") if d.is_dir() for f in d.iterdir() if f.is_dir()]
     return sorted({f.name for f in folders if f.name[0] != "." and any(x.is_file() for x in f.iterdir())})
 
-# %% ../nbs/00_data.ipynb #d2180285
+# %% ../nbs/00_data.ipynb #48f1a3f1
 def find_dataset(
     dataset: str | Path,  # a name, or the path of a folder
     downloadable: Sequence[str] = (),  # further names that the caller can prepare, for the message
@@ -132,7 +132,7 @@ def find_dataset(
     names, others = dataset_names(), ", ".join(downloadable)
     near = difflib.get_close_matches(Path(dataset).name, [*names, *downloadable], n=1)
     guess = f" Did you mean {near[0]}?" if near else ""
-    known = (", ".join(names) or "none") + (f"; downloaded on first use: {others}" if others else "")
+    known = (", ".join(names) or "none") + (f"; prepared on first use: {others}" if others else "")
     raise DataError(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
                     f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
 
@@ -589,18 +589,20 @@ def _item_texts(table):
                       f"{ENTITY.search(texts[changed[0]])[0]}; they are read as the characters.")
     return plain
 
-# %% ../nbs/00_data.ipynb #4e29349c
+# %% ../nbs/00_data.ipynb #2541063a
 def _images_by_name(folder, table):
     "{item id: file} of a folder of images and the folders in it. Raises `DataError` if no image is named after an item."
     if not folder.is_dir():
         return {}
-    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder)
+    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder, followlinks=True)
                     for name in names if name.lower().endswith(IMAGE_ENDINGS) and name[0] != ".")
     found = {os.path.splitext(name)[0]: path for _, name, path in sorted(nested, key=lambda entry: -entry[0])}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
         name = min(nested)[1]
         raise DataError(f"{folder}: none of its {len(found):,} images is named after an item (the first is {name}, "
                         f"the first item {table.index[0]}).")
+    if not found:
+        warnings.warn(f"{folder} has no picture that is read ({', '.join(IMAGE_ENDINGS)}).")
     return found
 
 # %% ../nbs/00_data.ipynb #8354f565

@@ -6,7 +6,7 @@
 __all__ = ['SPELLINGS', 'OTHER_SPELLINGS', 'STANDARD_NAMES', 'TEXT_FIELDS', 'READ_AS_TEXT', 'TEXT_HEADERS', 'SEPARATORS',
            'HEADERLESS', 'READERS', 'ENDINGS', 'TABLE_ENDINGS', 'DataError', 'standard_name', 'standard_columns',
            'integers_if_lossless', 'find_encoding', 'table_kind', 'open_unpacked', 'file_encoding', 'open_text',
-           'find_separator', 'plain_text', 'read_raw', 'read_table', 'location', 'find_tables']
+           'find_separator', 'plain_text', 'read_raw', 'read_table', 'location', 'column_names', 'find_tables']
 
 # %% ../nbs/00f_tables.ipynb #5fb35742
 import codecs
@@ -319,6 +319,16 @@ def location(path: str | Path, row: int) -> str:
         separator, names, quotes, escape = _text_format(path, file)
         lines = csv.reader(file, delimiter=separator[0], quoting=quotes, escapechar=escape)
         return f"line {next(islice((lines.line_num for line in lines if line), row + (names is None), None))}"
+
+# %% ../nbs/00f_tables.ipynb #7d5e0a2b
+def column_names(path: str | Path) -> list[str]:
+    "The standard column names of a table."
+    if table_kind(path) in READERS:
+        return list(read_raw(path).columns)
+    with open_text(path, warn=False) as file:
+        separator, names, quotes, escape = _text_format(path, file)
+        header = names or next(csv.reader(file, delimiter=separator[0], quoting=quotes, escapechar=escape), [])
+    return list(standard_columns(pd.DataFrame(columns=[h for h in header if h]), path).columns)
 
 # %% ../nbs/00f_tables.ipynb #ebf82b34
 def _check_parts(paths):
