@@ -230,7 +230,7 @@ def _check_ratings(path, table):
     _raise_if_any(rating.abs() >= MAX_RATING, path, table, "rating", "is too large for a rating")
     return table.assign(rating=rating)
 
-# %% ../nbs/00_data.ipynb #780e8c8e
+# %% ../nbs/00_data.ipynb #94f6310c
 def _check_interactions(path, table, timed):
     "The columns of interactions in a table, checked; `timed`: a time column is needed."
     columns = ", ".join(map(str, table.columns))
@@ -247,13 +247,25 @@ def _check_interactions(path, table, timed):
                         "Choose split=random, or add a timestamp column.")
     if timed:
         table = table.assign(time=_as_times(path, table))
-    return table[[c for c in ("user", "item", "rating", "time", "split") if c in table]]
+    return table[[c for c in ("user", "item", "rating", "time", "split", "history") if c in table]]
 
-# %% ../nbs/00_data.ipynb #1d363d58
+# %% ../nbs/00_data.ipynb #5d66da0a
+def _with_history(table):
+    "The table with its lists of earlier items as rows of their own, in training if there is a split."
+    if "history" not in table:
+        return table
+    past = table[["user"]].assign(item=table.history.fillna("").astype(str).str.split()).explode("item").dropna()
+    pairs = [pd.MultiIndex.from_frame(t[["user", "item"]].astype(str)) for t in (past, table)]
+    past = past[~pairs[0].isin(pairs[1]) & ~pairs[0].duplicated()]
+    past = past.assign(split=0) if "split" in table else past
+    return pd.concat([table.drop(columns="history"), past], ignore_index=True)
+
+# %% ../nbs/00_data.ipynb #f6a90025
 def _joined(tables, text):
     "Tables below each other; ids of text files become integers if that loses nothing."
-    table = pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
-    ids = {c: table[c].map(str) if table[c].map(type).nunique() > 1 else table[c] for c in ("user", "item")} if text else {}
+    table = _with_history(pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0])
+    ids = {c: table[c] for c in ("user", "item")} if text else {}
+    ids = {c: column.map(str).astype(str) if column.dtype == object else column for c, column in ids.items()}
     return table.assign(**{c: integers_if_lossless(column) for c, column in ids.items()})
 
 # %% ../nbs/00_data.ipynb #e3f889d2
@@ -660,14 +672,14 @@ def _odd_times(time):
         notes.append(f"{ms:,} of {n:,} times are in milliseconds, the others in seconds; a split by time would be wrong.")
     return notes + [f"All {n:,} times are in milliseconds; only their order matters here."] * (ms == n)
 
-# %% ../nbs/00_data.ipynb #f664421d
+# %% ../nbs/00_data.ipynb #e454e2c9
 def _odd_ids(ids, column):
     "Whether a spreadsheet has rounded ids, as a sentence in a list."
     if not pd.api.types.is_string_dtype(ids):
         return []
     kinds = pd.Series(pd.unique(ids)).astype(str)
     rounded = kinds[kinds.str.fullmatch(r"\d([.,]\d+)?[eE]\+\d+")]
-    n = int(ids.isin(rounded).sum())
+    n = int(ids.isin(rounded).sum()) if len(rounded) else 0
     return [f"{n:,} rows have a rounded {column} id such as {rounded.iloc[0]}: a spreadsheet has made several "
             f"{column}s one. Export the table anew, ids as text."] if n else []
 

@@ -34,13 +34,14 @@ class DataError(ValueError):
     def _render_traceback_(self):  # IPython shows these lines: the message alone
         return [f"{type(self).__name__}: {self}"]
 
-# %% ../nbs/00f_tables.ipynb #cdaabf4f
+# %% ../nbs/00f_tables.ipynb #22f13e31
 SPELLINGS = {
     "user": "user userid uid reviewerid customer customerid",
     "item": "item itemid iid movie movieid product productid",
     "rating": "rating overall score stars",
     "time": "timestamp time unixreviewtime date",
     "split": "xlabel split",
+    "history": "itemidlist itemlist",
     "title": "title name",
     "brand": "brand store",
     "categories": "category categories genre genres",
@@ -90,8 +91,8 @@ def standard_columns(
             raise DataError(f"{source}: columns {same} all mean '{name}'. Keep one of them.")
     return table.set_axis(columns, axis=1)
 
-# %% ../nbs/00f_tables.ipynb #db52da84
-READ_AS_TEXT = {"user", "item", "image", *TEXT_FIELDS}
+# %% ../nbs/00f_tables.ipynb #d4cbf718
+READ_AS_TEXT = {"user", "item", "history", "image", *TEXT_FIELDS}
 TEXT_HEADERS = {s for name in READ_AS_TEXT for names in (SPELLINGS, OTHER_SPELLINGS) for s in names.get(name, "").split()}
 
 # %% ../nbs/00f_tables.ipynb #a0be344f
@@ -273,13 +274,15 @@ def _read_parquet(path):
     except (OSError, ValueError) as e:
         raise DataError(f"{path} cannot be read as Parquet: {e}") from e
 
-# %% ../nbs/00f_tables.ipynb #31c7761d
+# %% ../nbs/00f_tables.ipynb #5f03574a
 def _read_excel(path):
     "The first sheet of an Excel file; ids and texts keep their characters."
     try:
-        headers = pd.read_excel(path, nrows=0).columns
-        types = {h: str for h in headers if _plain(h) in TEXT_HEADERS}
-        return pd.read_excel(path, dtype=types, keep_default_na=False, na_values=["", "nan", "NaN"])
+        with pd.ExcelFile(path) as book:
+            if len(book.sheet_names) > 1:
+                warnings.warn(f"{path} has {len(book.sheet_names)} sheets; the first, '{book.sheet_names[0]}', is read.")
+            types = {h: str for h in book.parse(nrows=0).columns if _plain(h) in TEXT_HEADERS}
+            return book.parse(dtype=types, keep_default_na=False, na_values=["", "nan", "NaN"])
     except ImportError:
         raise DataError(f"{path} needs openpyxl: pip install 'ptmrec[excel]', or save the sheet as CSV UTF-8.") from None
     except (OSError, ValueError, KeyError, zlib.error) as e:
