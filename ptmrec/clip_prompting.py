@@ -309,7 +309,7 @@ def encode_image(clip: Clip, images: Tensor, prompts: DeepPrompts | None = None)
     return image_features(tower, tower.embed(images), prompts.in_layers("image", len(tower.blocks)))
 
 # %% ../nbs/01_clip_prompting.ipynb #256479e0
-def pooled(output):
+def pooled(output: Tensor | tuple) -> Tensor:
     "The feature in a tower's output: a captioner's towers return (feature, tokens)."
     return output[0] if isinstance(output, tuple) else output
 
