@@ -7,7 +7,8 @@ __all__ = ['POSITIONS', 'PRECISIONS', 'ENCODE_BATCH', 'Clip', 'hub_answers', 'ch
            'load_clip', 'Tower', 'image_tower', 'text_module', 'text_pooling', 'pool_text', 'text_tower',
            'prompt_width', 'DeepPrompts', 'make_room', 'run_blocks', 'image_features', 'encode_image', 'pooled', 'trim',
            'cut_tokens', 'TextTokens', 'embed_text', 'text_features', 'encode_text', 'token_map', 'cut_texts',
-           'warn_of_cut_texts', 'ItemContent', 'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features']
+           'warn_of_cut_texts', 'ItemContent', 'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features',
+           'clip_features']
 
 # %% ../nbs/01_clip_prompting.ipynb #54375e45
 import os
@@ -533,10 +534,14 @@ def encode_in_blocks(
     return encoder.fill_missing({m: torch.cat([p[m] for p in parts]) for m in encoder.modalities})
 
 # %% ../nbs/01_clip_prompting.ipynb #af4dfed0
-def frozen_features(data: RecData, clip: Clip, device="cpu") -> dict[str, Tensor]:
-    "Features to start from, {modality: (I, d_m)}: the ready-made tables of `data`, else those of the stock `clip`, cached."
-    if data.features:
-        return {m: torch.from_numpy(np.asarray(f)).to(device) for m, f in data.features.items()}
+def frozen_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, Tensor]:
+    "Features to start from, {modality: (I, d_m)}: the ready-made tables of `data`, and those of the stock `clip`, cached."
+    ready = {m: torch.from_numpy(np.asarray(f)).to(device) for m, f in data.features.items()}
+    return ready if clip is None or not data.needs_clip else clip_features(data, clip, device) | ready
+
+
+def clip_features(data: RecData, clip: Clip, device="cpu") -> dict[str, Tensor]:
+    "Image and text features of the stock `clip`, {modality: (I, d_m)}, cached."
     key = fingerprint("features", clip.fingerprint(), data.texts, [p is not None for p in data.images],
                       *[p for p in data.images if p])
     path = cache_dir() / f"features-{key}.safetensors"

@@ -467,10 +467,16 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 # %% ../nbs/00_data.ipynb #17b92cf9
 @dataclass(frozen=True)
 class Modality:
-    "A kind of item content. Its ready-made features are in `<name>_feat.npy` of a data-set folder."
+    """A kind of item content.
+
+    Its ready-made features are `<name>_feat.npy` of a data-set folder. Without them, `encode` makes features (n, d) of n
+    files in the folder `<name>/`, each named after its item.
+    """
 
     name: str
     description: str
+    endings: tuple[str, ...] = ()  # of the files
+    encode: Callable | None = None  # encode([path, ...]); a CLIP encodes pictures and texts
 
     @property
     def feature_file(self) -> str:
@@ -487,7 +493,8 @@ class RecData:
     """A recommendation data set: interactions, and the content of each item in item order.
 
     `texts`: I strings, empty where there is none. `images`: I paths, None where there is none.
-    `features`: ready-made tables {modality: (I, d_m) float32}, empty if a CLIP has to make them.
+    `features`: ready-made tables {modality: (I, d_m) float32}.
+    `files`: {modality: I paths, None where there is none} of modalities with an encoder of their own.
     `left_out`: {reason: number of interactions that were read and not kept}.
     `notes`: what was odd or guessed when it was read, a sentence each.
     """
@@ -497,6 +504,7 @@ class RecData:
     texts: list
     images: list
     features: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)
     left_out: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
 
@@ -519,11 +527,21 @@ class RecData:
         "Whether there is anything for a CLIP to encode."
         return any(self.texts) or any(self.images)
 
+    @property
+    def needs_clip(self) -> bool:
+        "Whether a CLIP has to make features: neither images nor texts have ready-made ones."
+        return not self.features.keys() & {"image", "text"} and (self.has_content or not (self.features or self.files))
+
     def fingerprint(self) -> str:
         "Key of everything in the data set: interactions with their split, texts, image files, features."
+        files = [part for name, paths in self.files.items() for part in (name, *_content(paths))]
         return fingerprint(self.inter.user, self.inter.item, self.inter.split, self.inter.user_ids, self.inter.item_ids,
-                           self.texts, [p is not None for p in self.images], *[p for p in self.images if p],
-                           list(self.features), *self.features.values())
+                           self.texts, *_content(self.images), list(self.features), *self.features.values(), *files)
+
+
+def _content(paths):
+    "What `fingerprint` takes of files, None where there is none."
+    return [p is not None for p in paths], *[p for p in paths if p]
 
 # %% ../nbs/00_data.ipynb #f722b009
 def _warn_of_few(source, what, names, known):
@@ -590,16 +608,16 @@ def _item_texts(table):
     return plain
 
 # %% ../nbs/00_data.ipynb #4e29349c
-def _images_by_name(folder, table):
-    "{item id: file} of a folder of images and the folders in it. Raises `DataError` if no image is named after an item."
+def _files_by_name(folder, endings, table):
+    "{item id: file} of a folder and the folders in it. Raises `DataError` if no file is named after an item."
     if not folder.is_dir():
         return {}
     nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder)
-                    for name in names if name.lower().endswith(IMAGE_ENDINGS) and name[0] != ".")
+                    for name in names if name.lower().endswith(endings) and name[0] != ".")
     found = {os.path.splitext(name)[0]: path for _, name, path in sorted(nested, key=lambda entry: -entry[0])}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
         name = min(nested)[1]
-        raise DataError(f"{folder}: none of its {len(found):,} images is named after an item (the first is {name}, "
+        raise DataError(f"{folder}: none of its {len(found):,} files is named after an item (the first is {name}, "
                         f"the first item {table.index[0]}).")
     return found
 
@@ -615,7 +633,7 @@ def _images_by_column(folder, table):
 # %% ../nbs/00_data.ipynb #282649bb
 def _item_images(folder, table):
     "One image file per item, or None: the file in its `image` column if it exists, else the one with its id."
-    files = _images_by_name(folder / "images", table) | _images_by_name(folder / "posters", table)
+    files = {k: v for name in ("images", "posters") for k, v in _files_by_name(folder / name, IMAGE_ENDINGS, table).items()}
     images = [named or files.get(i) for i, named in zip(table.index, _images_by_column(folder, table))]
     if files and not any(_images_by_column(folder, table)):
         _warn_of_few(folder, "picture", table.index, list(files))
@@ -645,6 +663,16 @@ def _item_features(folder, item_ids):
     "{modality: (I, d_m)} of the ready-made feature files in a folder."
     files = {name: folder / modality.feature_file for name, modality in MODALITIES.items()}
     return {name: _read_features(path, item_ids) for name, path in files.items() if path.exists()}
+
+
+def _item_files(folder, table, features):
+    "{modality: I paths or None} of modalities with an encoder of their own, a folder, and no ready-made `features`."
+    found = {name: _files_by_name(folder / name, modality.endings, table) for name, modality in MODALITIES.items()
+             if modality.encode and name not in features}
+    for name, files in found.items():
+        if files:
+            _warn_of_few(folder / name, "file", table.index, list(files))
+    return {name: [files.get(item) for item in table.index] for name, files in found.items() if files}
 
 # %% ../nbs/00_data.ipynb #d6b5a4e4
 def _odd_times(time):
@@ -747,8 +775,8 @@ def load_data(
     folder, notes = find_dataset(dataset), []
 
     def content(item_ids):
-        items = _item_table(folder, item_ids)
-        return _item_texts(items), _item_images(folder, items), _item_features(folder, item_ids)
+        items, features = _item_table(folder, item_ids), _item_features(folder, item_ids)
+        return _item_texts(items), _item_images(folder, items), features, _item_files(folder, items, features)
 
     with noting(notes):
         path, table = _read_checked(folder, timed=split in TIMED_RULES)
@@ -871,6 +899,7 @@ def _interaction_rows(inter):
 # %% ../nbs/00_data.ipynb #5e0cadea
 def _content_rows(data):
     rows = {"items without image": sum(p is None for p in data.images), "items without text": sum(not t for t in data.texts)}
+    rows |= {f"items without {name} file": sum(p is None for p in paths) for name, paths in data.files.items()}
     return rows | {f"{modality} features": " x ".join(map(str, table.shape)) for modality, table in data.features.items()}
 
 # %% ../nbs/00_data.ipynb #107856d1

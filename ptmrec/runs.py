@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'NO_EFFECT', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
-           'own_code', 'read_json', 'shown_path', 'RunFolder', 'load_parameters', 'Run', 'new_run', 'settle', 'why_new',
-           'runs_to_do', 'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs',
-           'per_user_values', 'compare', 'option_parser', 'command_line']
+           'own_code', 'first_features', 'read_json', 'shown_path', 'RunFolder', 'load_parameters', 'Run', 'new_run',
+           'settle', 'why_new', 'runs_to_do', 'open_run', 'best_variant', 'check_variant', 'recommendation_table',
+           'RunEncoder', 'list_runs', 'per_user_values', 'compare', 'option_parser', 'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
-from .data import DataError, fingerprint, load_data, load_image, repo_root, runs_dir, write_atomically
-from .distributed import broadcast, rank
+from .data import (MODALITIES, DataError, RecData, cache_dir, fingerprint, load_data, load_image, repo_root, runs_dir,
+                         write_atomically)
+from .distributed import broadcast, main_first, rank
 from .peft import attach
 from .ranking import Evaluator, paired_test, rank_items
 from .settings import SettingError, described, did_you_mean, resolve
@@ -108,8 +109,8 @@ def definitions(module: str) -> tuple[dict, dict]:
 # %% ../nbs/03c_runs.ipynb #27a9d85d
 # these show or keep what was computed; nor do settings count, whose values are parameters
 NO_EFFECT = {"data.progress", "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "runs.Run", "runs.RunFolder",
-             "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far", "training.how_it_ended",
-             "training.keep_freed_memory", "training.what_is_kept"}
+             "runs.own_code", "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far",
+             "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
 
 
 def code_of(*roots: str) -> dict[str, str]:
@@ -170,6 +171,28 @@ def _own_hash(function):
         return fingerprint(meaning_of(textwrap.dedent(inspect.getsource(function))))
     except (OSError, SyntaxError):  # typed into a shell: as good as new in another process
         return f"{os.getpid()}-{id(function)}"
+
+# %% ../nbs/03c_runs.ipynb #4e1ab9a3
+def _encoded(name, paths):
+    "Features (I, d) that the encoder of the modality `name` makes of `paths`, None where there is no file."
+    encode, there = MODALITIES[name].encode, np.array([path is not None for path in paths])
+    cached = cache_dir() / f"features-{name}-{fingerprint(own_code(encode), there, *filter(None, paths))}.npy"
+    if not cached.exists():
+        found = np.asarray(encode([path for path in paths if path]), np.float32)
+        if found.ndim != 2 or len(found) != there.sum() or not np.isfinite(found).all():
+            raise DataError(f"The encoder of the modality '{name}' must return finite numbers, a row for each of the "
+                            f"{there.sum():,} files; it has returned a table of shape {found.shape}.")
+        table = np.tile(found.mean(0), (len(paths), 1))
+        table[there] = found
+        write_atomically(cached, lambda temporary: np.save(temporary, table))
+    return torch.from_numpy(np.load(cached))
+
+
+def first_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, torch.Tensor]:
+    "Features to start from, {modality: (I, d_m)}: ready-made, of the stock CLIP, and of other modalities' encoders."
+    with main_first():
+        others = {name: _encoded(name, paths).to(device) for name, paths in data.files.items()}
+    return frozen_features(data, clip, device) | others
 
 # %% ../nbs/03c_runs.ipynb #7bb02418
 def read_json(path: Path) -> dict:
@@ -519,7 +542,7 @@ def _encoder(run) -> RunEncoder:
 def _item_features(run) -> dict[str, pd.DataFrame]:
     "Features of all items by modality, a row per item id; of Stage 2 also their projections, `projected_<modality>`."
     data = run.data()
-    tables = run.load_weights("features") if "tuning" in run.params else frozen_features(data, _clip_of(run))
+    tables = run.load_weights("features") if "tuning" in run.params else first_features(data, _clip_of(run))
     return {name: pd.DataFrame(f.numpy(), index=pd.Index(data.inter.item_ids, name="item")) for name, f in tables.items()}
 
 

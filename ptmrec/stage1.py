@@ -22,13 +22,13 @@ import torch
 
 from .amazon import SHORT_NAMES, find_or_prepare
 from .backbones import BACKBONES
-from .clip_prompting import Clip, frozen_features, load_clip, warn_of_cut_texts
-from .data import SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
+from .clip_prompting import Clip, load_clip, warn_of_cut_texts
+from .data import MODALITIES, SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
 from .distributed import init_distributed, main_first, rank
 from .leaks import say_leaks
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
-from .runs import (Run, code_of, load_parameters, new_run, own_code, pick_device, recommendation_table, runs_to_do,
-                         set_seed)
+from .runs import (Run, code_of, first_features, load_parameters, new_run, own_code, pick_device,
+                         recommendation_table, runs_to_do, set_seed)
 from .settings import Settings, experiment, setting
 from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, keep_freed_memory
 
@@ -137,12 +137,12 @@ def load_inputs(settings) -> Inputs:
         say_leaks(data)
     if not BACKBONES[settings.backbone].uses_features:
         return Inputs(data, None, {}, device)
-    clip = None if data.features else load_clip(settings.clip_model, settings.pretrained).to(device)
+    clip = load_clip(settings.clip_model, settings.pretrained).to(device) if data.needs_clip else None
     _warn_of_unused(settings, data)
     if clip:
         with main_first():
             warn_of_cut_texts(clip, data)
-    return Inputs(data, clip, frozen_features(data, clip, device), device)
+    return Inputs(data, clip, first_features(data, clip, device), device)
 
 # %% ../nbs/04_stage1.ipynb #7b238cb8
 SAMPLE = repo_root() / "data" / "sample"
@@ -150,10 +150,11 @@ SAMPLE = repo_root() / "data" / "sample"
 
 def _warn_of_unused(settings, data):
     own = {"image": any(data.images), "text": any(data.texts)}
-    if data.features and (unused := [m for m in own if own[m] and m not in data.features]):
+    unused = [m for m in own if own[m] and m not in data.features]
+    if unused and not data.needs_clip:
         warnings.warn(f"Data set '{data.name}' brings ready-made features ({', '.join(data.features)}), and only they are "
                       f"used, not its own {' and '.join(unused)}. Move the .npy files away to encode these with a CLIP.")
-    if not data.features and settings.pretrained == "sample" and find_dataset(settings.dataset) != SAMPLE:
+    if data.needs_clip and settings.pretrained == "sample" and find_dataset(settings.dataset) != SAMPLE:
         warnings.warn("The tiny CLIP has only seen drawings of the sample. For photographs use a CLIP that has seen some: "
                       "clip_model ViT-B-32, pretrained openai.")
 
@@ -298,7 +299,7 @@ def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = 
     return report
 
 # %% ../nbs/04_stage1.ipynb #8dce9930
-STAGE1_CODE = ("stage1.train_stage1", "clip_prompting.frozen_features")
+STAGE1_CODE = ("stage1.train_stage1", "runs.first_features")
 
 
 def stage1_parameters(settings) -> dict:
@@ -307,12 +308,14 @@ def stage1_parameters(settings) -> dict:
     return {name: settings.key_parameters[name] for name in [*own, *settings.components["backbone"]]}
 
 
-def stage1_code(settings) -> dict[str, str]:
-    "The code that Stage 1 passes through: training, backbone, and the package's metrics with the chosen one."
+def stage1_code(settings, data: RecData) -> dict[str, str]:
+    "The code that Stage 1 passes through: training, backbone, encoders of files, and metrics, the package's and the chosen."
     code, chosen = code_of(*STAGE1_CODE) | own_code(BACKBONES[settings.backbone]), METRICS[settings.metric.split("@")[0]]
     for metric in METRICS.values():
         if metric is chosen or metric.__module__ == "ptmrec.ranking":
             code |= own_code(metric)
+    for modality in data.files:
+        code |= own_code(MODALITIES[modality].encode)
     return code
 
 
@@ -320,7 +323,7 @@ def find_stage1_run(settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = stage1_parameters(settings) | {"device": inputs.device.type}
     return new_run("stage1", inputs.data.name, params, inputs.data.fingerprint(),
-                   inputs.clip.fingerprint() if inputs.clip else None, stage1_code(settings),
+                   inputs.clip.fingerprint() if inputs.clip else None, stage1_code(settings, inputs.data),
                    run_arguments(settings))
 
 
