@@ -228,9 +228,9 @@ def own_code(thing) -> dict[str, str]:
             continue
         seen += [] if isinstance(thing, PLAIN) else [thing]
         if inspect.isfunction(thing) or inspect.isclass(thing):
-            name = thing.__qualname__
+            name = name if "<lambda>" in thing.__qualname__ else thing.__qualname__
             if thing.__module__.startswith("ptmrec."):
-                found |= code_of(f"{thing.__module__[7:]}.{name.split('.')[0]}")
+                found |= code_of(f"{thing.__module__[7:]}.{thing.__qualname__.split('.')[0]}")
             if thing.__module__.startswith("ptmrec.") or not _is_own(thing):
                 continue
         text, parts = _parts(name, thing)

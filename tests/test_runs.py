@@ -157,7 +157,8 @@ def test_weights_of_another_run_are_never_used(small, other):
     "Of another seed, of another rate, of another backbone: Stage 2 says so, and trains Stage 1 once more."
     settings = {"dataset": "shop", "backbone": "vbpr", "epochs": 1, "n_seeds": 1}
     run, = run_stage1(**settings)
-    (wrong,), before = run_stage1(**settings | other), run.load_weights("backbone")
+    before = {name: w.clone() for name, w in run.load_weights("backbone").items()}  # not of the file, which is overwritten
+    wrong, = run_stage1(**settings | other)
     shutil.copy(wrong.folder / "backbone.safetensors", run.folder)
     with pytest.raises(DataError, match="backbone.safetensors .weights of the backbone. cannot be used: it has changed"):
         open_run(run.key).load_weights("backbone")
