@@ -78,7 +78,7 @@ class Callback:
     def after_epoch(self, loop):
         "Called after each epoch; `loop.history[-1]` is its row, and `loop.stop = True` ends the training."
 
-    def failed(self, loop, error) -> bool:
+    def recovers(self, loop, error) -> bool:
         "Called when an epoch raised a `FloatingPointError`: True if the callback has put the loop right, and it can go on."
         return False
 
@@ -169,7 +169,7 @@ class Loop:
                 self.history.append(row | self.validate(self.epoch))
                 self._call("after_epoch")
             except FloatingPointError as error:
-                if not any([callback.failed(self, error) for callback in self.callbacks]):
+                if not any([callback.recovers(self, error) for callback in self.callbacks]):
                     raise
 
     def run(self, epochs: int) -> pd.DataFrame:
@@ -436,7 +436,7 @@ class LowerRate(Callback):
                 raise Diverged(f"{name} became {value}")
         self.before(loop)
 
-    def failed(self, loop, error):
+    def recovers(self, loop, error):
         said = f"{loop.name}, epoch {loop.epoch}, {error}."
         if self.good is None or self.state["lowered"] == self.times:
             raise Diverged(f"{said} {self.remedy}") from None
