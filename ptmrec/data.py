@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SPLIT_NAMES', 'MAX_RATING', 'SPLIT_RULES', 'TIMED_RULES', 'IMAGE_ENDINGS', 'MODALITIES', 'ENTITY',
-           'RESIZE_MODES', 'INTERPOLATIONS', 'UNREADABLE', 'repo_root', 'data_dir', 'runs_dir', 'search_places',
-           'find_path', 'split_files', 'interaction_files', 'has_interactions', 'dataset_names', 'find_dataset',
-           'progress', 'fingerprint', 'cache_dir', 'write_atomically', 'read_interactions', 'k_core', 'random_split',
-           'check_split', 'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values', 'noting', 'load_data',
-           'data_of_frames', 'load_image', 'image_map', 'describe', 'show_items', 'show_statistics']
+           'RESIZE_MODES', 'INTERPOLATIONS', 'UNREADABLE', 'repo_root', 'data_dir', 'runs_dir', 'checked_path',
+           'search_places', 'find_path', 'split_files', 'interaction_files', 'has_interactions', 'dataset_names',
+           'find_dataset', 'PlainWarnings', 'progress', 'fingerprint', 'cache_dir', 'write_atomically',
+           'read_interactions', 'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality',
+           'RecData', 'odd_values', 'noting', 'load_data', 'data_of_frames', 'load_image', 'image_map', 'describe',
+           'show_items', 'show_statistics']
 
 # %% ../nbs/00_data.ipynb #5cd4bdd3
 import difflib
 import hashlib
 import html
+import inspect
 import json
 import os
 import re
@@ -62,10 +64,23 @@ def runs_dir() -> Path:
     "The folder that experiments write to: `$PTMREC_RUNS`, else `runs/` of the checkout."
     return Path(os.environ.get("PTMREC_RUNS") or repo_root() / "runs")
 
+# %% ../nbs/00_data.ipynb #57d0b3f8
+def checked_path(path: str | Path) -> Path:
+    "A path that a user gave, with `~` for the home folder; raises `DataError` for what cannot be the name of a file."
+    text, fits = str(path), False
+    try:
+        path = Path(text).expanduser()
+        fits = len(os.fsencode(path)) < 4096 and all(len(os.fsencode(part)) < 256 for part in path.parts)
+    except (RuntimeError, UnicodeError):  # no such user, or no characters of a file's name
+        pass
+    if not fits or not text.strip() or "\0" in text:
+        raise DataError(f"{ascii(text[:60])} cannot be the name of a file or folder. Give a name or a path.")
+    return path
+
 # %% ../nbs/00_data.ipynb #8451b366
 def search_places(path: str | Path) -> list[Path]:
     "Where a path given by a user may be, in this order: working directory, data folder, `data/` and root of the checkout."
-    path = Path(path).expanduser()
+    path = checked_path(path)
     folders = (Path.cwd(), data_dir(), repo_root() / "data", repo_root())
     return list(dict.fromkeys(folder / path for folder in folders))
 
@@ -135,6 +150,24 @@ def find_dataset(
     known = (", ".join(names) or "none") + (f"; downloaded on first use: {others}" if others else "")
     raise DataError(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
                     f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
+
+# %% ../nbs/00_data.ipynb #cf09f38b
+class PlainWarnings:
+    "Shows each warning of this package or of a notebook's cell once, as one line; others as `others` does."
+
+    def __init__(self, others: Callable):
+        self.others, self.said, self.folder = others, set(), Path(inspect.getfile(DataError)).parent
+
+    def __call__(self, message, category, filename, *more, **options):
+        if category is not UserWarning or not (Path(filename).parent == self.folder or "ipykernel_" in filename):
+            self.others(message, category, filename, *more, **options)
+        elif str(message) not in self.said:
+            self.said.add(str(message))
+            print(f"Warning: {message}", file=sys.stderr)
+
+
+if not isinstance(warnings.showwarning, PlainWarnings):
+    warnings.showwarning = PlainWarnings(warnings.showwarning)
 
 # %% ../nbs/00_data.ipynb #53a88d76
 def progress(*args, leave: bool = False, disable: bool = False, **kwargs) -> tqdm:

@@ -269,8 +269,8 @@ def test_defaults_of_the_data_set_count_unless_they_are_set(small):
 
 WRONG = [
     ({"n_seed": 1}, "has no parameter n_seed. Did you mean n_seeds"),
-    ({"tau": 0}, "tau=0 is not allowed: it must be a number above 0"),
-    ({"n_seeds": "one"}, "n_seeds='one' is not allowed: it must be a whole number at least 1"),
+    ({"tau": 0}, "tau=0 is not allowed: it must be a number at least 0.0001 and at most 10,000"),
+    ({"n_seeds": "one"}, "n_seeds='one' is not allowed: it must be a whole number at least 1 and at most 1,000"),
     ({"backbone": "freedm"}, "backbone='freedm' is not known. Did you mean freedom"),
     ({"dataset": "samples"}, "No data set 'samples'.*[Dd]id you mean.*sample"),
     ({"backbone": "vbpr", "knn_k": 5}, "knn_k is a setting of freedom, mgcn, and backbone='vbpr' does not use it"),
@@ -287,8 +287,8 @@ WRONG = [
     ({"train_features": "no"}, "train_features='no'"), ({"tuning": "lora", "lora_rank": 100000}, "lora_rank=100000"),
     ({"backbone": "bpr"}, "uses no features, so there is nothing to tune. Take one of vbpr, freedom"),
     ({"tuning": "prefix"}, "tuning='prefix' is not known"), ({"kt_weight": 0}, "kt_weight=0 and task_weight=0"),
-    ({"micro_batch": "all"}, "micro_batch='all' is not allowed: it must be a whole number above 0 or 'auto' or None"),
-    ({"device": "gpu"}, "device='gpu' cannot be used"),
+    ({"micro_batch": "all"}, "it must be a whole number at least 1 and at most 2,147,483,647 or 'auto' or None"),
+    ({"device": "gpu"}, "device='gpu' is not allowed"), ({"device": "cuda:987"}, "device='cuda:987' cannot be used"),
 ]
 
 
