@@ -323,7 +323,7 @@ def test_pictures_in_folders_within_folders(home):
 def test_a_linked_folder_of_pictures_is_read_and_an_empty_one_is_said(home, tmp_path):
     folder = folder_of(home, {"interactions.csv": text(TABLE, ",")})
     (folder / "images").mkdir()
-    assert any("images has no picture that is read (.jpg, .jpeg, .png, .webp)" in s for s in load(folder)[1])
+    assert any("images has no file that is read (.jpg, .jpeg, .png, .webp)" in s for s in load(folder)[1])
     (tmp_path / "disk").mkdir()
     for n in range(4):
         Image.new("RGB", (8, 8)).save(tmp_path / "disk" / f"{n:04}.jpg")
