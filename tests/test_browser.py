@@ -23,7 +23,8 @@ def test_what_goes_wrong_is_heard(lab):
               "button.on_click(go)\n"
               "ipywidgets.VBox([button, shown])")
     path = lab.folder / "button.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=kernel), path)
     with lab.open(path) as notebook:
         notebook.run_all()
         assert notebook.complaints() == "", notebook.console
