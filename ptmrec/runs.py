@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'NO_EFFECT', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
            'own_code', 'read_json', 'shown_path', 'RunFolder', 'load_parameters', 'Run', 'new_run', 'settle', 'why_new',
-           'runs_to_do', 'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs',
-           'per_user_values', 'compare', 'option_parser', 'command_line']
+           'runs_to_do', 'stopped_by_hand', 'open_run', 'best_variant', 'check_variant', 'recommendation_table',
+           'RunEncoder', 'list_runs', 'per_user_values', 'compare', 'option_parser', 'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -107,9 +107,9 @@ def definitions(module: str) -> tuple[dict, dict]:
 
 # %% ../nbs/03c_runs.ipynb #27a9d85d
 # these show or keep what was computed; nor do settings count, whose values are parameters
-NO_EFFECT = {"data.progress", "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "runs.Run", "runs.RunFolder",
-             "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far", "training.how_it_ended",
-             "training.keep_freed_memory", "training.what_is_kept"}
+NO_EFFECT = {"data.progress", "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "monitor.watch", "runs.Run",
+             "runs.RunFolder", "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far",
+             "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
 
 
 def code_of(*roots: str) -> dict[str, str]:
@@ -272,10 +272,33 @@ class Run(RunFolder):
             raise DataError(f"Run {self.key} is not finished ({self.state}). The call that began it goes on with it.")
         return read_json(self.folder / "metrics.json")
 
-    def __repr__(self):
-        names = " + ".join(str(self.params[k]) for k in ("backbone", "tuning") if k in self.params)
-        return (f"Run({self.about['experiment']} on {self.about['dataset']}, {names or 'no backbone'}, seed "
-                f"{self.params.get('seed')}: {self.state}, {shown_path(self.folder)})")
+# %% ../nbs/03c_runs.ipynb #7c1d0e02
+def _note_ended(run, ended: dict) -> None:
+    "Keep in run.json how trainings of the run ended: {training: words}, see `how_it_ended`."
+    if not rank():
+        about = read_json(run.folder / "run.json")
+        run.save_json("run.json", about | {"ended": about.get("ended", {}) | ended})
+
+
+def _ended(run) -> dict:
+    "How each training of the run ended: {training: words}."
+    path = run.folder / "run.json"
+    return read_json(path).get("ended", {}) if path.exists() else {}
+
+
+def _by_hand(run) -> str:
+    "The trainings that were stopped by hand: `Stage 1 stopped by hand at epoch 12, best 9`; \"\" if there is none."
+    return "; ".join(f"{training} {words}" for training, words in run.ended.items() if "by hand" in words)
+
+
+def _repr(run) -> str:
+    names = " + ".join(str(run.params[k]) for k in ("backbone", "tuning") if k in run.params)
+    state = f"{run.state}, {run.by_hand}" if run.by_hand else run.state
+    return (f"Run({run.about['experiment']} on {run.about['dataset']}, {names or 'no backbone'}, seed "
+            f"{run.params.get('seed')}: {state}, {shown_path(run.folder)})")
+
+
+Run.ended, Run.by_hand, Run.note_ended, Run.__repr__ = property(_ended), property(_by_hand), _note_ended, _repr
 
 # %% ../nbs/03c_runs.ipynb #b0b42cbd
 def new_run(
@@ -386,9 +409,16 @@ def runs_to_do(
 def _about_reuse(run, finished):
     name = f"{run.about['experiment']}, seed {run.params.get('seed')}"
     if finished:
-        return f"{name}: the finished run {run.key} is used again (rerun=True makes it anew).\n"
+        by_hand = f"{run.by_hand}; " if run.by_hand else ""
+        return f"{name}: the finished run {run.key} is used again ({by_hand}rerun=True makes it anew).\n"
     reason = None if (run.folder / "run.json").exists() else why_new(run)
     return f"{reason}\n" if reason else ""
+
+# %% ../nbs/03c_runs.ipynb #7c1d0e04
+def stopped_by_hand(runs: list[Run]) -> str:
+    "A note for under a table of results: a line per run with a training that was stopped by hand; \"\" if there is none."
+    return "\n".join(f"{' + '.join(str(run.params[k]) for k in ('backbone', 'tuning') if k in run.params)}, "
+                     f"seed {run.params.get('seed')}: {run.by_hand}." for run in runs if run.by_hand)
 
 # %% ../nbs/03c_runs.ipynb #d3d91099
 def open_run(where: str | Path) -> Run:
@@ -539,7 +569,7 @@ def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
             continue
         row = {k: run.about.get(k) for k in ("experiment", "dataset")} | {"key": run.key}
         row |= {k: run.params.get(k) for k in ("backbone", "tuning", "seed")}
-        row["state"] = run.state
+        row |= {"state": run.state, "by_hand": run.by_hand}
         if run.finished:
             metrics, variant = run.metrics(), best_variant([run])
             found = metrics[variant] if variant else metrics

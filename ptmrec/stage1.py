@@ -25,11 +25,12 @@ from .backbones import BACKBONES
 from .clip_prompting import Clip, frozen_features, load_clip
 from .data import SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
 from .distributed import init_distributed, main_first
+from .monitor import watch
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
 from .runs import (Run, code_of, load_parameters, new_run, own_code, pick_device, recommendation_table, runs_to_do,
                          set_seed)
 from .settings import Settings, experiment, setting
-from .training import Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, keep_freed_memory
+from .training import Checkpoint, Health, KeepBest, Loop, TripleSampler, keep_freed_memory
 
 # %% ../nbs/04_stage1.ipynb #e28b9345
 class DataSettings(Settings):
@@ -268,7 +269,7 @@ def train_backbone(
         return validate(backbone, evaluator, metric) | {"seconds": time.perf_counter() - started}
 
     best = f"valid {metric}"
-    callbacks = [Progress(name, ["bpr", best]), Health("bpr", "Lower lr."), KeepBest(best, patience)]
+    callbacks = [watch(name, {c: label(c) for c in ("bpr", best)}), Health("bpr", "Lower lr."), KeepBest(best, patience)]
     if checkpoint:
         callbacks.append(Checkpoint(checkpoint))
     return Loop(backbone, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
@@ -333,6 +334,7 @@ def train_stage1(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
         load_parameters(backbone, run.load_weights("backbone"), f"{run.folder}/backbone.safetensors")
     else:
         history = train_with(settings, backbone, evaluator, "Stage 1", run.checkpoint)
+        run.note_ended({"Stage 1": history.attrs["ended"]})
         run.save_weights("backbone", dict(backbone.named_parameters()))
         run.save_table("history.csv", history.reset_index())
         run.checkpoint.unlink(missing_ok=True)
