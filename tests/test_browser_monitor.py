@@ -3,12 +3,13 @@ import re
 
 import nbformat
 import pytest
-from browser import SETTINGS, copy_notebook, jupyter_lab, needs_browser
+from browser import copy_notebook, jupyter_lab, needs_browser
 from small import make_shop
 
 from ptmrec.runs import list_runs, open_run
 
 pytestmark = needs_browser
+SILENT = "import warnings; warnings.filterwarnings('ignore', message='The tiny CLIP')"
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -56,7 +57,7 @@ def saved(notebook):
 
 
 def test_stop_leaves_a_finished_run(lab):
-    how = dict(dataset="shop", backbone="vbpr", epochs=7777, patience=7777, n_seeds=1)
+    how = dict(dataset="shop", backbone="bpr", epochs=7777, patience=7777, n_seeds=1)
     with lab.open(copy_notebook("04_stage1", lab.folder, **how)) as notebook:
         notebook.start()
         wait_until_it_moves(notebook, 7777)
@@ -69,7 +70,7 @@ def test_stop_leaves_a_finished_run(lab):
         assert run.finished and len(run.load_table("history.csv")) == int(re.search(r"epoch (\d+)", words)[1]) < 7777
         text = saved(notebook)
         assert f"Stage 1, seed 0, {words.removeprefix('Stage 1 ')}" in text  # the monitor's row
-        assert f"finished, {words}" in text and f"vbpr, seed 0: {words}." in text  # the run, and below the table
+        assert f"finished, {words}" in text and f"bpr, seed 0: {words}." in text  # the run, and below the table
         assert notebook.complaints() == ""
         notebook.run_all()
         assert f"is used again ({words}; rerun=True makes it anew)" in saved(notebook)
@@ -78,7 +79,7 @@ def test_stop_leaves_a_finished_run(lab):
 def test_stage_2_goes_on_with_its_next_training(lab):
     how = dict(dataset="shop", backbone="vbpr", epochs=40, stage2_epochs=5555, validate_every=1,
                stage2_batch_size=9, n_ctx=2, n_seeds=1, device="cpu")
-    path = notebook_of(lab, "two.ipynb", "from ptmrec.stage2 import report, run_stage2",
+    path = notebook_of(lab, "two.ipynb", SILENT, "from ptmrec.stage2 import report, run_stage2",
                        f"runs = run_stage2(**{how})", "print(report(runs))")
     with lab.open(path) as notebook:
         notebook.start()
@@ -119,10 +120,17 @@ def test_the_stop_of_the_toolbar_interrupts_as_before(lab):
         assert [o["ename"] for o in notebook.outputs() if o["output_type"] == "error"] == ["Stopped"]
 
 
-def test_where_clicks_do_not_arrive_a_line_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(SETTINGS, "apputils-extension/kernels-settings", '{"commsOverSubshells": "disabled"}')
-    with (jupyter_lab(tmp_path, TQDM_DISABLE="0") as lab,
-          lab.open(notebook_of(lab, "toy.ipynb", TOY.replace("3333", "250"))) as notebook):
+@pytest.fixture
+def without_subshells(lab):
+    "A front end that sends clicks to the shell that runs the cells, as others than JupyterLab do."
+    path = next(lab.folder.parent.rglob("apputils-extension")) / "kernels-settings.jupyterlab-settings"
+    path.write_text('{"commsOverSubshells": "disabled"}')
+    yield
+    path.unlink()
+
+
+def test_where_clicks_do_not_arrive_a_line_says_what_to_do(lab, without_subshells):
+    with lab.open(notebook_of(lab, "deaf.ipynb", TOY.replace("3333", "250"))) as notebook:
         notebook.start()
         notebook.page.get_by_text("to stop, interrupt the kernel").wait_for(timeout=60_000)
         assert not stop(notebook).is_visible()
