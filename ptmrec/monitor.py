@@ -18,7 +18,7 @@ from collections import deque
 from .distributed import rank
 from .training import Callback, KeepBest, Loop, Progress, best_so_far, how_it_ended
 
-# %% ../nbs/03d_monitor.ipynb #98a4b5fd
+# %% ../nbs/03d_monitor.ipynb #8b16d745
 def keeper(loop: Loop) -> KeepBest | None:
     "The `KeepBest` among the callbacks of a loop."
     return next((c for c in loop.callbacks if isinstance(c, KeepBest)), None)
@@ -34,7 +34,8 @@ def patience_ends(history: list[dict], keep: KeepBest | None, epochs: int) -> in
     seen = [row["epoch"] for row in history if keep and keep.metric in row]
     if not seen:
         return epochs
-    misses = sum(epoch > best_row(history, keep.metric)["epoch"] for epoch in seen)
+    best = best_row(history, keep.metric)["epoch"]
+    misses = sum(epoch > best for epoch in seen)
     apart = seen[-1] - (seen[-2] if len(seen) > 1 else 0)
     return min(epochs, seen[-1] + (keep.patience - misses) * apart)
 
@@ -79,7 +80,7 @@ def svg(width: int, height: int, parts: list[str]) -> str:
             'font-family="system-ui, sans-serif" font-size="12" style="max-width: 100%">'
             f'<rect width="{width}" height="{height}" rx="4" fill="#fff"/>{"".join(parts)}</svg>')
 
-# %% ../nbs/03d_monitor.ipynb #e6161119
+# %% ../nbs/03d_monitor.ipynb #5d37a0e3
 class Scale:
     "Places points (epoch, value) in a box of a picture: x, y, width and height in pixels; the axis ends at epoch `end`."
 
@@ -96,8 +97,10 @@ class Scale:
         _, top, _, height = self.box
         return top + height * ((self.high - value) / (self.high - self.low) if self.high > self.low else 0.5)
 
-    def line(self, color: str, most: int = 300) -> str:
-        "The points, every so many of them, joined."
+    def line(self, color: str, most: int = 150) -> str:
+        "The points, every so many of them, joined; a single one is a dot."
+        if len(self.points) == 1:
+            return self.dot(self.points[0], color)
         some = self.points[:: len(self.points) // most + 1] + self.points[-1:]
         path = " ".join(f"{self.x(epoch):.1f},{self.y(value):.1f}" for epoch, value in some)
         return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6" stroke-linejoin="round"/>'
@@ -110,7 +113,7 @@ def points_of(history: list[dict], column: str) -> list[tuple]:
     "The numbers of a column as (epoch, value): epochs without one, or with an infinite one, are left out."
     return [(row["epoch"], row[column]) for row in history if math.isfinite(row.get(column, math.nan))]
 
-# %% ../nbs/03d_monitor.ipynb #aeaa6e62
+# %% ../nbs/03d_monitor.ipynb #b4f55aa5
 def chart(
     rows: list[dict],  # of the history
     column: str,
@@ -131,8 +134,9 @@ def chart(
         x = scale.x(best["epoch"])
         parts.append(f'<rect x="{x:.1f}" y="26" width="{scale.x(end) - x:.1f}" height="98" fill="#eee"/>')
     parts += [text(left + 320, 16, f"now {short(points[-1][1])}", **right), scale.line(BLUE),
-              text(left + 44, 34, f"{scale.high:.3g}", **small, **right), text(left + 50, 140, "epoch 1", **small),
-              text(left + 44, 124, f"{scale.low:.3g}", **small, **right),
+              text(left + 44, scale.y(scale.high) + 4, f"{scale.high:.3g}", **small, **right),
+              text(left + 44, scale.y(scale.low) + 4, f"{scale.low:.3g}" * (scale.low < scale.high), **small, **right),
+              text(left + 50, 140, "epoch 1", **small),
               text(left + 320, 140, f"patience ends at epoch {end}" if waits else f"{end}", **small, **right)]
     if best:
         parts += [scale.dot((best["epoch"], best[column]), ORANGE),
@@ -151,12 +155,12 @@ def curves(loop: Loop, shown: dict) -> str:
         parts.append(chart(loop.history, column, title, 350 * n + 10, end, best, best is not None and end < loop.epochs))
     return svg(350 * len(shown), 150, parts)
 
-# %% ../nbs/03d_monitor.ipynb #f86c4727
+# %% ../nbs/03d_monitor.ipynb #2234099c
 def summary(loop: Loop, name: str, shown: dict, ended: str, seconds: float) -> str:
     "SVG: a row that says how a training ended, with the curve of the last column of `shown`, its best value, and the time."
     column, title = list(shown.items())[-1]
     points = points_of(loop.history, column)
-    at = max(150, 8 * len(name) + 20)
+    at = max(170, 8 * len(name) + 20)
     parts = [text(10, 19, name, font_weight="bold"), text(at, 19, ended),
              text(at + 640, 19, in_words(seconds), text_anchor="end")]
     if points:
@@ -232,14 +236,14 @@ class Monitor(Callback):
     def failed(self, loop):
         self.close(loop, f"failed in epoch {loop.epoch}")
 
-# %% ../nbs/03d_monitor.ipynb #d50dc9c4
+# %% ../nbs/03d_monitor.ipynb #4b7ed620
 def _draw(monitor, loop) -> None:
-    "Show the state of `loop`; the next time is due in half a second, later if drawing is slow."
+    "Show the state of `loop`; the next time is due in half a second, or later if drawing is slow."
     started = time.perf_counter()
     monitor.deaf = time.monotonic() - monitor.began > 5 and not clicks_arrive()
     monitor.stop.layout.display = "none" if monitor.deaf else None
     monitor.curves.value, monitor.line.value = curves(loop, monitor.shown), monitor.words(loop)
-    monitor.due = time.monotonic() + max(0.5, 100 * (time.perf_counter() - started))
+    monitor.due = time.monotonic() + max(0.5, 200 * (time.perf_counter() - started))
 
 
 def _clicked(monitor, loop) -> None:
@@ -266,7 +270,7 @@ def _words(monitor, loop) -> str:
     if loop.asked:
         best = best_row(loop.history, keep.metric) if keep else None
         kept = f" Best so far: epoch {best['epoch']}." if best else ""
-        return f"{name} stops after this epoch{f', which takes about {in_words(seconds)}' if n else ''}.{kept}"
+        return f"{name} stops after this epoch{f', which takes about {in_words(seconds)}' if seconds > 2 else ''}.{kept}"
     so_far = in_words(time.monotonic() - monitor.began)
     to_go = time_to_go(n, patience_ends(loop.history, keep, loop.epochs), loop.epochs, seconds)
     instead = " Clicks do not arrive here while a cell runs: to stop, interrupt the kernel." if monitor.deaf else ""

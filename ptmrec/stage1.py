@@ -30,7 +30,7 @@ from .ranking import GROUPS, METRICS, Evaluator, metric_names
 from .runs import (Run, code_of, load_parameters, new_run, own_code, pick_device, recommendation_table, runs_to_do,
                          set_seed)
 from .settings import Settings, experiment, setting
-from .training import Checkpoint, Health, KeepBest, Loop, TripleSampler, keep_freed_memory
+from .training import Checkpoint, Health, KeepBest, Loop, TripleSampler, how_it_ended, keep_freed_memory
 
 # %% ../nbs/04_stage1.ipynb #e28b9345
 class DataSettings(Settings):
@@ -252,7 +252,10 @@ def train_backbone(
     name: str = "Stage 1",  # on the progress bar
     checkpoint=None,  # a file to go on from
 ) -> pd.DataFrame:
-    "Train a backbone and keep its best epoch; returns the history, a row per epoch: losses, validation metrics, seconds."
+    """Train a backbone and keep its best epoch; returns the history, a row per epoch: losses, validation metrics, seconds.
+
+    Its `attrs["ended"]` says how the training ended.
+    """
     sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
     optimiser = torch.optim.Adam(backbone.parameters(), lr, fused=True)
 
@@ -272,7 +275,10 @@ def train_backbone(
     callbacks = [watch(name, {c: label(c) for c in ("bpr", best)}), Health("bpr", "Lower lr."), KeepBest(best, patience)]
     if checkpoint:
         callbacks.append(Checkpoint(checkpoint))
-    return Loop(backbone, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
+    loop = Loop(backbone, optimiser, train_epoch, validate_epoch, callbacks)
+    history = loop.run(epochs)
+    history.attrs["ended"] = how_it_ended(loop)
+    return history
 
 
 def train_with(settings, backbone, evaluator: Evaluator, name: str, checkpoint) -> pd.DataFrame:

@@ -38,7 +38,8 @@ from .settings import SettingError, Settings, experiment, setting
 from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
                            locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
                            run_arguments, save_embeddings, stage1_code, find_stage1_run, train_stage1, train_with, validate)
-from .training import Callback, Checkpoint, Health, KeepBest, Loop, TripleSampler, check_features, keep_freed_memory
+from .training import (Callback, Checkpoint, Health, KeepBest, Loop, TripleSampler, check_features, how_it_ended,
+                             keep_freed_memory)
 
 # %% ../nbs/05_stage2.ipynb #ddb05c45
 SOURCES = ("id", "output")
@@ -285,7 +286,9 @@ def tune(
     if checkpoint:
         callbacks.append(Checkpoint(checkpoint, seconds=0))
     loop = Loop(model, optimiser, train_epoch, validate_epoch, callbacks)
-    return loop.run(epochs)
+    history = loop.run(epochs)
+    history.attrs["ended"] = how_it_ended(loop)
+    return history
 
 # %% ../nbs/05_stage2.ipynb #9df52eba
 VARIANTS = ("as_is", "continued", "fresh")  # of two stages; joint training has one

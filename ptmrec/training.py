@@ -164,7 +164,7 @@ class Loop:
             self._call("after_epoch")
 
     def run(self, epochs: int) -> pd.DataFrame:
-        "Run until `epochs` epochs are in the history or a callback stops; returns it, with `how_it_ended` in its `attrs`."
+        "Run until `epochs` epochs are in the history or a callback stops; returns the history, a row per epoch."
         self.epochs, self.epoch = epochs, 1
         try:
             with sigterm_stops():
@@ -179,9 +179,7 @@ class Loop:
         except Exception:
             self._call("failed")
             raise
-        history = pd.DataFrame(self.history).set_index("epoch")
-        history.attrs["ended"] = how_it_ended(self)
-        return history
+        return pd.DataFrame(self.history).set_index("epoch")
 
 # %% ../nbs/03b_training.ipynb #72e4807e
 class KeepBest(Callback):

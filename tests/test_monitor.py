@@ -17,7 +17,7 @@ from ptmrec.runs import list_runs, open_run, stopped_by_hand
 from ptmrec.search import search
 from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import projections_alone, report, run_stage2
-from ptmrec.training import Callback, Checkpoint, KeepBest, Loop, Progress, Stopped
+from ptmrec.training import Callback, Checkpoint, KeepBest, Loop, Progress, Stopped, how_it_ended
 
 TITLES = {"loss": "training loss", "score": "validation score"}
 
@@ -61,15 +61,16 @@ def test_a_click_ends_the_training_after_the_epoch_and_keeps_the_best(first):
     watcher.at = 4
     loop = loop_of([0.1, 0.5, 0.2, 0.3] + [0.9] * 20, *[watcher] * first)
     loop.callbacks += [watcher] * (not first)
-    history = loop.run(24)
-    assert len(history) == 4 and loop.module.weight.item() == 2
-    assert history.attrs["ended"] == "stopped by hand at epoch 4, best 2"
+    assert len(loop.run(24)) == 4 and loop.module.weight.item() == 2
+    assert how_it_ended(loop) == "stopped by hand at epoch 4, best 2"
 
 
 def test_a_click_in_the_last_epoch_is_no_stop():
     watcher = Clicked("Toy", TITLES)
     watcher.at = 3
-    assert loop_of([0.1, 0.2, 0.3], watcher).run(3).attrs["ended"] == "ran all 3 epochs, best 3"
+    loop = loop_of([0.1, 0.2, 0.3], watcher)
+    loop.run(3)
+    assert how_it_ended(loop) == "ran all 3 epochs, best 3"
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -89,12 +90,12 @@ def test_a_stop_by_hand_survives_the_process(tmp_path):
     def once_more(*callbacks):
         loop = loop_of([0.1, 0.3, 0.2, 0.9], *callbacks)
         loop.callbacks += [Checkpoint(tmp_path / "c.pt", seconds=1000)]
-        return loop.run(4)
+        return loop.run(4), how_it_ended(loop)
 
-    first = once_more(Clicked("Toy", TITLES))
-    again = once_more(Progress("Toy", TITLES))  # say, in a terminal
+    first, ended = once_more(Clicked("Toy", TITLES))
+    again, still = once_more(Progress("Toy", TITLES))  # say, in a terminal
     assert again.equals(first) and len(again) == 2
-    assert again.attrs["ended"] == first.attrs["ended"] == "stopped by hand at epoch 2, best 2"
+    assert still == ended == "stopped by hand at epoch 2, best 2"
 
 
 class Places:
