@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'BLUE', 'ORANGE', 'keeper', 'best_row', 'patience_ends', 'in_words', 'time_to_go', 'text', 'short',
            'attributes', 'svg', 'Scale', 'points_of', 'chart', 'curves', 'summary', 'shell', 'clicks_arrive',
-           'let_through', 'Still', 'Monitor', 'in_jupyterlab', 'watch']
+           'let_through', 'Still', 'panel', 'leave', 'words', 'Monitor', 'in_jupyterlab', 'watch']
 
 # %% ../nbs/03d_monitor.ipynb #b7b0bbe4
 import html
@@ -198,88 +198,87 @@ class Still:
     def __repr__(self):
         return self.words
 
-# %% ../nbs/03d_monitor.ipynb #31317776
+# %% ../nbs/03d_monitor.ipynb #48d79bc7
+def panel(on_stop) -> tuple:
+    "Widgets: place for curves, a line, a Stop button that calls `on_stop`, and a box of the three."
+    from ipywidgets import HTML, Button, HBox, VBox
+
+    picture, line = HTML(), HTML()
+    stop = Button(description="Stop", icon="stop", tooltip="Ends after this epoch. The best so far is kept.",
+                  layout={"width": "100px"})
+    stop.on_click(lambda _: on_stop())
+    let_through(stop)
+    return picture, line, stop, VBox([picture, HBox([stop, line])])
+
+
+def leave(place, box, still: Still) -> None:
+    "Show `still` where `box` is, and close its widgets."
+    place.update(still)
+    for widget in (box, *box.children, *box.children[1].children):
+        widget.close()
+
+# %% ../nbs/03d_monitor.ipynb #22b9ce51
+def words(loop: Loop, name: str, seconds: float, waited: float, deaf: bool) -> str:
+    "HTML: where a training is, `waited` seconds after its start, at `seconds` per epoch; once clicked, what comes of it."
+    n, name, keep = len(loop.history), f"<b>{html.escape(name)}</b>", keeper(loop)
+    if loop.asked:
+        best = best_row(loop.history, keep.metric) if keep else None
+        kept = f" Best so far: epoch {best['epoch']}." if best else ""
+        return f"{name} stops after this epoch{f', which takes about {in_words(seconds)}' if seconds > 2 else ''}.{kept}"
+    to_go = time_to_go(n, patience_ends(loop.history, keep, loop.epochs), loop.epochs, seconds)
+    instead = " Clicks do not arrive here while a cell runs: to stop, interrupt the kernel." if deaf else ""
+    return f"{name}, epoch {n} of {loop.epochs}, {in_words(waited)} so far" + (f"; {to_go}." if n else ".") + instead
+
+# %% ../nbs/03d_monitor.ipynb #6001eca3
 class Monitor(Callback):
     "Curves of the columns `shown` {column: title} of the history, the time to go, and a Stop button; for notebooks."
-
-    deaf = False  # whether clicks wait until the cell is done
 
     def __init__(self, name: str, shown: dict[str, str]):
         self.name, self.shown, self.place = name, shown, None
 
     def before(self, loop):
         from IPython.display import display
-        from ipywidgets import HTML, Button, HBox, VBox
 
         loop.name, self.began = self.name, time.monotonic()
         self.ends = deque([self.began], maxlen=21)
-        self.curves, self.line = HTML(), HTML()
-        self.stop = Button(description="Stop", icon="stop", tooltip="Ends after this epoch. The best so far is kept.",
-                           layout={"width": "100px"})
-        self.stop.on_click(lambda _: self.clicked(loop))
-        let_through(self.stop)
-        self.widgets = VBox([self.curves, HBox([self.stop, self.line])])
+        self.picture, self.line, self.stop, self.box = panel(lambda: self.clicked(loop))
         self.draw(loop)
-        self.place = display(self.widgets, display_id=True)
+        self.place = display(self.box, display_id=True)
 
     def after_epoch(self, loop):
         self.ends.append(time.monotonic())
         if self.ends[-1] >= self.due:
             self.draw(loop)
 
-    def after(self, loop):
-        self.close(loop, how_it_ended(loop))
+    def draw(self, loop):
+        started = time.perf_counter()
+        self.picture.value = curves(loop, self.shown)
+        self.write(loop)
+        self.due = time.monotonic() + max(0.5, 200 * (time.perf_counter() - started))
+
+    def write(self, loop):
+        waited, seconds = time.monotonic() - self.began, (self.ends[-1] - self.ends[0]) / max(1, len(self.ends) - 1)
+        deaf = waited > 5 and not clicks_arrive()
+        self.line.value, self.stop.layout.display = words(loop, self.name, seconds, waited, deaf), "none" if deaf else None
+
+    def clicked(self, loop):  # in a thread of its own
+        loop.end_by_hand()
+        self.stop.disabled, self.stop.description = True, "Stopping"
+        self.write(loop)
+
+    def after(self, loop, ended=None):
+        if self.place is not None:
+            ended = ended or how_it_ended(loop)
+            row = summary(loop, self.name, self.shown, ended, time.monotonic() - self.began)
+            leave(self.place, self.box, Still(row, f"{self.name}, {ended}"))
 
     def interrupted(self, loop):
-        self.close(loop, f"interrupted during epoch {loop.epoch}")
+        self.after(loop, f"interrupted during epoch {loop.epoch}")
 
     def failed(self, loop):
-        self.close(loop, f"failed in epoch {loop.epoch}")
+        self.after(loop, f"failed in epoch {loop.epoch}")
 
-# %% ../nbs/03d_monitor.ipynb #4b7ed620
-def _draw(monitor, loop) -> None:
-    "Show the state of `loop`; the next time is due in half a second, or later if drawing is slow."
-    started = time.perf_counter()
-    monitor.deaf = time.monotonic() - monitor.began > 5 and not clicks_arrive()
-    monitor.stop.layout.display = "none" if monitor.deaf else None
-    monitor.curves.value, monitor.line.value = curves(loop, monitor.shown), monitor.words(loop)
-    monitor.due = time.monotonic() + max(0.5, 200 * (time.perf_counter() - started))
-
-
-def _clicked(monitor, loop) -> None:
-    "What the Stop button does, in a thread of its own."
-    loop.end_by_hand()
-    monitor.stop.disabled, monitor.stop.description = True, "Stopping"
-    monitor.line.value = monitor.words(loop)
-
-
-def _close(monitor, loop, ended: str) -> None:
-    "Put a row in the place of the widgets."
-    if monitor.place is None:
-        return
-    row = summary(loop, monitor.name, monitor.shown, ended, time.monotonic() - monitor.began)
-    monitor.place.update(Still(row, f"{monitor.name}, {ended}"))
-    for widget in (monitor.widgets, *monitor.widgets.children, monitor.stop, monitor.line):
-        widget.close()
-
-
-def _words(monitor, loop) -> str:
-    "The line beside the button: where the training is, and when it will be done; or, once clicked, what comes of it."
-    n, name, keep = len(loop.history), f"<b>{html.escape(monitor.name)}</b>", keeper(loop)
-    seconds = (monitor.ends[-1] - monitor.ends[0]) / max(1, len(monitor.ends) - 1)
-    if loop.asked:
-        best = best_row(loop.history, keep.metric) if keep else None
-        kept = f" Best so far: epoch {best['epoch']}." if best else ""
-        return f"{name} stops after this epoch{f', which takes about {in_words(seconds)}' if seconds > 2 else ''}.{kept}"
-    so_far = in_words(time.monotonic() - monitor.began)
-    to_go = time_to_go(n, patience_ends(loop.history, keep, loop.epochs), loop.epochs, seconds)
-    instead = " Clicks do not arrive here while a cell runs: to stop, interrupt the kernel." if monitor.deaf else ""
-    return f"{name}, epoch {n} of {loop.epochs}, {so_far} so far" + (f"; {to_go}." if n else ".") + instead
-
-
-Monitor.draw, Monitor.words, Monitor.clicked, Monitor.close = _draw, _words, _clicked, _close
-
-# %% ../nbs/03d_monitor.ipynb #ed615087
+# %% ../nbs/03d_monitor.ipynb #0a72081a
 def in_jupyterlab() -> bool:
     "Whether the code at hand was started as a cell in JupyterLab, or in a front end made of it."
     parent = shell().get_parent() if hasattr(shell(), "get_parent") else None
