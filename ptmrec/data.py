@@ -848,7 +848,7 @@ def data_of_frames(
     def content(item_ids):
         known = pd.DataFrame(index=pd.Index(item_ids.astype(str)))
         known = known if items is None else _join_items("items", _as_frame(items, "items"), item_ids)
-        return _item_texts(known), _images_by_column(Path(), known), {}
+        return _item_texts(known), _images_by_column(Path(), known), {}, {}
 
     with noting(notes):
         table = _check_interactions("interactions", _as_frame(interactions, "interactions"), timed=split in TIMED_RULES)
