@@ -49,7 +49,7 @@ from ptmrec.data import (
     make_split,
     progress,
 )
-from .files import data_dir, locked, sweep, write_atomically, writing
+from .files import data_dir, locked, scratch_folder, sweep, write_atomically, writing
 
 # %% ../nbs/00a_amazon.ipynb #1b077ab8
 BASE_URL = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
@@ -112,6 +112,18 @@ def _refuse_inside(url):
 
     return check
 
+# %% ../nbs/00a_amazon.ipynb #6fc274c2
+def _check_gzip(part, url):
+    "Raise `DataError`, and delete the file `part`, unless it is a whole gzip file."
+    try:
+        with gzip.open(part) as file:
+            while file.read(1 << 20):
+                pass
+    except (OSError, EOFError, zlib.error) as e:
+        part.unlink()
+        raise DataError(f"{url} is not a complete gzip file ({e}). Run again, or name another address with "
+                        "base_url.") from None
+
 # %% ../nbs/00a_amazon.ipynb #74f5df99
 def _append_rest(url, part):
     "Request what the file `part` lacks of `url`, and append it."
@@ -152,14 +164,7 @@ def _fetch_alone(url, path, attempts, wait):
                             reraise=True):
         with attempt:
             _append_rest(url, part)
-    try:
-        with gzip.open(part) as file:
-            while file.read(1 << 20):
-                pass
-    except (OSError, EOFError, zlib.error) as e:
-        part.unlink()
-        raise DataError(f"{url} is not a complete gzip file ({e}). Run again, or name another address with "
-                        "base_url.") from None
+    _check_gzip(part, url)
     return part.replace(path)
 
 # %% ../nbs/00a_amazon.ipynb #6cec7b97
@@ -555,16 +560,17 @@ async def _get_image(client, network, item, url, by_hand, image_base, max_pixels
     return row | _ok(content, width, height), (ending, content)
 
 # %% ../nbs/00a_amazon.ipynb #49312b5c
-def _save_image(row, image, images, journal):
-    "Write an item's line of the journal, then its image: only files put there by hand are unknown to the journal."
-    with writing(journal.name):
+def _save_image(row, image, images, scratch, journal):
+    "Write an item's line of the journal, then its image, by way of `scratch`: only files of other origin have no line."
+    with writing(images):
         journal.write(json.dumps(row) + "\n")
         journal.flush()
-    if image or row["status"] != "ok":
-        for other in IMAGE_ENDINGS:
-            (images / f"{row['item']}{other}").unlink(missing_ok=True)
-    if image:
-        write_atomically(images / f"{row['item']}{image[0]}", lambda path: path.write_bytes(image[1]))
+        if image or row["status"] != "ok":
+            for other in IMAGE_ENDINGS:
+                (images / f"{row['item']}{other}").unlink(missing_ok=True)
+        if image:  # no fsync: the next run compares with the journal's sha256
+            (scratch / row["item"]).write_bytes(image[1])
+            (scratch / row["item"]).replace(images / f"{row['item']}{image[0]}")
 
 # %% ../nbs/00a_amazon.ipynb #645cf4e8
 async def _get_all(to_get, images, journal, bar, concurrency, image_base, **arguments):
@@ -576,13 +582,14 @@ async def _get_all(to_get, images, journal, bar, concurrency, image_base, **argu
             row, image = await _get_image(client, network, item, url, by_hand, image_base, **arguments)
             if network.lost:
                 return
-            _save_image(row, image, images, journal)
+            _save_image(row, image, images, scratch, journal)
             bar.update()
 
     try:
-        async with _image_client(concurrency, image_base) as client, asyncio.TaskGroup() as workers:
-            for _ in range(concurrency):
-                workers.create_task(work())
+        with scratch_folder(images) as scratch:
+            async with _image_client(concurrency, image_base) as client, asyncio.TaskGroup() as workers:
+                for _ in range(concurrency):
+                    workers.create_task(work())
     except ExceptionGroup as errors:  # on a full disk, all workers say so
         raise next((e for e in errors.exceptions if isinstance(e, DataError)), errors) from None
     return not network.lost

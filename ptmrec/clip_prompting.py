@@ -13,6 +13,7 @@ __all__ = ['POSITIONS', 'PRECISIONS', 'ENCODE_BATCH', 'FEATURES', 'Clip', 'hub_a
 import os
 import shutil
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -120,13 +121,71 @@ def find_weights(clip_model: str, pretrained: str) -> str:
     check_download(clip_model, pretrained)
     return pretrained
 
+# %% ../nbs/01_clip_prompting.ipynb #04ed5834
+def _weights_in(path):
+    "The weights {name: tensor} in a file. Raises `DataError`, saying what the file is, if it has none."
+    with open(path, "rb") as file:
+        if b"<html" in file.read(1000).lower():
+            raise DataError("it is a web page, perhaps of a download that failed")
+    if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+        raise DataError("it is a TorchScript archive; save its state_dict() by torch.save")
+    try:
+        found = (load_file(path) if str(path).endswith(".safetensors") else
+                 torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # safetensors and torch raise almost anything for what is not theirs
+        raise DataError("it is damaged, cut, or holds more than tensors") from None
+    weights = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise DataError(f"it holds a {type(weights).__name__}, not weights by name")
+    return {name.removeprefix("module."): w for name, w in weights.items()}
+
+# %% ../nbs/01_clip_prompting.ipynb #b5cb025a
+def _misfit(weights, needed):
+    "Why weights {name: tensor} are not those of a model whose own are `needed`."
+    for name, w in needed.items():
+        if name in weights and weights[name].shape != w.shape:
+            return f"its weights are of another architecture: {name} is {tuple(weights[name].shape)}, not {tuple(w.shape)}"
+    missing, more = [n for n in needed if n not in weights], [n for n in weights if n not in needed]
+    named = f"{missing[0]} is missing" if missing else f"there is no {more[0]}" if more else "they do not load"
+    return f"its weights are of another architecture or library: {named} ({len(missing)} missing, {len(more)} too many)"
+
+
+def _check_numbers(model, source):
+    "Raise `DataError` if weights of a model are not finite, or all zero."
+    weights = dict(model.named_parameters())
+    bad = [name for name, w in weights.items() if not w.isfinite().all()]
+    if not any(w.any() for w in weights.values() if w.ndim > 1):
+        raise DataError(f"{source}: all its weights are zero. Is the file complete? Get it again.")
+    if bad:
+        raise DataError(f"{source}: {bad[0]} has values that are not finite numbers, as have {len(bad):,} of its "
+                        f"{len(weights):,} weights. It is damaged, or of a training that diverged. Get it again.")
+
+# %% ../nbs/01_clip_prompting.ipynb #33a7706a
+def _create_model(clip_model, weights, quick_gelu):
+    "open_clip's model with checked weights: a tag or a file. Raises `DataError`, saying what a file is that does not fit."
+    import open_clip
+
+    try:
+        model = open_clip.create_model(clip_model, weights, force_quick_gelu=quick_gelu).float().eval()
+    except Exception:  # open_clip raises almost anything for a file that does not fit
+        if not Path(weights).is_file():
+            raise
+        try:
+            why = _misfit(_weights_in(weights), open_clip.create_model(clip_model, pretrained=None).state_dict())
+        except DataError as e:
+            why = e
+        raise DataError(f"{weights} cannot be used for {clip_model}: {why}. Needed are the weights of an open_clip model of "
+                        "this name, as its state_dict() in a .pt or .safetensors file.") from None
+    _check_numbers(model, weights)
+    return model
+
 # %% ../nbs/01_clip_prompting.ipynb #54909e43
 def load_clip(clip_model: str = "tiny", pretrained: str = "sample") -> Clip:
     """Load architecture `clip_model` of open_clip with weights `pretrained`: a tag of open_clip, or a file.
 
     A weights file is read as tensors only, never unpickled as code. It cannot name its activation, so choose the
     architecture that has it (for OpenAI's weights ViT-B-32-quickgelu). Raises `DataError` for an unknown model, for weights
-    that are neither here nor can be downloaded, and for an unknown way of resizing images.
+    that are neither here nor can be downloaded, or do not fit, and for an unknown way of resizing images.
     """
     import open_clip
 
@@ -135,8 +194,7 @@ def load_clip(clip_model: str = "tiny", pretrained: str = "sample") -> Clip:
         raise SettingError(f"clip_model='{clip_model}' is not known.{did_you_mean(clip_model, known)} Examples: tiny, "
                            "ViT-B-32, ViT-B-16, ViT-L-14; open_clip.list_models() lists all.")
     weights, tag = find_weights(clip_model, pretrained), open_clip.get_pretrained_cfg(clip_model, pretrained)
-    model = open_clip.create_model(clip_model, weights, force_quick_gelu=bool(tag.get("quick_gelu"))).float().eval()
-    model.requires_grad_(False)
+    model = _create_model(clip_model, weights, bool(tag.get("quick_gelu"))).requires_grad_(False)
     how = open_clip.get_model_preprocess_cfg(model)
     size = how["size"][0] if isinstance(how["size"], (tuple, list)) else how["size"]
     if how["resize_mode"] not in RESIZE_MODES or how["interpolation"] not in INTERPOLATIONS:

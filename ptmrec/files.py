@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import platformdirs
+import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -115,11 +116,14 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/00i_files.ipynb #44be9090
+def _host():
+    return re.sub(r"[^\w.]", "_", socket.gethostname())[:60]
+
+
 @contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
     "A new folder in `folder` for half-made files, locked by this process, and deleted at the end."
-    host = re.sub(r"[^\w.-]", "_", socket.gethostname())[:60]
-    scratch = folder / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(4)}"
+    scratch = folder / f".tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     scratch.mkdir()
     lock = FileLock(scratch / "owner")
     with suppress(OSError):  # a file system without locks
@@ -160,8 +164,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
 def _is_left(path):
     "Whether a hidden file or folder was left by a process that is gone."
     old = time.time() - path.stat().st_mtime > 86400
-    if not (path / "owner").exists():  # just being made, or left by an older version or a library
-        return old
+    if not (path / "owner").exists():  # killed before it made that; or left by an older version or a library
+        told = re.fullmatch(rf"\.tmp-{_host()}-(\d+)-\w+", path.name)
+        return old or told is not None and not psutil.pid_exists(int(told[1]))
     try:
         with FileLock(path / "owner", blocking=False):
             return True

@@ -543,3 +543,51 @@ def test_a_file_system_without_locks_works_with_a_warning(tmp_path, monkeypatch)
     with pytest.warns(UserWarning, match="cannot be locked .no locks.; do not start two"), locked(tmp_path / "x"):
         pass
     assert write_atomically(tmp_path / "a", lambda path: path.write_text("x")).read_text() == "x"
+
+
+# weights
+
+def other_names(weights):
+    return {f"vision_model.{name}": w for name, w in weights.items()}
+
+
+def with_nan(weights):
+    return weights | {"visual.proj": weights["visual.proj"] * torch.nan}
+
+
+WEIGHTS = {
+    "page": (lambda path, w: path.write_text("<!DOCTYPE html><HTML><body>Sign in</body>"), "it is a web page"),
+    "empty": (lambda path, w: path.touch(), "damaged, cut"),
+    "garbled": (lambda path, w: path.write_bytes(random.Random(0).randbytes(10_000)), "damaged, cut"),
+    "cut": (lambda path, w: (torch.save(w, path), os.truncate(path, 100_000)), "damaged, cut"),
+    "TorchScript": (lambda path, w: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path), "a TorchScript archive"),
+    "list": (lambda path, w: torch.save(list(w.values()), path), "it holds a list"),
+    "nothing": (lambda path, w: torch.save({}, path), "it holds a dict, not weights"),
+    "epoch": (lambda path, w: torch.save({"epoch": 3, "state_dict": None}, path), "it holds a NoneType"),
+    "code": (lambda path, w: torch.save({"a": load_clip}, path), "damaged, cut, or holds more than tensors"),
+    "another size": (lambda path, w: torch.save(w | {"visual.proj": w["visual.proj"][:, :3]}, path),
+                     r"another architecture: visual.proj is \(\d+, 3\), not"),
+    "another library": (lambda path, w: torch.save(other_names(w), path), r"or library: .* is missing \(\d+ missing, \d+"),
+    "not a number": (lambda path, w: torch.save(with_nan(w), path), "visual.proj has values that are not finite numbers"),
+    "zero": (lambda path, w: torch.save({n: 0 * x for n, x in w.items()}, path), "all its weights are zero"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*TorchScript")
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_none_say_what_they_are(tmp_path, kind):
+    make, said = WEIGHTS[kind]
+    path = tmp_path / "weights.pt"
+    make(path, load_clip().model.state_dict())
+    with pytest.raises(DataError, match=rf"weights.pt.*{said}") as caught:
+        load_clip("tiny", str(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_cut_safetensors_say_so(tmp_path):
+    from ptmrec.clip_prompting import tiny_clip_file
+
+    content = tiny_clip_file("tiny.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(content[:-100])
+    with pytest.raises(DataError, match="w.safetensors cannot be used for tiny: it is damaged, cut"):
+        load_clip("tiny", str(tmp_path / "w.safetensors"))
