@@ -6,16 +6,15 @@
 __all__ = ['BASE_URL', 'HOME', 'FILES', 'SHORT_NAMES', 'PUBLISHED', 'PATIENCE', 'UNPARSABLE', 'MAX_LINE', 'ASIN', 'REVIEW',
            'META', 'MAX_BYTES', 'MAX_PIXELS', 'MIN_SIDE', 'ENDINGS', 'MANIFEST', 'PUBLISHED_SETTINGS', 'retry_after',
            'back_off', 'leads_inside', 'fetch_file', 'raw_files', 'read_lines', 'read_reviews', 'make_interactions',
-           'check_published', 'plain_text', 'read_meta', 'ImageRefused', 'ImageFailed', 'check_image', 'Network',
-           'read_manifest', 'download_images', 'read_image_features', 'write_release', 'write_defaults',
-           'check_category', 'prepare', 'find_or_prepare']
+           'check_published', 'read_meta', 'ImageRefused', 'ImageFailed', 'check_image', 'Network', 'read_manifest',
+           'download_images', 'read_image_features', 'write_release', 'write_defaults', 'check_category', 'prepare',
+           'find_or_prepare']
 
-# %% ../nbs/00a_amazon.ipynb #163b9d62
+# %% ../nbs/00a_amazon.ipynb #ea6b269c
 import ast
 import asyncio
 import gzip
 import hashlib
-import html
 import io
 import ipaddress
 import json
@@ -50,6 +49,7 @@ from ptmrec.data import (
     progress,
 )
 from .files import data_dir, locked, scratch_folder, sweep, write_atomically, writing
+from .tables import plain_text, storable
 
 # %% ../nbs/00a_amazon.ipynb #1b077ab8
 BASE_URL = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
@@ -230,14 +230,9 @@ REVIEW = {2014: ("reviewerID", "asin", "overall", "unixReviewTime"),
           2023: ("user_id", "parent_asin", "rating", "timestamp")}
 
 # %% ../nbs/00a_amazon.ipynb #df4b9b1f
-def _storable(text):
-    "Text without halves of characters (JSON can hold them, no file can)."
-    return text.encode("utf-8", "replace").decode()
-
-
 def _usable(user, item, rating, timestamp):
     "Which of the four values of a review can be used."
-    return (isinstance(user, str) and user and user == _storable(user), isinstance(item, str) and ASIN.fullmatch(item),
+    return (isinstance(user, str) and user and user == storable(user), isinstance(item, str) and ASIN.fullmatch(item),
             isinstance(rating, (int, float)) and abs(rating) < MAX_RATING,
             isinstance(timestamp, int) and abs(timestamp) < 2**63)
 
@@ -280,16 +275,6 @@ def check_published(name: str, interactions: pd.DataFrame) -> None:
         warnings.warn(f"{name} has {ours} users / items / interactions here, but {theirs} as published. Results cannot be "
                       "compared with published ones; check the raw files.")
 
-# %% ../nbs/00a_amazon.ipynb #67a9f9f0
-def _leaves(value):
-    return [leaf for v in value for leaf in _leaves(v)] if isinstance(value, (list, tuple)) else [value]
-
-# %% ../nbs/00a_amazon.ipynb #1f8544bc
-def plain_text(value: object, separator: str = " ") -> str | None:
-    "One line of text from a string or nested lists of strings, entities resolved, repetitions dropped; None if empty."
-    parts = [" ".join(_storable(html.unescape(str(v))).split()) for v in _leaves(value) if v is not None]
-    return separator.join(dict.fromkeys(p for p in parts if p)) or None
-
 # %% ../nbs/00a_amazon.ipynb #bd9d1466
 META = {2014: ("asin", "brand"), 2023: ("parent_asin", "store")}
 
@@ -312,7 +297,7 @@ def _image_url(record):
     images = record.get("images")
     first = images[0] if isinstance(images, list) and images and isinstance(images[0], dict) else {}
     urls = [record.get("imUrl"), *(first.get(size) for size in ("large", "hi_res", "thumb"))]
-    return next((_storable(url) for url in urls if isinstance(url, str) and url), None)
+    return next((storable(url) for url in urls if isinstance(url, str) and url), None)
 
 # %% ../nbs/00a_amazon.ipynb #182d07c2
 def _item_row(record, release, text_fields):
@@ -483,7 +468,7 @@ MANIFEST = {"item": "str", "url": "str", "status": "str", "bytes": "Int64", "sha
 # %% ../nbs/00a_amazon.ipynb #717fad09
 def _journal_row(line):
     "The row in a line of the journal, or None if the line is damaged."
-    fits = {"str": lambda v: isinstance(v, str) and v == _storable(v), "Int64": lambda v: type(v) is int and abs(v) < 2**63}
+    fits = {"str": lambda v: isinstance(v, str) and v == storable(v), "Int64": lambda v: type(v) is int and abs(v) < 2**63}
     try:
         row = json.loads(line)
         fine = isinstance(row["item"], str) and all(row.get(k) is None or fits[kind](row[k]) for k, kind in MANIFEST.items())

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import stat
 import struct
@@ -591,3 +592,15 @@ def test_cut_safetensors_say_so(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(content[:-100])
     with pytest.raises(DataError, match="w.safetensors cannot be used for tiny: it is damaged, cut"):
         load_clip("tiny", str(tmp_path / "w.safetensors"))
+
+
+def test_each_fault_in_the_lesson_has_its_test():
+    import nbformat
+
+    cells = nbformat.read(ROOT / "nbs" / "00i_files.ipynb", 4).cells
+    table, = (c.source for c in cells if "| fault |" in c.source)
+    named = re.findall(r"`(test_\w+(?:\.py)?)` \|$", table, re.M)
+    assert len(named) == table.count("\n|") - 2
+    everything = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    for name in named:
+        assert (ROOT / "tests" / name).exists() if name.endswith(".py") else f"def {name}(" in everything, name
