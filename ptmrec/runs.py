@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
-from .data import (MODALITIES, DataError, RecData, cache_dir, fingerprint, load_data, load_image, repo_root, runs_dir,
+from .data import (MODALITIES, DataError, RecData, cached, fingerprint, load_data, load_image, repo_root, runs_dir,
                          write_atomically)
 from .distributed import broadcast, main_first, rank
 from .peft import attach
@@ -245,16 +245,18 @@ def own_code(thing) -> dict[str, str]:
 def _encoded(name, paths):
     "Features (I, d) that the encoder of the modality `name` makes of `paths`, None where there is no file."
     encode, there = MODALITIES[name].encode, np.array([path is not None for path in paths])
-    cached = cache_dir() / f"features-{name}-{fingerprint(own_code(encode), there, *filter(None, paths))}.npy"
-    if not cached.exists():
+
+    def write(temporary):
         found = np.asarray(encode([path for path in paths if path]), np.float32)
         if found.ndim != 2 or len(found) != there.sum() or not np.isfinite(found).all():
             raise DataError(f"The encoder of the modality '{name}' must return finite numbers, a row for each of the "
                             f"{there.sum():,} files; it has returned a table of shape {found.shape}.")
         table = np.tile(found.mean(0), (len(paths), 1))
         table[there] = found
-        write_atomically(cached, lambda temporary: np.save(temporary, table))
-    return torch.from_numpy(np.load(cached))
+        np.save(temporary, table)
+
+    key = fingerprint(own_code(encode), there, *filter(None, paths))
+    return torch.from_numpy(np.load(cached(f"features-{name}-{key}.npy", write)))
 
 
 def first_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, torch.Tensor]:
