@@ -10,7 +10,7 @@ __all__ = ['LARGEST', 'SAMPLE', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'Encode
            'train_with', 'check_fit', 'stage1_parameters', 'stage1_code', 'find_stage1_run', 'run_arguments',
            'train_stage1', 'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table', 'plot_history']
 
-# %% ../nbs/04_stage1.ipynb #b4dfd9eb
+# %% ../nbs/04_stage1.ipynb #c8e5f1fc
 import time
 import warnings
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .amazon import SHORT_NAMES, find_or_prepare
 from .backbones import BACKBONES
 from .clip_prompting import Clip, load_clip, warn_of_cut_texts
 from .data import MAX_RATING, MODALITIES, SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
@@ -31,6 +30,7 @@ from .ranking import GROUPS, METRICS, Evaluator, metric_names
 from .runs import (DEVICES, Run, code_of, first_features, load_parameters, new_run, own_code, pick_device,
                          recommendation_table, runs_to_do, set_seed)
 from .settings import SettingError, Settings, experiment, setting
+from .sources import PUBLIC_SETS, find_or_prepare
 from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, Progress, TripleSampler, check_losses,
                              keep_freed_memory)
 
@@ -85,19 +85,19 @@ class Stage1Settings(TrainingSettings, EvaluationSettings, EncoderSettings, Data
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", changes_result=False, pattern=DEVICES,
                           allowed="auto, cpu, cuda, or the number of a GPU as in cuda:1")
 
-# %% ../nbs/04_stage1.ipynb #ade974ae
+# %% ../nbs/04_stage1.ipynb #984c89fc
 def locate_dataset(dataset: str):
-    "Folder of a data set; None for an Amazon category that has to be downloaded first. Raises `DataError`."
+    "Folder of a data set; None for a public set that has to be prepared first. Raises `DataError`."
     try:
-        return find_dataset(dataset, SHORT_NAMES)
+        return find_dataset(dataset, PUBLIC_SETS)
     except DataError:
-        if dataset in SHORT_NAMES:
+        if dataset in PUBLIC_SETS:
             return None
         raise
 
 
 def fetch_dataset(settings):
-    "Folder of the data set of `settings`, downloaded if need be; of several processes, the first one downloads."
+    "Folder of the data set of `settings`, prepared if need be; of several processes, the first one prepares."
     init_distributed(settings.device)
     pick_device(settings.device)
     with main_first():
