@@ -386,18 +386,6 @@ class Run(RunFolder):
     def finished(self):
         return (self.folder / "metrics.json").exists()
 
-    def on_disk(self) -> dict:
-        "run.json as it is in the folder; empty if it is not there, damaged, or of another run."
-        try:
-            about = read_json(self.folder / "run.json")
-        except DataError:
-            return {}
-        return about if about.get("key") == self.about.get("key") else {}
-
-    def recorded(self) -> dict[str, str]:
-        "{file: sha256} of what should be in the folder."
-        return self.on_disk().get("files", {}) | self.written
-
     @property
     def trained(self):
         "Whether the training is over; if the run is not finished, only the test split is left to score."
@@ -417,6 +405,23 @@ class Run(RunFolder):
         names = " + ".join(str(self.params[k]) for k in ("backbone", "tuning") if k in self.params)
         return (f"Run({self.about['experiment']} on {self.about['dataset']}, {names or 'no backbone'}, seed "
                 f"{self.params.get('seed')}: {self.state}, {shown_path(self.folder)})")
+
+# %% ../nbs/03c_runs.ipynb #da5b98c0
+def _on_disk(run) -> dict:
+    "run.json as it is in the folder; empty if it is not there, damaged, or of another run."
+    try:
+        about = read_json(run.folder / "run.json")
+    except DataError:
+        return {}
+    return about if about.get("key") == run.about.get("key") else {}
+
+
+def _recorded(run) -> dict[str, str]:
+    "{file: sha256} of what should be in the folder."
+    return run.on_disk().get("files", {}) | run.written
+
+
+Run.on_disk, Run.recorded = _on_disk, _recorded
 
 # %% ../nbs/03c_runs.ipynb #b0b42cbd
 def new_run(
@@ -464,6 +469,9 @@ def _seal(run, **more) -> None:
     run.about |= {"files": run.about.get("files", {}) | run.written} | more
     _write_about(run)
 
+
+Run.begin, Run.seal = _begin, _seal
+
 # %% ../nbs/03c_runs.ipynb #d29f673f
 def settle(target: Path) -> None:
     "Put a run's folders in order if the process died while a finished rerun took the place of the old run."
@@ -491,7 +499,7 @@ def _finish(run, metrics: dict) -> Run:
     return run
 
 
-Run.begin, Run.seal, Run.finish = _begin, _seal, _finish
+Run.finish = _finish
 
 # %% ../nbs/03c_runs.ipynb #567ae0b1
 TRAINED = ("backbone.safetensors", "history.csv")  # what Stage 1 leaves when its training is over

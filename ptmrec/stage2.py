@@ -323,9 +323,7 @@ def tune(
 
     best = f"valid {metric}"
     callbacks = [Progress(name, ["loss", best]), Health("loss", remedy), KeepBest(best, patience or epochs),
-                 MissingImages(model.encoder), rate]
-    if checkpoint:
-        callbacks.append(Checkpoint(checkpoint, seconds=0))
+                 MissingImages(model.encoder), rate, *([Checkpoint(checkpoint, seconds=0)] if checkpoint else [])]
     return Loop(model, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
 
 # %% ../nbs/05_stage2.ipynb #9df52eba
