@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 'NOT_CODE', 'RUN_FIELDS', 'CONTENT', 'TRAINED',
            'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
-           'own_code', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder', 'load_parameters', 'Run',
-           'new_run', 'settle', 'heal', 'why_new', 'runs_to_do', 'open_run', 'best_variant', 'check_variant',
-           'recommendation_table', 'RunEncoder', 'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once',
-           'OptionParser', 'option_parser', 'command_line']
+           'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
+           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'runs_to_do', 'open_run', 'best_variant',
+           'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs', 'per_user_values', 'check_seeds',
+           'compare', 'Once', 'OptionParser', 'option_parser', 'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -41,8 +41,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
-from .data import DataError, fingerprint, load_data, load_image, repo_root, runs_dir, write_atomically
-from .distributed import broadcast, rank
+from .data import (MODALITIES, DataError, RecData, cached, fingerprint, load_data, load_image, repo_root, runs_dir,
+                         write_atomically)
+from .distributed import broadcast, main_first, rank
 from .peft import attach
 from .ranking import Evaluator, paired_test, rank_items
 from .settings import SettingError, described, did_you_mean, resolve, shown
@@ -121,8 +122,8 @@ def definitions(module: str) -> tuple[dict, dict]:
 # %% ../nbs/03c_runs.ipynb #27a9d85d
 # these show or keep what was computed; nor do settings count, whose values are parameters
 NO_EFFECT = {"data.progress", "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "runs.Run", "runs.RunFolder",
-             "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far", "training.how_it_ended",
-             "training.keep_freed_memory", "training.what_is_kept"}
+             "runs.own_code", "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far",
+             "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
 
 
 def code_of(*roots: str) -> dict[str, str]:
@@ -239,6 +240,30 @@ def own_code(thing) -> dict[str, str]:
         found |= {name: fingerprint(text)} if text is not None else {}
         left += parts
     return found
+
+# %% ../nbs/03c_runs.ipynb #4e1ab9a3
+def _encoded(name, paths):
+    "Features (I, d) that the encoder of the modality `name` makes of `paths`, None where there is no file."
+    encode, there = MODALITIES[name].encode, np.array([path is not None for path in paths])
+
+    def write(temporary):
+        found = np.asarray(encode([path for path in paths if path]), np.float32)
+        if found.ndim != 2 or len(found) != there.sum() or not np.isfinite(found).all():
+            raise DataError(f"The encoder of the modality '{name}' must return finite numbers, a row for each of the "
+                            f"{there.sum():,} files; it has returned a table of shape {found.shape}.")
+        table = np.tile(found.mean(0), (len(paths), 1))
+        table[there] = found
+        np.save(temporary, table)
+
+    key = fingerprint(own_code(encode), there, *filter(None, paths))
+    return torch.from_numpy(np.load(cached(f"features-{name}-{key}.npy", write)))
+
+
+def first_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, torch.Tensor]:
+    "Features to start from, {modality: (I, d_m)}: ready-made, of the stock CLIP, and of other modalities' encoders."
+    with main_first():
+        others = {name: _encoded(name, paths).to(device) for name, paths in data.files.items()}
+    return frozen_features(data, clip, device) | others
 
 # %% ../nbs/03c_runs.ipynb #7bb02418
 RUN_FIELDS = {"experiment": str, "dataset": str, "parameters": dict, "data": str, "code": dict}
@@ -725,12 +750,9 @@ def _encoder(run) -> RunEncoder:
 
 def _item_features(run) -> dict[str, pd.DataFrame]:
     "Features of all items by modality, a row per item id; of Stage 2 also their projections, `projected_<modality>`."
-    data, tables = run.data(), None
-    if "tuning" in run.params:
-        tables = run.load_weights("features")
-    elif (clip := _clip_of(run)) is not None or data.features:
-        tables = frozen_features(data, clip)
-    if tables is None:
+    data = run.data()
+    tables = run.load_weights("features") if "tuning" in run.params else first_features(data, _clip_of(run))
+    if not tables:
         raise DataError(f"Run {run.key} used no features: its backbone is {run.params.get('backbone')}.")
     return {name: pd.DataFrame(f.numpy(), index=pd.Index(data.inter.item_ids, name="item")) for name, f in tables.items()}
 

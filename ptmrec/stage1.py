@@ -10,7 +10,7 @@ __all__ = ['SAMPLE', 'LARGEST', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'Encode
            'train_with', 'check_fit', 'stage1_parameters', 'stage1_code', 'find_stage1_run', 'run_arguments',
            'train_stage1', 'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table', 'plot_history']
 
-# %% ../nbs/04_stage1.ipynb #4d4b6bd6
+# %% ../nbs/04_stage1.ipynb #b4dfd9eb
 import time
 import warnings
 from dataclasses import dataclass
@@ -22,13 +22,14 @@ import torch
 
 from .amazon import SHORT_NAMES, find_or_prepare
 from .backbones import BACKBONES
-from .clip_prompting import Clip, frozen_features, load_clip
-from .data import MAX_RATING, SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
-from .distributed import init_distributed, main_first
+from .clip_prompting import Clip, load_clip, warn_of_cut_texts
+from .data import MAX_RATING, MODALITIES, SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
+from .distributed import init_distributed, main_first, rank
+from .leaks import say_leaks
 from .memory import free_bytes
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
-from .runs import (DEVICES, Run, code_of, load_parameters, new_run, own_code, pick_device, recommendation_table,
-                         runs_to_do, set_seed)
+from .runs import (DEVICES, Run, code_of, first_features, load_parameters, new_run, own_code, pick_device,
+                         recommendation_table, runs_to_do, set_seed)
 from .settings import SettingError, Settings, experiment, setting
 from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, Progress, TripleSampler, check_losses,
                              keep_freed_memory)
@@ -127,10 +128,11 @@ SAMPLE = repo_root() / "data" / "sample"
 
 def _warn_of_unused(settings, data):
     own = {"image": any(data.images), "text": any(data.texts)}
-    if data.features and (unused := [m for m in own if own[m] and m not in data.features]):
+    unused = [m for m in own if own[m] and m not in data.features]
+    if unused and not data.needs_clip:
         warnings.warn(f"Data set '{data.name}' brings ready-made features ({', '.join(data.features)}), and only they are "
                       f"used, not its own {' and '.join(unused)}. Move the .npy files away to encode these with a CLIP.")
-    if own["image"] and not data.features and settings.pretrained == "sample" and find_dataset(settings.dataset) != SAMPLE:
+    if own["image"] and data.needs_clip and settings.pretrained == "sample" and find_dataset(settings.dataset) != SAMPLE:
         warnings.warn("The tiny CLIP has only seen drawings of the sample. For photographs use a CLIP that has seen some: "
                       "clip_model ViT-B-32, pretrained openai.")
 
@@ -186,11 +188,16 @@ def load_inputs(settings) -> Inputs:
     with main_first():
         data = load_data(find_or_prepare(settings.dataset), settings.min_rating, settings.core, settings.split,
                          settings.split_seed)
+    if not rank():
+        say_leaks(data)
     clip, features = None, {}
     if BACKBONES[settings.backbone].uses_features:
-        clip = None if data.features else load_clip(settings.clip_model, settings.pretrained).to(device)
+        clip = load_clip(settings.clip_model, settings.pretrained).to(device) if data.needs_clip else None
         _warn_of_unused(settings, data)
-        features = frozen_features(data, clip, device)
+        if clip:
+            with main_first():
+                warn_of_cut_texts(clip, data)
+        features = first_features(data, clip, device)
         check_tables(data, features)
     inputs = Inputs(data, clip, features, device)
     check_inputs(settings, inputs)
@@ -342,7 +349,7 @@ def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = 
     return report
 
 # %% ../nbs/04_stage1.ipynb #8dce9930
-STAGE1_CODE = ("stage1.train_stage1", "clip_prompting.frozen_features")
+STAGE1_CODE = ("stage1.train_stage1", "runs.first_features")
 
 
 def stage1_parameters(settings) -> dict:
@@ -351,12 +358,14 @@ def stage1_parameters(settings) -> dict:
     return {name: settings.key_parameters[name] for name in [*own, *settings.components["backbone"]]}
 
 
-def stage1_code(settings) -> dict[str, str]:
-    "The code that Stage 1 passes through: training, backbone, and the package's metrics with the chosen one."
+def stage1_code(settings, data: RecData) -> dict[str, str]:
+    "The code that Stage 1 passes through: training, backbone, encoders of files, and metrics, the package's and the chosen."
     code, chosen = code_of(*STAGE1_CODE) | own_code(BACKBONES[settings.backbone]), METRICS[settings.metric.split("@")[0]]
     for metric in METRICS.values():
         if metric is chosen or metric.__module__ == "ptmrec.ranking":
             code |= own_code(metric)
+    for modality in data.files:
+        code |= own_code(MODALITIES[modality].encode)
     return code
 
 
@@ -364,7 +373,7 @@ def find_stage1_run(settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = stage1_parameters(settings) | {"device": inputs.device.type}
     return new_run("stage1", inputs.data.name, params, inputs.data.fingerprint(),
-                   inputs.clip.fingerprint() if inputs.clip else None, stage1_code(settings),
+                   inputs.clip.fingerprint() if inputs.clip else None, stage1_code(settings, inputs.data),
                    run_arguments(settings))
 
 

@@ -184,18 +184,20 @@ class Stage2(nn.Module):
         backbone.requires_grad_(tune_backbone)
         backbone.project.requires_grad_(True)
         self.live = encoder.tuning is not None and any(q.numel() for q in encoder.tuning.parameters())
+        self.fixed = {m: f.detach() for m, f in backbone.features.items() if m not in encoder.modalities}
         self.refresh()
 
     def refresh(self):
         "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, once is enough."
         if self.live or not self.bank:
-            self.bank = self.encoder.encode_all(self.micro_batch or ENCODE_BATCH)
+            self.bank = self.encoder.encode_all(self.micro_batch or ENCODE_BATCH) | self.fixed
 
     def live_features(self, items):
         "Features of `items` with gradients to the tuning; where nothing is tuned, those of the bank."
         if not self.live:
             return {m: f[items] for m, f in self.bank.items()}
-        return split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items)
+        live = split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items)
+        return live | {m: f[items] for m, f in self.fixed.items()}
 
     def losses(self, user, pos, neg, live=None):
         "Weighted terms {name: scalar} of triples (B,), of several ranks each its part; `live`: features of `pos.unique()`."
@@ -375,7 +377,7 @@ STAGE2_CODE = ("stage2.train_stage2",)
 def find_stage2_run(settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = settings.key_parameters | {"device": inputs.device.type, "stage1": find_stage1_run(settings, inputs).key}
-    code = stage1_code(settings) | code_of(*STAGE2_CODE)
+    code = stage1_code(settings, inputs.data) | code_of(*STAGE2_CODE)
     for method in tuning_methods(settings.tuning):
         code |= own_code(method)
     arguments = run_arguments(settings) | {"towers": list(inputs.features)}
