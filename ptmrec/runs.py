@@ -411,18 +411,6 @@ class Run(RunFolder):
     def finished(self):
         return (self.folder / "metrics.json").exists()
 
-    def on_disk(self) -> dict:
-        "run.json as it is in the folder; empty if it is not there, damaged, or of another run."
-        try:
-            about = read_json(self.folder / "run.json")
-        except DataError:
-            return {}
-        return about if about.get("key") == self.about.get("key") else {}
-
-    def recorded(self) -> dict[str, str]:
-        "{file: sha256} of what should be in the folder."
-        return self.on_disk().get("files", {}) | self.written
-
     @property
     def trained(self):
         "Whether the training is over; if the run is not finished, only the test split is left to score."
@@ -437,6 +425,23 @@ class Run(RunFolder):
         if not self.finished:
             raise DataError(f"Run {self.key} is not finished ({self.state}). The call that began it goes on with it.")
         return self._load("metrics.json", read_json)
+
+# %% ../nbs/03c_runs.ipynb #da5b98c0
+def _on_disk(run) -> dict:
+    "run.json as it is in the folder; empty if it is not there, damaged, or of another run."
+    try:
+        about = read_json(run.folder / "run.json")
+    except DataError:
+        return {}
+    return about if about.get("key") == run.about.get("key") else {}
+
+
+def _recorded(run) -> dict[str, str]:
+    "{file: sha256} of what should be in the folder."
+    return run.on_disk().get("files", {}) | run.written
+
+
+Run.on_disk, Run.recorded = _on_disk, _recorded
 
 # %% ../nbs/03c_runs.ipynb #b0b42cbd
 def new_run(
@@ -484,6 +489,9 @@ def _seal(run, **more) -> None:
     run.about |= {"files": run.about.get("files", {}) | run.written} | more
     _write_about(run)
 
+
+Run.begin, Run.seal = _begin, _seal
+
 # %% ../nbs/03c_runs.ipynb #d29f673f
 def settle(target: Path) -> None:
     "Put a run's folders in order if the process died while a finished rerun took the place of the old run."
@@ -511,7 +519,7 @@ def _finish(run, metrics: dict) -> Run:
     return run
 
 
-Run.begin, Run.seal, Run.finish = _begin, _seal, _finish
+Run.finish = _finish
 
 # %% ../nbs/03c_runs.ipynb #7c1d0e02
 def _note_ended(run, ended: dict) -> None:

@@ -326,9 +326,8 @@ def tune(
 
     best = f"valid {metric}"
     callbacks = [watch(name, {c: label(c) for c in ("loss", best)}), Health("loss", remedy),
-                 KeepBest(best, patience or epochs), MissingImages(model.encoder), rate]
-    if checkpoint:
-        callbacks.append(Checkpoint(checkpoint, seconds=0))
+                 KeepBest(best, patience or epochs), MissingImages(model.encoder), rate,
+                 *([Checkpoint(checkpoint, seconds=0)] if checkpoint else [])]
     loop = Loop(model, optimiser, train_epoch, validate_epoch, callbacks)
     history = loop.run(epochs)
     history.attrs["ended"] = how_it_ended(loop)

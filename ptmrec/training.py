@@ -147,10 +147,7 @@ def exits_when_stopped():
 
 # %% ../nbs/03b_training.ipynb #a8406ba2
 class Loop:
-    """Trains `module` for up to `epochs` epochs.
-
-    A stop (Ctrl-C, SIGTERM) during `run` raises `Stopped`, a loss that is not a number a `FloatingPointError`.
-    """
+    "Trains `module` for up to `epochs` epochs. A stop (Ctrl-C, SIGTERM) raises `Stopped`, a loss like nan `Diverged`."
 
     name = "Training"  # for messages; `Progress` gives it the name of its bar
 
@@ -190,9 +187,6 @@ class Loop:
                     self._call(moment)
                 self._epochs()
                 self._call("after")
-        except FloatingPointError:
-            self._call("interrupted")
-            raise
         except KeyboardInterrupt as stop:
             kept = " ".join(filter(None, self._call("interrupted"))) or "Nothing is kept."
             raise Stopped(f"{self.name}: stopped during epoch {self.epoch}. {kept}",
@@ -463,6 +457,7 @@ class LowerRate(Callback):
     def recovers(self, loop, error):
         said = f"{loop.name}, epoch {loop.epoch}, {error}."
         if self.good is None or self.state["lowered"] == self.times:
+            loop._call("interrupted")
             raise Diverged(f"{said} {self.remedy}") from None
         lowered = self.state["lowered"] + 1
         restore(loop, copy.deepcopy(self.good))
