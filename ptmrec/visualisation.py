@@ -11,8 +11,9 @@ __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS',
            'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front',
            'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
-# %% ../nbs/07_visualisation.ipynb #602da3a2
+# %% ../nbs/07_visualisation.ipynb #71124e2e
 import functools
+import html
 import importlib
 import re
 import textwrap
@@ -69,13 +70,13 @@ def letterbox(path: str | Path, size: int) -> np.ndarray:
         square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(square.convert("RGB"))
 
-# %% ../nbs/07_visualisation.ipynb #db59b06b
+# %% ../nbs/07_visualisation.ipynb #74b43e07
 def item_statistics(data: RecData) -> pd.DataFrame:
     "A row per item number: item (its id), title, text, training interactions, cold, picture, and the item tables' columns."
     user, item = data.inter.part("train")
     own = data.items.reset_index(drop=True) if len(data.items) else pd.DataFrame(index=range(data.inter.n_items))
     titles = own.pop("title") if "title" in own else pd.Series(data.texts)
-    table = pd.DataFrame({"item": data.inter.item_ids, "title": titles.astype(object).fillna("").astype(str),
+    table = pd.DataFrame({"item": data.inter.item_ids, "title": titles.astype(object).fillna("").astype(str).map(html.unescape),
                           "text": data.texts, "interactions": np.bincount(item, minlength=data.inter.n_items),
                           "cold": data.inter.cold("item"), "picture": [path is not None for path in data.images]})
     return table.join(own.rename(columns={c: f"{c} (item table)" for c in own if c in table}))
