@@ -11,7 +11,7 @@ __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS',
            'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front',
            'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
-# %% ../nbs/07_visualisation.ipynb #ca676b6b
+# %% ../nbs/07_visualisation.ipynb #e9991fa6
 import functools
 import html
 import importlib
@@ -38,11 +38,11 @@ from matplotlib.transforms import Bbox
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .clip_prompting import (Clip, DeepPrompts, encode_image, frozen_features, image_tower, text_module, text_tower)
+from .clip_prompting import Clip, DeepPrompts, encode_image, image_tower, text_module, text_tower
 from .data import SPLITS, UNREADABLE, DataError, RecData, load_image
 from .losses import log_distribution
 from .ranking import Evaluator, rank_items, stable_topk
-from .runs import Run, check_variant, open_run, per_user_values
+from .runs import Run, check_variant, first_features, open_run, per_user_values
 from .settings import Resolved, SettingError, did_you_mean
 from .stage1 import Inputs, label, load_backbone
 from .stage2 import teacher, variant_name
@@ -118,7 +118,7 @@ def neighbours(
     nearest = stable_topk(cosine[None], min(k, len(unit) - 1))[0]
     return nearest, cosine[nearest]
 
-# %% ../nbs/07_visualisation.ipynb #0d467afd
+# %% ../nbs/07_visualisation.ipynb #1a856311
 class RunView:
     "A finished `run` with its `data`, `catalogue`, `inputs` and `teacher`, each loaded when first needed. See `view`."
 
@@ -144,8 +144,7 @@ class RunView:
     def inputs(self) -> Inputs:
         "Data, stock CLIP and frozen features, on the CPU."
         clip = self.run.stage1.encoder().clip if self.run.about["encoder"] else None
-        has_features = clip is not None or self.data.features
-        return Inputs(self.data, clip, frozen_features(self.data, clip) if has_features else {}, torch.device("cpu"))
+        return Inputs(self.data, clip, first_features(self.data, clip), torch.device("cpu"))
 
     @functools.cached_property
     def backbone(self) -> torch.nn.Module:
