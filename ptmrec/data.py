@@ -468,6 +468,7 @@ class RecData:
     `features`: ready-made tables {modality: (I, d_m) float32}.
     `files`: {modality: I paths, None where there is none} of modalities with an encoder of their own.
     `left_out`: {reason: number of interactions that were read and not kept}.
+    `items`: the columns of the item tables, a row per item; no column if there are none.
     `notes`: what was odd or guessed when it was read, a sentence each.
     """
 
@@ -479,6 +480,7 @@ class RecData:
     files: dict = field(default_factory=dict)
     left_out: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
+    items: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
     def from_frames(cls, interactions, items=None, name: str = "frames", **arguments):
@@ -555,13 +557,13 @@ def _join_items(source, table, item_ids):
 
 # %% ../nbs/00_data.ipynb #f469b74d
 def _item_table(folder, item_ids):
-    "The text and image columns of all item tables of a folder: one row per item, in item order."
+    "The columns of all item tables of a folder: one row per item, in item order."
     columns = {}
     tables = [parts for stem in ("items", "movies", "plots") for parts in find_tables(folder, stem)]
     for parts in tables + [[path] for path in sorted(folder.glob("*.item"))]:
         table = pd.concat(map(read_table, parts), ignore_index=True) if len(parts) > 1 else read_table(parts[0])
         table = _join_items(parts[0] if len(parts) == 1 else folder, table, item_ids)
-        columns.update({c: table[c] for c in (*TEXT_FIELDS, "image") if c in table})
+        columns.update({c: table[c] for c in table if c != "item"})
     return pd.DataFrame(columns, index=pd.Index(item_ids.astype(str)))
 
 # %% ../nbs/00_data.ipynb #9c621a6b
@@ -778,7 +780,7 @@ def load_data(
     def content(item_ids):
         items, features = _item_table(folder, item_ids), _item_features(folder, item_ids)
         return {"texts": _item_texts(items), "images": _item_images(folder, items), "features": features,
-                "files": _item_files(folder, items, features)}
+                "files": _item_files(folder, items, features), "items": items}
 
     with noting(notes):
         path, table = _read_checked(folder, timed=split in TIMED_RULES)
@@ -818,7 +820,8 @@ def data_of_frames(
         known = pd.DataFrame(index=pd.Index(item_ids.astype(str)))
         known = known if items is None else _join_items("items", _as_frame(items, "items"), item_ids)
         named = _images_by_column(Path(), known)
-        return {"texts": _item_texts(known), "images": [p if p and os.path.isfile(p) else None for p in named]}
+        return {"texts": _item_texts(known), "images": [p if p and os.path.isfile(p) else None for p in named],
+                "items": known.drop(columns="item", errors="ignore")}
 
     with noting(notes):
         table = _check_interactions("interactions", _as_frame(interactions, "interactions"), timed=split in TIMED_RULES)

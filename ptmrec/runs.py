@@ -704,6 +704,16 @@ def _user_numbers(users, user_ids, dataset) -> np.ndarray:
     return np.array([known[user] for user in users], np.int64)
 
 # %% ../nbs/03c_runs.ipynb #7557a5a7
+def _stage1(run) -> Run:
+    "The run of Stage 1 that a run of Stage 2 went on from; a run of Stage 1 itself."
+    if "stage1" not in run.params:
+        return run
+    return open_run(run.target.parents[2] / "stage1" / run.about["dataset"] / run.params["stage1"])
+
+
+Run.stage1 = property(_stage1)
+
+
 def _embeddings(run, variant: str | None = None) -> dict:
     "Final embeddings {\"user\": (U, d'), \"item\": (I, d')}, whose inner products rank, of a variant of a finished run."
     variant = check_variant(run, variant)
