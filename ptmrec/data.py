@@ -509,6 +509,7 @@ class RecData:
     `texts`: I strings, empty where there is none. `images`: I paths, None where there is none.
     `features`: ready-made tables {modality: (I, d_m) float32}, empty if a CLIP has to make them.
     `left_out`: {reason: number of interactions that were read and not kept}.
+    `items`: the columns of the folder's item tables, a row per item in item order; empty if it has none.
     """
 
     name: str
@@ -517,6 +518,7 @@ class RecData:
     images: list
     features: dict = field(default_factory=dict)
     left_out: dict = field(default_factory=dict)
+    items: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __repr__(self):
         counts = {"images": sum(p is not None for p in self.images), "texts": sum(map(bool, self.texts))}
@@ -558,11 +560,11 @@ def _read_item_table(path, item_ids):
 
 # %% ../nbs/00_data.ipynb #536bfd91
 def _item_table(folder, item_ids):
-    "The text and image columns of all item tables of a folder: one row per item, in item order."
+    "The columns of all item tables of a folder: one row per item, in item order."
     columns = {}
     for path in _find_tables(folder, ["items", "movies", "plots"]) + sorted(folder.glob("*.item")):
         table = _read_item_table(path, item_ids)
-        columns.update({c: table[c] for c in (*TEXT_FIELDS, "image") if c in table})
+        columns.update({c: table[c] for c in table if c != "item"})
     return pd.DataFrame(columns, index=pd.Index(item_ids.astype(str)))
 
 # %% ../nbs/00_data.ipynb #ea3be3a9
@@ -654,7 +656,7 @@ def load_data(
     inter = Interactions.from_table(table, split_seed, split)
     items = _item_table(folder, inter.item_ids)
     return RecData(folder.name, inter, _item_texts(items), _item_images(folder, items),
-                   _item_features(folder, inter.item_ids), left_out)
+                   _item_features(folder, inter.item_ids), left_out, items)
 
 # %% ../nbs/00_data.ipynb #e6402438
 RESIZE_MODES = ("shortest", "squash")

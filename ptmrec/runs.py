@@ -441,11 +441,21 @@ def recommendation_table(lists: np.ndarray, users: np.ndarray, inter) -> pd.Data
     return pd.DataFrame({"user": inter.user_ids[users][row], "rank": rank + 1, "item": inter.item_ids[lists[row, rank]]})
 
 # %% ../nbs/03c_runs.ipynb #7557a5a7
+def _stage1(run) -> Run:
+    "The run of Stage 1 that a run of Stage 2 went on from; a run of Stage 1 itself."
+    if "stage1" not in run.params:
+        return run
+    return open_run(run.target.parents[2] / "stage1" / run.about["dataset"] / run.params["stage1"])
+
+
+Run.stage1 = property(_stage1)
+
+
 def _embeddings(run, variant: str | None = None) -> dict:
     "Final embeddings {\"user\": (U, d'), \"item\": (I, d')}, whose inner products rank, of a variant of a finished run."
     variant = check_variant(run, variant)
     if variant == "stage1":
-        return open_run(run.target.parents[2] / "stage1" / run.about["dataset"] / run.params["stage1"]).embeddings()
+        return run.stage1.embeddings()
     return run.load_weights(f"embeddings_{variant}" if variant else "embeddings")
 
 
