@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD_LAYOUT', 'ONLY', 'ORDERS', 'FAR', 'GAIN', 'RULES', 'data_uri', 'gallery_style', 'card_style', 'small_button',
            'Gallery', 'page_draws_widgets', 'as_png', 'Explorer', 'find_items', 'searchable', 'buyers', 'also_bought',
-           'item_facts', 'facts_html', 'item_html', 'DataBrowser', 'moves', 'rank_text', 'move_text', 'order_users',
+           'item_facts', 'plain_table', 'item_html', 'DataBrowser', 'moves', 'rank_text', 'move_text', 'order_users',
            'run_name', 'runs_alike', 'list_names', 'UserExplorer', 'side_by_side', 'neighbour_rows', 'vocabulary',
            'encode_words', 'nearest_words', 'ItemExplorer', 'between', 'colour_values', 'EmbeddingMap',
            'different_parameters', 'validation_curves', 'tested', 'safe_csv', 'RunExplorer', 'run_rows', 'explore']
@@ -138,7 +138,7 @@ def as_png(figure) -> str:
     plt.close(figure)
     return base64.b64encode(file.getvalue()).decode()
 
-# %% ../nbs/07a_explorers.ipynb #8e19da5a
+# %% ../nbs/07a_explorers.ipynb #4278a0f3
 class Explorer:
     "Rows of widgets under a line for messages; a figure of its `galleries` where no page draws widgets."
 
@@ -150,7 +150,7 @@ class Explorer:
 
     def say(self, text: str) -> None:
         "Show one line of text above the explorer; an empty one takes it away."
-        self.message.value = f'<p style="color: #D55E00">{html.escape(text)}</p>' if text else ""
+        self.message.value = f'<b style="color: #D55E00">{html.escape(text)}</b>' if text else ""
 
     def attempt(self, act: Callable, *arguments) -> None:
         "Call `act`; what it raises is shown as a message, and kept in `error`."
@@ -241,12 +241,13 @@ def item_facts(catalogue: Catalogue, item: int) -> dict[str, str]:
     own = row.drop(["item", "title", "text", "interactions", "cold", "picture"])
     return {name: str(value) for name, value in (facts | own.to_dict()).items() if not pd.isna(value)}
 
-# %% ../nbs/07a_explorers.ipynb #5553d6b4
-def facts_html(facts: dict) -> str:
-    "Names and values as two columns."
-    rows = (f'<tr><td style="opacity: .7; padding-right: 8px; vertical-align: top">{html.escape(str(name))}</td>'
-            f"<td>{html.escape(str(value))}</td></tr>" for name, value in facts.items())
-    return f'<table style="line-height: 1.4">{"".join(rows)}</table>'
+# %% ../nbs/07a_explorers.ipynb #02de40db
+def plain_table(rows: Iterable[Sequence]) -> str:
+    "Rows of values as a table: the first of each is its name."
+    cells = ([html.escape(str(value)) for value in row] for row in rows)
+    lines = (f'<tr style="vertical-align: top"><td style="opacity: .7">{name}</td>' + "".join(f"<td>{v}</td>" for v in values)
+             for name, *values in cells)
+    return f'<table style="line-height: 1.4; border-spacing: 8px 1px">{"".join(lines)}</table>'
 
 
 def item_html(catalogue: Catalogue, item: int, size: int = 180, text: int = 400) -> str:
@@ -279,7 +280,7 @@ class DataBrowser(Explorer):
         self.when(self.search, *controls)
         self.safely(self.search)()
 
-# %% ../nbs/07a_explorers.ipynb #6c55d2ae
+# %% ../nbs/07a_explorers.ipynb #207f4b2b
 def _search(browser):
     "Show what the controls ask for, and open the first item."
     (least, most), table = browser.range.value, browser.table
@@ -296,7 +297,7 @@ def _open(browser, item):
     inter, facts = browser.catalogue.data.inter, item_facts(browser.catalogue, item)
     who, also = buyers(inter, item), also_bought(inter, item, 20)
     facts["users"] = ", ".join(map(str, inter.user_ids[who[:12]])) + ", ..." * (len(who) > 12)
-    browser.picture.value, browser.facts.value = item_html(browser.catalogue, item), facts_html(facts)
+    browser.picture.value, browser.facts.value = item_html(browser.catalogue, item), plain_table(facts.items())
     count = also.set_index("item").users
     browser.also.show(f"What its {len(who):,} users also have", count.index, lambda other: f"{count[other]:,} of them")
 
@@ -433,7 +434,7 @@ def _find(explorer):
 
 UserExplorer.side, UserExplorer.restart, UserExplorer.step, UserExplorer.find = _side, _restart, _step, _find
 
-# %% ../nbs/07a_explorers.ipynb #6225a341
+# %% ../nbs/07a_explorers.ipynb #6e20202e
 def _draw_user(explorer, user: int):
     "Show user number `user`: history, test items with their ranks, and both lists."
     inter, gain = explorer.seen.data.inter, explorer.values.reindex([user]).iloc[0]
@@ -459,7 +460,7 @@ def _picked(explorer):
 
 def _open_item(explorer, item: int):
     "Show an item that was clicked, below the lists."
-    explorer.detail.value = item_html(explorer.seen.catalogue, item) + facts_html(item_facts(explorer.seen.catalogue, item))
+    explorer.detail.value = item_html(explorer.seen.catalogue, item) + plain_table(item_facts(explorer.seen.catalogue, item).items())
 
 
 UserExplorer.draw, UserExplorer.picked, UserExplorer.open = _draw_user, _picked, _open_item
@@ -551,7 +552,7 @@ def _search_item(explorer):
 
 ItemExplorer.walk, ItemExplorer.return_, ItemExplorer.jump, ItemExplorer.search = _walk, _return, _jump, _search_item
 
-# %% ../nbs/07a_explorers.ipynb #2e8d8c59
+# %% ../nbs/07a_explorers.ipynb #51484562
 def _draw_neighbours(explorer):
     "Show the item and its neighbours."
     item, modality = explorer.past[-1], explorer.modality.value
@@ -578,10 +579,10 @@ def _describe(explorer):
     "Show what the buttons below the picture ask for: facts, nearest words, or attention."
     item, aspect = explorer.past[-1], explorer.aspect.value
     if aspect == "facts":
-        text = facts_html(item_facts(explorer.catalogue, item))
+        text = plain_table(item_facts(explorer.catalogue, item).items())
     elif aspect == "words":
-        text = "".join(f"<b>{space} {explorer.modality.value}</b>" + facts_html(nearest_words(
-            explorer.tables[f"{space} {explorer.modality.value}"][item], *explorer.words_of(space)))
+        text = "".join(f"<b>{space} {explorer.modality.value}</b>" + plain_table(nearest_words(
+            explorer.tables[f"{space} {explorer.modality.value}"][item], *explorer.words_of(space)).items())
             for space in explorer.rows if space != "ID")
     else:
         png = as_png(attention_maps(explorer.seen, [item]))
@@ -602,7 +603,7 @@ def colour_values(column: pd.Series) -> pd.Series:
     number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     return column if number else most_frequent(column)
 
-# %% ../nbs/07a_explorers.ipynb #87700913
+# %% ../nbs/07a_explorers.ipynb #1b9218d7
 class EmbeddingMap(Explorer):
     "All items on a map that slides from one table of features to another: hover to see an item, select to list them."
 
@@ -616,7 +617,7 @@ class EmbeddingMap(Explorer):
                                    for text, name in (("from", first), ("to", last)))
         self.color = widgets.Dropdown(options=columns, value=color, description="colour")
         self.slider = widgets.FloatSlider(max=1, step=0.02, readout=False, layout={"width": "200px"})
-        self.item, self.map = widgets.HTML("Hover over a point, or draw a lasso around some."), widgets.HBox()
+        self.item, self.map = widgets.HTML("Hover over a point, or take the lasso to list items."), widgets.VBox()
         self.chosen = Gallery(self.catalogue, 12, self.safely(self.open), 70)
         super().__init__(widgets.HBox([self.before, self.slider, self.after, self.color]),
                          side_by_side(self.map, self.item, shares=(4, 1)), self.chosen.box)
@@ -625,30 +626,31 @@ class EmbeddingMap(Explorer):
         self.when(self.paint, self.color)
         self.safely(self.lay_out)()
 
-# %% ../nbs/07a_explorers.ipynb #cdf7606d
+# %% ../nbs/07a_explorers.ipynb #fabb0c28
 def _lay_out(explorer):
     "Make the layouts of the two tables, and draw the map."
     explorer.maps = aligned_maps(*(explorer.tables[choice.value] for choice in (explorer.before, explorer.after)))
+    reach = 1.05 * max(float(layout.abs().max()) for layout in explorer.maps)
+    explorer.scales = {"x_scale": (-reach, reach), "y_scale": (-reach, reach)}
+    if explorer.scatter is None:
+        explorer.begin()
+    explorer.move()
+    explorer.paint()
+
+
+def _begin(explorer):
+    "Make the map: a scatter of all items, or a picture where jupyter-scatter is not installed."
     try:
         import jscatter
     except ImportError:
-        explorer.draw_still("A map to hover over needs jupyter-scatter: pip install 'ptmrec[maps]'.")
+        explorer.map.children = [widgets.Image(layout={"max_width": "700px"})]
+        explorer.say("A map to hover over needs jupyter-scatter: pip install 'ptmrec[maps]'.")
         return
-    reach = 1.05 * max(float(layout.abs().max()) for layout in explorer.maps)
-    scales = {"x_scale": (-reach, reach), "y_scale": (-reach, reach)}
-    explorer.frame = pd.DataFrame(between(*explorer.maps, explorer.slider.value), columns=["x", "y"])
-    explorer.scatter = jscatter.Scatter(data=explorer.frame, x="x", y="y", axes=False, legend=True, height=480, **scales)
-    explorer.paint()
+    x, y = between(*explorer.maps, 0).T
+    explorer.scatter = jscatter.Scatter(x, y, axes=False, legend=True, height=480, **explorer.scales)
     explorer.scatter.widget.observe(explorer.safely(explorer.hover), "hovering")
     explorer.scatter.widget.observe(explorer.safely(explorer.list), "selection")
     explorer.map.children = [explorer.scatter.show()]
-
-
-def _draw_still(explorer, reason: str):
-    "The figure in the place of the map."
-    image = widgets.Image(value=base64.b64decode(as_png(explorer.figure())), layout={"max_width": "700px"})
-    explorer.map.children = [image]
-    explorer.say(reason)
 
 
 def _map_figure(explorer):
@@ -656,21 +658,22 @@ def _map_figure(explorer):
                          explorer.color.value, names=(explorer.before.value, explorer.after.value))
 
 
-EmbeddingMap.lay_out, EmbeddingMap.draw_still, EmbeddingMap.figure = _lay_out, _draw_still, _map_figure
+EmbeddingMap.lay_out, EmbeddingMap.begin, EmbeddingMap.figure = _lay_out, _begin, _map_figure
 
-# %% ../nbs/07a_explorers.ipynb #d63a85ff
+# %% ../nbs/07a_explorers.ipynb #de251de3
 def _move(explorer):
     "Move the points to where the slider is."
     if explorer.scatter is not None:
         x, y = between(*explorer.maps, explorer.slider.value).T
-        explorer.scatter.xy(x, y, animate=False)
+        explorer.scatter.xy(x, y, animate=False, **explorer.scales)
 
 
 def _paint(explorer):
     "Colour the points by a column."
-    if explorer.scatter is None:
-        return explorer.lay_out()
-    explorer.scatter.color(by=colour_values(explorer.catalogue.table[explorer.color.value]))
+    if explorer.scatter is not None:
+        explorer.scatter.color(by=colour_values(explorer.catalogue.table[explorer.color.value]))
+    else:
+        explorer.map.children[0].value = base64.b64decode(as_png(explorer.figure()))
 
 
 def _hover(explorer, change):
@@ -680,7 +683,7 @@ def _hover(explorer, change):
 
 
 def _open_on_map(explorer, item: int):
-    explorer.item.value = item_html(explorer.catalogue, item, 140) + facts_html(item_facts(explorer.catalogue, item))
+    explorer.item.value = item_html(explorer.catalogue, item, 140) + plain_table(item_facts(explorer.catalogue, item).items())
 
 
 def _list(explorer, change):
@@ -692,7 +695,7 @@ EmbeddingMap.scatter = None
 EmbeddingMap.move, EmbeddingMap.paint, EmbeddingMap.hover = _move, _paint, _hover
 EmbeddingMap.open, EmbeddingMap.list = _open_on_map, _list
 
-# %% ../nbs/07a_explorers.ipynb #c9a722da
+# %% ../nbs/07a_explorers.ipynb #bec629af
 def different_parameters(runs: Sequence[Run]) -> pd.DataFrame:
     "Settings in which `runs` differ: a row per setting, a column per run; \"\" where a run does not have it."
     table = pd.DataFrame({run_name(run): pd.Series({k: str(v) for k, v in run.params.items()}) for run in runs}).fillna("")
@@ -707,8 +710,9 @@ def validation_curves(runs: Sequence[Run]):
         history, metric = run.load_table("history.csv"), f"valid {run.params['metric']}"
         history = history.dropna(subset=[metric])
         ax.plot(history.epoch, history[metric], marker=".", label=run_name(run))
+    ax.margins(y=0.1)
     ax.set(xlabel="epoch", ylabel=label(metric), ylim=(0, None))
-    ax.legend()
+    ax.legend(loc="lower right")
     return figure
 
 # %% ../nbs/07a_explorers.ipynb #7ee5530d
@@ -728,13 +732,13 @@ def safe_csv(table: pd.DataFrame) -> str:
 
     return table.rename(columns=tame).map(tame).to_csv(index=False)
 
-# %% ../nbs/07a_explorers.ipynb #3e0911cc
+# %% ../nbs/07a_explorers.ipynb #d89ec125
 class RunExplorer(Explorer):
     "All runs as a table: sort and filter it; choose runs to see what differs, and compare two."
 
     def __init__(self, experiment: str = "*", dataset: str = "*"):
         self.which = experiment, dataset
-        self.rows = ITable(select=True, paging=True, pageLength=10, lengthMenu=[10, 25, 100], maxBytes=0)
+        self.rows = ITable(select="multi", paging=True, pageLength=10, lengthMenu=[10, 25, 100], maxBytes=0)
         self.metric, self.test = widgets.Dropdown(options=metric_names(), value="recall@20"), small_button("Compare two")
         self.reload, self.export = small_button("Reload"), widgets.HTML()
         self.answer, self.differences, self.curves = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -755,7 +759,7 @@ def run_rows(table: pd.DataFrame) -> pd.DataFrame:
         shown[column] = shown[column].map(formats[column], na_action="ignore")
     return shown.fillna("")
 
-# %% ../nbs/07a_explorers.ipynb #ccf8ffd2
+# %% ../nbs/07a_explorers.ipynb #2c8cc6bb
 def _load(explorer):
     "Read the table of runs anew."
     explorer.table = list_runs(*explorer.which)
@@ -763,7 +767,7 @@ def _load(explorer):
         raise DataError(f"There is no run under {runs_dir()} yet. run_stage1() and run_stage2() make some.")
     explorer.rows.update(run_rows(explorer.table), selected_rows=[])
     content = base64.b64encode(safe_csv(explorer.table).encode()).decode()
-    explorer.export.value = f'<a download="runs.csv" href="data:text/csv;base64,{content}">Export as CSV</a>'
+    explorer.export.value = f'<a download="runs.csv" style="text-decoration: underline" href="data:text/csv;base64,{content}">Export as CSV</a>'
 
 
 def _chosen(explorer) -> list[Run]:
@@ -776,7 +780,7 @@ def _draw_runs(explorer):
     "Show what differs between the selected runs, and their curves."
     runs = explorer.chosen()
     explorer.answer.value = ""
-    explorer.differences.value = different_parameters(runs).to_html() if len(runs) > 1 else ""
+    explorer.differences.value = plain_table(different_parameters(runs).reset_index().T.reset_index().T.values) if len(runs) > 1 else ""
     png = as_png(validation_curves(runs)) if runs else ""
     explorer.curves.value = f'<img src="data:image/png;base64,{png}" style="max-width: 100%">' if runs else ""
 
