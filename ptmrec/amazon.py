@@ -6,15 +6,14 @@
 __all__ = ['BASE_URL', 'HOME', 'FILES', 'SHORT_NAMES', 'PUBLISHED', 'PATIENCE', 'UNPARSABLE', 'ASIN', 'REVIEW', 'META',
            'MAX_BYTES', 'MAX_PIXELS', 'MIN_SIDE', 'ENDINGS', 'MANIFEST', 'PUBLISHED_SETTINGS', 'retry_after',
            'back_off', 'fetch_file', 'raw_files', 'read_lines', 'read_reviews', 'make_interactions', 'check_published',
-           'plain_text', 'read_meta', 'ImageRefused', 'ImageFailed', 'check_image', 'Network', 'read_manifest',
-           'download_images', 'read_image_features', 'write_release', 'write_defaults', 'prepare', 'find_or_prepare']
+           'read_meta', 'ImageRefused', 'ImageFailed', 'check_image', 'Network', 'read_manifest', 'download_images',
+           'read_image_features', 'write_release', 'write_defaults', 'prepare', 'find_or_prepare']
 
-# %% ../nbs/00a_amazon.ipynb #163b9d62
+# %% ../nbs/00a_amazon.ipynb #ea6b269c
 import ast
 import asyncio
 import gzip
 import hashlib
-import html
 import io
 import json
 import math
@@ -48,6 +47,7 @@ from ptmrec.data import (
     progress,
     write_atomically,
 )
+from .tables import plain_text
 
 # %% ../nbs/00a_amazon.ipynb #1b077ab8
 BASE_URL = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
@@ -234,16 +234,6 @@ def check_published(name: str, interactions: pd.DataFrame) -> None:
         ours, theirs = (" / ".join(f"{n:,}" for n in numbers) for numbers in (found, PUBLISHED[name]))
         warnings.warn(f"{name} has {ours} users / items / interactions here, but {theirs} as published. Results cannot be "
                       "compared with published ones; check the raw files.")
-
-# %% ../nbs/00a_amazon.ipynb #67a9f9f0
-def _leaves(value):
-    return [leaf for v in value for leaf in _leaves(v)] if isinstance(value, (list, tuple)) else [value]
-
-# %% ../nbs/00a_amazon.ipynb #1f8544bc
-def plain_text(value: object, separator: str = " ") -> str | None:
-    "One line of text from a string or nested lists of strings, entities resolved, repetitions dropped; None if empty."
-    parts = [" ".join(html.unescape(str(v)).split()) for v in _leaves(value) if v is not None]
-    return separator.join(dict.fromkeys(p for p in parts if p)) or None
 
 # %% ../nbs/00a_amazon.ipynb #bd9d1466
 META = {2014: ("asin", "brand"), 2023: ("parent_asin", "store")}

@@ -7,6 +7,8 @@ __all__ = ['BACKBONES', 'SHARED', 'shared', 'grid_of', 'IDPath', 'Backbone', 'Li
            'FREEDOM', 'MultiView', 'MGCN', 'filter_spectra', 'SMORE']
 
 # %% ../nbs/02_backbones.ipynb #1243e069
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ SHARED = {  # settings that several backbones have: what each does, and its limi
 }
 
 # %% ../nbs/02_backbones.ipynb #27cbca82
-def shared(name: str, default, grid: list | None = None):
+def shared(name: str, default: float, grid: list | None = None) -> Any:
     "The setting `name` of `SHARED`, with a backbone's own default and grid (the values that a search tries)."
     about, limits = SHARED[name]
     return setting(default, about, grid=grid, **limits)
@@ -85,7 +87,7 @@ class Backbone(IDPath):
         for linear in self.project.values():
             nn.init.xavier_uniform_(linear.weight)
 
-    def set_features(self, features: dict[str, Tensor], graph_features: dict[str, Tensor] | None = None):
+    def set_features(self, features: dict[str, Tensor], graph_features: dict[str, Tensor] | None = None) -> None:
         """Take `features` {modality: (I, d_m)} as the items' features from now on.
 
         `graph_features`: what an item graph is built from, if there is one; None: the features themselves.
@@ -94,7 +96,7 @@ class Backbone(IDPath):
             features = nn.ParameterDict({m: f.detach().clone() for m, f in features.items()})
         self.features = features
 
-    def start_epoch(self):
+    def start_epoch(self) -> None:
         "Called before each training epoch, for what is drawn anew per epoch."
 
     def modal_users(self) -> Tensor:

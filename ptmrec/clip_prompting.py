@@ -6,13 +6,14 @@
 __all__ = ['POSITIONS', 'PRECISIONS', 'ENCODE_BATCH', 'Clip', 'hub_answers', 'check_download', 'tiny_clip_file', 'find_weights',
            'load_clip', 'Tower', 'image_tower', 'text_module', 'text_pooling', 'pool_text', 'text_tower',
            'prompt_width', 'DeepPrompts', 'make_room', 'run_blocks', 'image_features', 'encode_image', 'pooled', 'trim',
-           'cut_tokens', 'TextTokens', 'embed_text', 'text_features', 'encode_text', 'token_map', 'ItemContent',
-           'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features']
+           'cut_tokens', 'TextTokens', 'embed_text', 'text_features', 'encode_text', 'token_map', 'cut_texts',
+           'warn_of_cut_texts', 'ItemContent', 'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features']
 
-# %% ../nbs/01_clip_prompting.ipynb #0a1bdc08
+# %% ../nbs/01_clip_prompting.ipynb #54375e45
 import os
 import shutil
 import urllib.request
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,7 +310,7 @@ def encode_image(clip: Clip, images: Tensor, prompts: DeepPrompts | None = None)
     return image_features(tower, tower.embed(images), prompts.in_layers("image", len(tower.blocks)))
 
 # %% ../nbs/01_clip_prompting.ipynb #256479e0
-def pooled(output):
+def pooled(output: Tensor | tuple) -> Tensor:
     "The feature in a tower's output: a captioner's towers return (feature, tokens)."
     return output[0] if isinstance(output, tuple) else output
 
@@ -393,6 +394,24 @@ def token_map(clip: Clip, texts: list[str], block: int = 4096) -> np.ndarray:
     if not path.exists():
         write_atomically(path, tokenize_all)
     return np.load(path, mmap_mode="r")
+
+# %% ../nbs/01_clip_prompting.ipynb #a5ae2eeb
+def cut_texts(clip: Clip, texts: list[str]) -> np.ndarray:
+    "The numbers (n,) of the texts that are longer than the context of a CLIP."
+    tokens, length = token_map(clip, texts), clip.model.context_length
+    padding = int(clip.tokenize([""])[0, -1])
+    full = np.flatnonzero(tokens[:, -2] != padding)
+    if not len(full):
+        return full
+    longer = clip.tokenize([texts[n] for n in full], context_length=length + 1).numpy()
+    return full[(longer[:, :length] != tokens[full]).any(1) | (longer[:, length] != padding)]
+
+# %% ../nbs/01_clip_prompting.ipynb #953f14df
+def warn_of_cut_texts(clip: Clip, data: RecData) -> None:
+    "Warn, with counts and an example, of texts that are longer than the CLIP reads."
+    if any(data.texts) and len(cut := cut_texts(clip, data.texts)):
+        warnings.warn(f"{len(cut):,} of {len(data.texts):,} texts are longer than the {clip.model.context_length} tokens "
+                      f"that {clip.name} reads, and are cut there (the first: item {data.inter.item_ids[cut[0]]}).")
 
 # %% ../nbs/01_clip_prompting.ipynb #37af813b
 class ItemContent(nn.Module):

@@ -10,7 +10,7 @@ __all__ = ['TOWERS', 'TUNINGS', 'PARTS', 'SavedParameters', 'Tuning', 'Nothing',
 
 # %% ../nbs/01a_peft.ipynb #9778cc6d
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -259,7 +259,7 @@ class Bottleneck(nn.Module):
         return self.up(F.gelu(self.down(x.movedim(axis, -1)))).movedim(-1, axis)
 
 # %% ../nbs/01a_peft.ipynb #5e450ab9
-def add_to_output(module: nn.Module):
+def add_to_output(module: nn.Module) -> Callable:
     "A forward hook that adds `module(output)`; torch's attention returns a tuple whose second half is empty."
     def hook(sublayer, args, output):
         if isinstance(output, tuple):

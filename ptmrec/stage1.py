@@ -10,7 +10,7 @@ __all__ = ['SAMPLE', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'EncoderSettings',
            'stage1_code', 'find_stage1_run', 'run_arguments', 'train_stage1', 'score_stage1', 'save_embeddings',
            'load_backbone', 'metrics_table', 'plot_history']
 
-# %% ../nbs/04_stage1.ipynb #4d4b6bd6
+# %% ../nbs/04_stage1.ipynb #b4dfd9eb
 import time
 import warnings
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ import torch
 
 from .amazon import SHORT_NAMES, find_or_prepare
 from .backbones import BACKBONES
-from .clip_prompting import Clip, frozen_features, load_clip
+from .clip_prompting import Clip, frozen_features, load_clip, warn_of_cut_texts
 from .data import SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
-from .distributed import init_distributed, main_first
+from .distributed import init_distributed, main_first, rank
+from .leaks import say_leaks
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
 from .runs import (Run, code_of, load_parameters, new_run, own_code, pick_device, recommendation_table, runs_to_do,
                          set_seed)
@@ -115,7 +116,7 @@ def one_per_seed(settings) -> list:
     "The settings of each seed's run."
     return [settings.replace(seed=seed) for seed in range(settings.seed, settings.seed + settings.n_seeds)]
 
-# %% ../nbs/04_stage1.ipynb #75bf1a09
+# %% ../nbs/04_stage1.ipynb #e3a0212b
 @dataclass
 class Inputs:
     "What a run reads: `features` {modality: (I, d_m)}; `clip` is None if the features are ready-made or not needed."
@@ -132,10 +133,15 @@ def load_inputs(settings) -> Inputs:
     with main_first():
         data = load_data(find_or_prepare(settings.dataset), settings.min_rating, settings.core, settings.split,
                          settings.split_seed)
+    if not rank():
+        say_leaks(data)
     if not BACKBONES[settings.backbone].uses_features:
         return Inputs(data, None, {}, device)
     clip = None if data.features else load_clip(settings.clip_model, settings.pretrained).to(device)
     _warn_of_unused(settings, data)
+    if clip:
+        with main_first():
+            warn_of_cut_texts(clip, data)
     return Inputs(data, clip, frozen_features(data, clip, device), device)
 
 # %% ../nbs/04_stage1.ipynb #7b238cb8

@@ -10,6 +10,7 @@ __all__ = ['TripleSampler', 'Callback', 'keep_freed_memory', 'Stopped', 'sigterm
 # %% ../nbs/03b_training.ipynb #2757e5fa
 import ctypes
 import math
+import os
 import platform
 import signal
 import sys
@@ -98,9 +99,13 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, message: str, signal: int = signal.SIGINT):
         super().__init__(message)
-        self.signal = signal
+        self.signal, self.shown = signal, False
 
     def _render_traceback_(self):  # IPython shows these lines
+        terminal = getattr(sys.stderr, "_original_stdstream_copy", None)  # that of a kernel
+        if terminal is not None and not self.shown:  # papermill, stopped by the same Ctrl-C, shows nothing any more
+            os.write(terminal, f"{self}\n".encode())
+        self.shown = True
         return [str(self)]
 
 

@@ -11,8 +11,9 @@ __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS',
            'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front',
            'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
-# %% ../nbs/07_visualisation.ipynb #473e48c1
+# %% ../nbs/07_visualisation.ipynb #71124e2e
 import functools
+import html
 import importlib
 import re
 import textwrap
@@ -31,7 +32,9 @@ import torch.nn.functional as F
 from cycler import cycler
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -67,13 +70,13 @@ def letterbox(path: str | Path, size: int) -> np.ndarray:
         square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(square.convert("RGB"))
 
-# %% ../nbs/07_visualisation.ipynb #db59b06b
+# %% ../nbs/07_visualisation.ipynb #74b43e07
 def item_statistics(data: RecData) -> pd.DataFrame:
     "A row per item number: item (its id), title, text, training interactions, cold, picture, and the item tables' columns."
     user, item = data.inter.part("train")
     own = data.items.reset_index(drop=True) if len(data.items) else pd.DataFrame(index=range(data.inter.n_items))
     titles = own.pop("title") if "title" in own else pd.Series(data.texts)
-    table = pd.DataFrame({"item": data.inter.item_ids, "title": titles.astype(object).fillna("").astype(str),
+    table = pd.DataFrame({"item": data.inter.item_ids, "title": titles.astype(object).fillna("").astype(str).map(html.unescape),
                           "text": data.texts, "interactions": np.bincount(item, minlength=data.inter.n_items),
                           "cold": data.inter.cold("item"), "picture": [path is not None for path in data.images]})
     return table.join(own.rename(columns={c: f"{c} (item table)" for c in own if c in table}))
@@ -194,14 +197,14 @@ def _recommended(seen, user: int, variant: str | None = None, k: int = 10) -> li
 
 RunView.recommended = _recommended
 
-# %% ../nbs/07_visualisation.ipynb #e8b57e58
+# %% ../nbs/07_visualisation.ipynb #5562f865
 COLUMN = 3.4  # inches, a column of a paper; two are 7
 BLUE, ORANGE, GREEN = sns.color_palette("colorblind").as_hex()[:3]
 STYLE = sns.axes_style("ticks") | sns.plotting_context("paper") | {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.title_fontsize": 7, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.prop_cycle": cycler(color=sns.color_palette("colorblind")), "image.cmap": "viridis",
-    "figure.dpi": 150, "savefig.dpi": 300, "figure.constrained_layout.use": True, "pdf.fonttype": 42}
+    "figure.dpi": 120, "savefig.dpi": 300, "pdf.fonttype": 42}
 
 
 def in_style(draw: Callable) -> Callable:
@@ -262,16 +265,16 @@ class SheetRow(NamedTuple):
     marked: Iterable[int] = ()
     notes: Sequence[str] = ()
 
-# %% ../nbs/07_visualisation.ipynb #3f41c5e1
+# %% ../nbs/07_visualisation.ipynb #3b49725a
 def _draw_item(ax, x, y, side, catalogue, item, marked, note):
     "One item with its left upper corner at (x, y), in inches."
-    picture = catalogue.picture(item, 128)
+    picture, width = catalogue.picture(item, 128), int(20 * side)  # characters of 0.05 inches
     if picture is None:
         ax.add_patch(plt.Rectangle((x, y), side, side, color="0.93"))
-        ax.text(x + side / 2, y + side / 2, shown_title(catalogue, item, 12, 5), size=6, ha="center", va="center")
+        ax.text(x + side / 2, y + side / 2, shown_title(catalogue, item, width, 5), size=6, ha="center", va="center")
     else:
         ax.imshow(picture, extent=(x, x + side, y + side, y))
-        note = "\n".join(filter(None, (shown_title(catalogue, item, 13, 2), note)))
+        note = "\n".join(filter(None, (shown_title(catalogue, item, width, 3), note)))
     ax.text(x + side / 2, y + side + 0.03, note, size=6, ha="center", va="top", linespacing=1.05)
     edge = {"edgecolor": ORANGE, "lw": 2} if marked else {"edgecolor": "0.8", "lw": 0.5}
     ax.add_patch(plt.Rectangle((x, y), side, side, fill=False, **edge))
@@ -279,7 +282,7 @@ def _draw_item(ax, x, y, side, catalogue, item, marked, note):
         ax.text(x + side - 0.05, y + 0.04, "✓", size=8, color="white", ha="right", va="top", weight="bold",
                 bbox={"boxstyle": "circle,pad=0.1", "color": ORANGE})
 
-# %% ../nbs/07_visualisation.ipynb #32fa4006
+# %% ../nbs/07_visualisation.ipynb #9128eaeb
 @in_style
 def sheet(
     catalogue: Catalogue,
@@ -288,10 +291,11 @@ def sheet(
 ) -> Figure:
     "Rows of items as pictures with titles, as wide as a paper's column."
     side, gap, head = COLUMN / columns - 0.08, 0.08, 0.2
-    line = side + 0.24 + 0.1 * any(row.notes for row in rows)
+    pictures = any(catalogue.picture(item, 128) is not None for row in rows for item in row.items)
+    line = side + (0.33 if pictures else 0.08) + 0.1 * any(row.notes for row in rows)
     n_lines = [max(1, -(-len(row.items) // columns)) for row in rows]
     height = sum(head + n * line for n in n_lines)
-    figure = plt.figure(figsize=(COLUMN, height), layout="none")
+    figure = plt.figure(figsize=(COLUMN, height))
     ax, y = figure.add_axes((0, 0, 1, 1)), 0.0
     for row, n in zip(rows, n_lines):
         ax.text(gap / 2, y + head / 2, printable(row.name), size=7, weight="bold", va="center")
@@ -327,19 +331,20 @@ def user_gains(run: Run, metric: str = "recall@10", variants: Sequence = ("stage
     before, after = (per_user_values([run], check_variant(run, v), metric)[0] for v in variants)
     return (after - before).dropna()
 
-# %% ../nbs/07_visualisation.ipynb #a5f56cd7
+# %% ../nbs/07_visualisation.ipynb #ce66b24a
 def _lists(seen, user: int, variants, k: int) -> list[SheetRow]:
-    "Rows for user number `user`: history, test items, and the list of each variant with its hits."
+    "Rows for user number `user`: training and test items (five at most), and the list of each variant with its hits."
     inter, found = seen.data.inter, {}
     for split in ("train", "test"):
         users, items = inter.part(split)
         found[split] = items[users == user].tolist()
-    rows = [SheetRow(f"bought before, {min(5, len(found['train']))} of {len(found['train'])}", found["train"][:5])]
-    rows.append(SheetRow(f"to be found, {min(5, len(found['test']))} of {len(found['test'])}", found["test"][:5]))
+    rows = [SheetRow(f"{name}: {min(5, len(items))} of {len(items)}", items[:5])
+            for name, items in zip(("training items", "test items"), found.values())]
     for variant in variants:
         items = seen.recommended(user, variant, k)
         hits = set(items) & set(found["test"])
-        name = variant_name(check_variant(seen.run, variant)) or "Stage 1"
+        variant = check_variant(seen.run, variant)
+        name = "Stage 1" if variant in ("", "stage1") else f"Stage 2, {variant_name(variant)}"
         rows.append(SheetRow(f"{name}: {len(hits)} of {len(found['test'])} found in the first {k}", items, hits))
     return rows
 
@@ -355,7 +360,7 @@ def recommendation_sheet(
     variants = variants if "tuning" in seen.run.params else [None]
     return sheet(seen.catalogue, _lists(seen, user_number(seen.data, user), variants, k))
 
-# %% ../nbs/07_visualisation.ipynb #56f954fa
+# %% ../nbs/07_visualisation.ipynb #e1a0b3a6
 def show_what_changed(run: Run | RunView) -> Figure:
     "Lists before and after of the user who gained most, and the neighbours before and after of an item that was found."
     seen = view(run)
@@ -364,14 +369,15 @@ def show_what_changed(run: Run | RunView) -> Figure:
     history, wanted, before, after = _lists(seen, user, ("stage1", None), 10)
     who = f"User {seen.data.inter.user_ids[user]} {'gained most' if gains.max() > 0 else '(nobody gained)'}"
     rows = [history._replace(name=f"{who}; {history.name}"), wanted, before, after]
-    item = next(iter([i for i in after.items if i in after.marked - before.marked] or after.items))
+    new = [item for item in after.items if item in after.marked - before.marked]
+    item, what = (new[0], "the item found") if new else (after.items[0], "the first item")
     modality = next(iter(seen.inputs.features))
     for when in ("frozen", "tuned"):
         near = neighbours(tables[f"{when} {modality}"], item, 4)[0].tolist()
-        rows.append(SheetRow(f"an item, and its nearest by {when} {modality} features", [item, *near]))
+        rows.append(SheetRow(f"{what}, and its nearest by {when} {modality} features", [item, *near]))
     return sheet(seen.catalogue, rows)
 
-# %% ../nbs/07_visualisation.ipynb #6ba3583a
+# %% ../nbs/07_visualisation.ipynb #2165e8fa
 def _stage_curves(axes, stage: Run, name: str, start: int, color) -> int:
     "Draw the history of one stage from epoch `start` on; returns its last epoch."
     history, metric = stage.load_table("history.csv"), f"valid {stage.params['metric']}"
@@ -386,14 +392,14 @@ def _stage_curves(axes, stage: Run, name: str, start: int, color) -> int:
                      ha="center", size=7, color=color)
     return start + int(history.epoch.max())
 
-# %% ../nbs/07_visualisation.ipynb #7af990f2
+# %% ../nbs/07_visualisation.ipynb #cfcb7eae
 @in_style
 def training_curves(run: Run) -> Figure:
     "Loss and validation metric over the epochs of Stage 1 and then Stage 2; circles: the epochs that are kept."
     stages = {"Stage 1": run.stage1, "Stage 2": run}
     if run.params.get("training") == "joint" or "tuning" not in run.params:
         stages = {"joint training" if "tuning" in run.params else "Stage 1": run}
-    figure, axes = plt.subplots(2, 1, figsize=(COLUMN, 3.2), sharex=True)
+    figure, axes = plt.subplots(2, 1, figsize=(COLUMN, 3.2), sharex=True, layout="constrained")
     start = 0
     for color, (name, stage) in zip((BLUE, ORANGE), stages.items()):
         if start:
@@ -406,7 +412,7 @@ def training_curves(run: Run) -> Figure:
     axes[0].legend()
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #6760dde7
+# %% ../nbs/07_visualisation.ipynb #14685541
 def principal_plane(features: Tensor) -> Tensor:
     "The rows of `features` (I, d) on their two main directions, centred, with a spread of 1: (I, 2)."
     centred = features.float() - features.float().mean(0)
@@ -420,7 +426,7 @@ def turned_onto(layout: Tensor, target: Tensor) -> Tensor:
     left, _, right = torch.linalg.svd(layout.T @ target)
     return layout @ left @ right
 
-# %% ../nbs/07_visualisation.ipynb #cba73982
+# %% ../nbs/07_visualisation.ipynb #7c5821a5
 MAP_METHODS = ("pca", "tsne", "umap")
 
 
@@ -430,8 +436,8 @@ def _refined(features, start, method):
     try:
         library = importlib.import_module(name)
     except ImportError:
-        raise SettingError(f"method='{method}' needs {name}, which is not installed. Run pip install 'ptmrec[maps]', or "
-                           "take method='pca'.") from None
+        raise SettingError(f"method='{method}' needs {name}, which is not installed. Run pip install -e '.[maps]', or take "
+                           "method='pca'.") from None
     unit, start = F.normalize(features.float(), dim=1).numpy(), start.numpy()
     if method == "tsne":
         found = library.TSNE(initialization=1e-4 * start / start.std(), metric="cosine", random_state=0).fit(unit)
@@ -441,7 +447,7 @@ def _refined(features, start, method):
     layout = layout - layout.mean(0)
     return layout / layout.square().sum(1).mean().sqrt()
 
-# %% ../nbs/07_visualisation.ipynb #077645a7
+# %% ../nbs/07_visualisation.ipynb #acaaac13
 def aligned_maps(
     before: Tensor,  # (I, d)
     after: Tensor,  # (I, d'): the same items
@@ -457,28 +463,33 @@ def aligned_maps(
         first, second = (_refined(table, start, method) for table, start in ((before, first), (after, second)))
     return first, turned_onto(second, first)
 
-# %% ../nbs/07_visualisation.ipynb #d76ed285
-def most_frequent(values: pd.Series, most: int = 8) -> pd.Series:
-    "Values as text, in order of frequency: the `most` frequent ones, `other (n more)`, and `none` for missing ones."
-    text = values.astype(object).where(values.notna() & (values.astype(str) != ""), "none").astype(str)
-    names = text.value_counts().index
+# %% ../nbs/07_visualisation.ipynb #e862d216
+def most_frequent(values: pd.Series, most: int = 7) -> pd.Series:
+    "Values as text: the `most` frequent ones, the others as `other (n more)`, missing ones as `none`; a categorical."
+    missing, text = values.isna() | (values.astype(str) == ""), values.astype(str)
+    names = text[~missing].value_counts().index
     other = f"other ({len(names) - most} more)"
-    kept = [*names[:most], *([other] if len(names) > most else [])]
-    return pd.Series(pd.Categorical(text.where(text.isin(names[:most]), other), kept), values.index)
+    text = text.where(text.isin(names[:most]), other).mask(missing, "none")
+    kept = [*names[:most], *[other] * (len(names) > most), *["none"] * bool(missing.any())]
+    return pd.Series(pd.Categorical(text, kept), values.index)
 
 
 def _scatter(ax, points, values, size):
     "Points (I, 2) coloured by `values`; returns what a colour bar needs, or None."
-    ax.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+    ax.set(xticks=[], yticks=[], aspect="equal")
+    ax.spines[:].set_visible(False)
     how = {"s": size, "linewidths": 0, "rasterized": True}
-    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        return ax.scatter(*points.T, c=values, **how)
+    if not isinstance(values.dtype, pd.CategoricalDtype):
+        skewed = values.min() >= 0 and values.max() > 20 * values.median()
+        ax.scatter(*points[values.isna()].T, color="0.8", **how)
+        known = values.notna()
+        return ax.scatter(*points[known].T, c=values[known], norm="symlog" if skewed else "linear", **how)
     for number, name in enumerate(values.cat.categories):
         color = "0.8" if name.startswith("other (") or name == "none" else f"C{number}"
-        ax.scatter(*points[values == name].T, color=color, label=printable(cut(name, 18)), **how)
+        ax.scatter(*points[values == name].T, color=color, label=printable(cut(name, 20)), **how)
     return None
 
-# %% ../nbs/07_visualisation.ipynb #c4a3ce45
+# %% ../nbs/07_visualisation.ipynb #6163b703
 @in_style
 def embedding_map(
     before: Tensor,  # (I, d) features, as a rule frozen ones
@@ -495,19 +506,22 @@ def embedding_map(
     values = catalogue.table[color]
     if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
         values = most_frequent(values)
-    figure, axes = plt.subplots(1, 2, figsize=(COLUMN, 2.3), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(COLUMN, 2.5), sharex=True, sharey=True, layout="compressed")
     for ax, points, name in zip(axes, aligned_maps(before, after, method), names):
         scale = _scatter(ax, points.numpy(), values, float(np.clip(4000 / len(values), 0.5, 12)))
         ax.set(title=name)
     if scale is not None:
-        figure.colorbar(scale, ax=axes, location="bottom", label=color, shrink=0.6, aspect=30)
+        missing = f" (grey: {n:,} items without)" if (n := int(values.isna().sum())) else ""
+        figure.colorbar(scale, ax=axes, location="bottom", label=printable(color) + missing, shrink=0.6, aspect=30)
     else:
-        legend = figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title=color)
+        handles, labels = axes[0].get_legend_handles_labels()
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) > 12 else 3,
+                               title=printable(color), handletextpad=0.1, columnspacing=1)
         for handle in legend.legend_handles:
             handle.set_sizes([18])
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #016ba677
+# %% ../nbs/07_visualisation.ipynb #183f5784
 def random_cosines(table: Tensor, n: int = 20_000, seed: int = 0) -> np.ndarray:
     "Cosines of `n` random pairs of different rows of a table (I, d): (n,)."
     draw = torch.Generator().manual_seed(seed)
@@ -515,14 +529,14 @@ def random_cosines(table: Tensor, n: int = 20_000, seed: int = 0) -> np.ndarray:
     b = (a + torch.randint(1, len(table), (n,), generator=draw)) % len(table)
     return F.cosine_similarity(table[a].float(), table[b].float()).numpy()
 
-# %% ../nbs/07_visualisation.ipynb #45a2728a
+# %% ../nbs/07_visualisation.ipynb #dfa96f3b
 @torch.no_grad()
 def batch_distributions(run: Run | RunView, modality: str, n: int = 24, seed: int = 0) -> dict[str, Tensor]:
     "P_id, and P_m before and after Stage 2, of `n` training pairs with distinct users and items: {name: (n, n)}."
     seen, pairs = view(run), view(run).data.inter.part("train")
     order = np.random.default_rng(seed).permutation(len(pairs[0]))
     batch = pd.DataFrame(dict(zip(("user", "item"), pairs))).iloc[order].drop_duplicates("user").drop_duplicates("item")[:n]
-    users, items = torch.from_numpy(batch.user.to_numpy()), torch.from_numpy(batch.item.to_numpy())
+    users, items = torch.tensor(batch.user.tolist()), torch.tensor(batch["item"].tolist())
     id_user, id_item, modal_user = seen.teacher
     projected = {"frozen": seen.backbone.project[modality](seen.inputs.features[modality][items])}
     if "tuning" in seen.run.params:
@@ -531,35 +545,36 @@ def batch_distributions(run: Run | RunView, modality: str, n: int = 24, seed: in
     return {"ID": log_distribution(id_user[users], id_item[items], *how).exp()} | {
         name: log_distribution(modal_user[users], table, *how).exp() for name, table in projected.items()}
 
-# %% ../nbs/07_visualisation.ipynb #a38308c8
+# %% ../nbs/07_visualisation.ipynb #f3e258fa
 def _gap_panels(figure, tables, parts, modality):
     "Distributions of cosines, and under them the heat maps of a batch, in a (sub)figure."
     axes = figure.subplot_mosaic([["cosines"] * len(parts), list(parts)], height_ratios=(1, 1.1))
     for (name, table), color in zip(tables.items(), ("0.35", BLUE, ORANGE)):
-        sns.kdeplot(random_cosines(table), ax=axes["cosines"], color=color, label=name.split()[0], fill=True, alpha=0.15)
+        sns.kdeplot(random_cosines(table), ax=axes["cosines"], color=color, label=name.split()[0], fill=True, alpha=0.15,
+                    clip=(-1, 1))
     axes["cosines"].set(xlim=(-1, 1), xlabel="cosine of two random items", ylabel="density", title=f"{modality} features")
     axes["cosines"].legend()
     for name, p in parts.items():
         ax = axes[name]
-        heat = ax.imshow(p, vmin=0, vmax=float(parts["ID"].max()))
+        heat = ax.imshow(p.numpy(), vmin=0, vmax=float(parts["ID"].max()))
         kl = float((parts["ID"] * (parts["ID"].log() - p.log())).sum(1).mean())
         title = "$P_{id}$" if name == "ID" else f"$P_m$, {name}:\nKL {kl:.2f} nats"
         ax.set(title=title, xticks=[], yticks=[], xlabel="item")
     axes["ID"].set(ylabel="user")
     figure.colorbar(heat, ax=[axes[name] for name in parts], label="probability", shrink=0.8)
 
-# %% ../nbs/07_visualisation.ipynb #45fc7d89
+# %% ../nbs/07_visualisation.ipynb #5f312f0c
 @in_style
 def domain_gap(run: Run | RunView) -> Figure:
     "Per modality: cosines of random items by ID, frozen, tuned features; P_id and P_m of a batch before and after."
     tables, modalities = item_tables(run), list(view(run).inputs.features)
-    figure = plt.figure(figsize=(COLUMN, 3.1 * len(modalities)))
+    figure = plt.figure(figsize=(COLUMN, 3.1 * len(modalities)), layout="constrained")
     for part, modality in zip(np.ravel(figure.subfigures(len(modalities), 1)), modalities):
         own = {name: table for name, table in tables.items() if name == "ID" or name.endswith(f" {modality}")}
         _gap_panels(part, own, batch_distributions(run, modality), modality)
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #cc44879f
+# %% ../nbs/07_visualisation.ipynb #7b4621bc
 @torch.no_grad()
 def class_attention(
     clip: Clip,
@@ -587,12 +602,12 @@ def class_attention(
         hook.remove()
     return found[0]
 
-# %% ../nbs/07_visualisation.ipynb #0cacdcff
+# %% ../nbs/07_visualisation.ipynb #a1050a56
 def _overlay(ax, pixels, weights, top):
-    "A picture in grey under attention weights (rows, columns), in even shares; returns what a colour bar needs."
-    ax.imshow(pixels.float().mean(-1), cmap="gray", vmin=0, vmax=255)
-    where = (0, pixels.shape[1], pixels.shape[0], 0)
-    return ax.imshow(weights, extent=where, cmap="inferno", vmin=0, vmax=top, alpha=0.55, interpolation="bicubic")
+    "A picture in pale grey under attention weights (rows, columns), in even shares; returns what a colour bar needs."
+    ax.imshow(96 + pixels.mean(-1) * 5 / 8, cmap="gray", vmin=0, vmax=255)
+    how = {"extent": (0, pixels.shape[1], pixels.shape[0], 0), "cmap": "YlOrRd", "vmin": 0, "vmax": top}
+    return ax.imshow(weights, alpha=0.8 * (weights / top) ** 0.5, interpolation="bilinear", **how)
 
 
 def attention_shares(run: Run | RunView, pixels: Tensor, layer: int = -1) -> dict[str, Tensor]:
@@ -604,7 +619,7 @@ def attention_shares(run: Run | RunView, pixels: Tensor, layer: int = -1) -> dic
         weights["tuned"] = class_attention(encoder.clip, pixels, encoder.prompts, layer)
     return {name: w * w[0].numel() / w.sum((1, 2), keepdim=True) for name, w in weights.items()}
 
-# %% ../nbs/07_visualisation.ipynb #668435b0
+# %% ../nbs/07_visualisation.ipynb #4df8c169
 @in_style
 def attention_maps(
     run: Run | RunView,
@@ -621,19 +636,21 @@ def attention_maps(
     pixels = torch.from_numpy(np.stack([load_image(seen.data.images[i], *how) for i in items]))
     shares = attention_shares(seen, pixels, layer)
     top = max(float(s.max()) for s in shares.values())
-    figure, axes = plt.subplots(len(items), 1 + len(shares), figsize=(COLUMN, 1.15 * len(items)), squeeze=False)
+    figure, axes = plt.subplots(len(items), 1 + len(shares), figsize=(COLUMN, 0.95 * len(items) + 0.2), squeeze=False,
+                                layout="constrained")
     for n, (row, item) in enumerate(zip(axes, items)):
-        row[0].imshow(pixels[n])
+        row[0].imshow(pixels[n].numpy())
         row[0].set_ylabel(shown_title(catalogue, item, 14, 3), size=6)
         for ax, (name, share) in zip(row[1:], shares.items()):
-            scale = _overlay(ax, pixels[n], share[n], top)
+            scale = _overlay(ax, pixels[n].numpy(), share[n].numpy(), top)
             ax.set(title=name if n == 0 else "")
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
     figure.colorbar(scale, ax=axes, label="attention (1 = even share)", shrink=0.7)
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #1b7fb191
+# %% ../nbs/07_visualisation.ipynb #1edd78ba
 def nearest_tokens(clip: Clip, vectors: Tensor, k: int = 3) -> pd.DataFrame:
     "The `k` tokens of the vocabulary nearest to each of `vectors` (n, w) by cosine: columns prompt, token, cosine."
     table = text_module(clip).token_embedding.weight.detach()
@@ -643,7 +660,7 @@ def nearest_tokens(clip: Clip, vectors: Tensor, k: int = 3) -> pd.DataFrame:
     rows = [(n + 1, decode([int(t)]).strip(), float(v)) for n in range(len(vectors)) for t, v in zip(tokens[n], values[n])]
     return pd.DataFrame(rows, columns=["prompt", "token", "cosine"])
 
-# %% ../nbs/07_visualisation.ipynb #8515f38a
+# %% ../nbs/07_visualisation.ipynb #7aa529fc
 def _token_list(ax, tokens):
     "The nearest tokens of each prompt, a line per prompt."
     lines = [f"{n}: " + ", ".join(printable(cut(t, 10)) for t in of.token) for n, of in tokens.groupby("prompt")]
@@ -651,7 +668,7 @@ def _token_list(ax, tokens):
     ax.set(title="tokens nearest to the\ntext prompts of layer 1")
     ax.axis("off")
 
-# %% ../nbs/07_visualisation.ipynb #56c93482
+# %% ../nbs/07_visualisation.ipynb #512c730b
 @in_style
 def prompt_norms(run: Run | RunView) -> Figure:
     "Norms of the learnt prompts by layer and tower, and the tokens nearest to the text prompts. Raises `DataError`."
@@ -663,10 +680,10 @@ def prompt_norms(run: Run | RunView) -> Figure:
     blocks = {"image": image_tower, "text": text_tower}
     in_layers = {tower: prompts.in_layers(tower, len(blocks[tower](encoder.clip).blocks)) for tower in towers}
     words = in_layers.get("text", {}).get(0)  # prompts of deeper layers are not among the words
-    figure, axes = plt.subplots(1, 1 + (words is not None), figsize=(COLUMN, 2.2), squeeze=False)
+    figure, axes = plt.subplots(1, 1 + (words is not None), figsize=(COLUMN, 2.2), squeeze=False, layout="constrained")
     for shift, color, tower in zip((-0.12, 0.12), (BLUE, ORANGE), towers):
         for layer, vectors in in_layers[tower].items():
-            norms = vectors.detach().norm(dim=1)
+            norms = vectors.detach().norm(dim=1).tolist()
             axes[0, 0].plot([layer + 1 + shift] * len(norms), norms, "o", ms=3, alpha=0.7, color=color,
                             label=f"{tower} prompts" if layer == min(in_layers[tower]) else None)
     axes[0, 0].set(xlabel="layer", ylabel="norm of a prompt", ylim=(0, None))
@@ -676,7 +693,7 @@ def prompt_norms(run: Run | RunView) -> Figure:
         _token_list(axes[0, 1], nearest_tokens(encoder.clip, words))
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #acec4e50
+# %% ../nbs/07_visualisation.ipynb #3202bb22
 def on_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     "Which of n pairs are on the Pareto front, i.e. none costs at most as much and is better, or costs less and is as good."
     cost, quality = np.asarray(cost, float), np.asarray(quality, float)
@@ -684,7 +701,21 @@ def on_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     strictly = (cost[:, None] > cost) | (quality[:, None] < quality)
     return ~(cheaper & better & strictly).any(1)
 
-# %% ../nbs/07_visualisation.ipynb #91064e82
+# %% ../nbs/07_visualisation.ipynb #29be4551
+def _name_points(ax, points, names):
+    "Write names (n,) beside points (n, 2), each in the first place where it covers no other name, or in the first one."
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in ax.transData.transform(points)]
+    for point, name in zip(points, names):
+        text = ax.annotate(name, point, (5, 0), textcoords="offset points", size=6, va="center",
+                           path_effects=[withStroke(linewidth=1.5, foreground="white")])
+        for x, y in [(5, 0), (-5, 0), (0, 8), (0, -8), (5, 8), (-5, 8), (5, -8), (-5, -8), (0, 15), (0, -15)]:
+            text.set(position=(x, y), ha={5: "left", -5: "right", 0: "center"}[x])
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+
+# %% ../nbs/07_visualisation.ipynb #f3c13696
 @in_style
 def cost_against_quality(
     table: pd.DataFrame,  # a row per setting
@@ -695,20 +726,21 @@ def cost_against_quality(
 ) -> Figure:
     "Quality over cost, a dot per row; the Pareto front is filled and named, the rest is open."
     front = on_front(table[cost], table[quality])
-    figure, ax = plt.subplots(figsize=(COLUMN, 2.4))
+    figure, ax = plt.subplots(figsize=(COLUMN, 2.4), layout="constrained")
     best = table[front].sort_values(cost)
     ax.step(best[cost], best[quality], where="post", color=BLUE, lw=1, zorder=1)
     for color, part in ((BLUE, table[front]), ("white", table[~front])):
         ax.scatter(part[cost], part[quality], color=color, edgecolors=BLUE, s=22, zorder=2)
-    for x, y, text in table[[cost, quality, name]].itertuples(index=False):
-        ax.annotate(printable(cut(str(text), 24)), (x, y), (4, 3), textcoords="offset points", size=6)
-    if table[cost].min() > 0 and table[cost].max() > 20 * table[cost].min():
-        ax.set_xscale("log")
+    positive = table[cost][table[cost] > 0]
+    if positive.max() > 20 * positive.min():  # a log scale, which has no 0: linear up to the first power of 10
+        ax.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(positive.min())))
     ax.set(xlabel=label(cost) + f" ({unit})" * bool(unit), ylabel=label(quality))
-    ax.margins(0.15)
+    ax.margins(0.25, 0.15)
+    figure.draw_without_rendering()
+    _name_points(ax, table[[cost, quality]].to_numpy(), [printable(cut(str(text), 24)) for text in table[name]])
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #8712e6e7
+# %% ../nbs/07_visualisation.ipynb #6b36554b
 POPULARITY = {"cold": 0, "1–2": 2, "3–5": 5, "6–10": 10, "11–20": 20, "21–50": 50, "> 50": np.inf}  # {group: its most}
 
 
@@ -727,16 +759,16 @@ def hits_by_popularity(run: Run | RunView, variants: Sequence = ("stage1", None)
         table[name] = pd.MultiIndex.from_frame(table[["user", "item"]]).isin(pairs)
     return table
 
-# %% ../nbs/07_visualisation.ipynb #ea16d542
+# %% ../nbs/07_visualisation.ipynb #7f5f2015
 def _gain_histogram(ax, gains, metric):
     "Users by what they gained, on a logarithmic scale."
     edges = np.arange(-1.05, 1.06, 0.1)
     counts, middle = np.histogram(gains, edges)[0], (edges[:-1] + edges[1:]) / 2
     colors = np.where(np.abs(middle) < 0.05, "0.7", np.where(middle > 0, ORANGE, BLUE))
     ax.bar(middle, counts, width=0.09, color=colors)
-    words = {"more": int((gains > 0).sum()), "as before": int((gains == 0).sum()), "less": int((gains < 0).sum())}
+    words = {"gain": int((gains > 0).sum()), "as before": int((gains == 0).sum()), "lose": int((gains < 0).sum())}
     ax.set(yscale="log", ylim=(0.7, None), xlabel=f"gain in {label(metric)} of a user", ylabel="users",
-           title=", ".join(f"{n:,} {what}" for what, n in words.items()))
+           title="users: " + ", ".join(f"{n:,} {what}" for what, n in words.items()))
 
 
 def _gain_by_group(ax, table, k):
@@ -746,13 +778,13 @@ def _gain_by_group(ax, table, k):
     ax.axhline(0, color="0.7", lw=0.8)
     ax.errorbar(range(len(mean)), mean, yerr=half, fmt="o", ms=4, capsize=2, color=ORANGE)
     ax.set_xticks(range(len(mean)), [f"{group}\n({count:,})" for group, count in n.items()])
-    ax.set(xlabel="training interactions of the item (test pairs)", ylabel=f"gain in test pairs\nfound in the first {k}")
+    ax.set(xlabel="training interactions of the item (test pairs)", ylabel=f"gain in the share of\npairs in the first {k}")
 
-# %% ../nbs/07_visualisation.ipynb #b514afaf
+# %% ../nbs/07_visualisation.ipynb #38424164
 @in_style
 def who_gains(run: Run | RunView, variants: Sequence = ("stage1", None), k: int = 20) -> Figure:
     "Gain in Recall@`k` per user as a histogram, and in found test pairs by the popularity of the item."
-    figure, (users, items) = plt.subplots(2, 1, figsize=(COLUMN, 3.8))
+    figure, (users, items) = plt.subplots(2, 1, figsize=(COLUMN, 3.8), layout="constrained")
     _gain_histogram(users, user_gains(view(run).run, f"recall@{k}", variants), f"recall@{k}")
     _gain_by_group(items, hits_by_popularity(run, variants, k), k)
     return figure

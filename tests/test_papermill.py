@@ -2,8 +2,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from conftest import ROOT
@@ -96,3 +98,19 @@ def test_real_posters(runs, tmp_path, movielens):
     (_, metrics), = tuned_runs(runs, "movielens-posters")
     popular_by_chance = 10 / 2500
     assert metrics["fresh"]["test"]["recall@10"] > 3 * popular_by_chance
+
+
+def test_ctrl_c_stops_papermill_with_the_trainings_one_line(runs, tmp_path):
+    make_shop(tmp_path / "mine")
+    command = [BIN / "papermill", "nbs/04_stage1.ipynb", tmp_path / "out.ipynb", "--no-progress-bar",
+               *(x for name, value in {"dataset": tmp_path / "mine", "backbone": "bpr", "epochs": 10**6, "patience": 10**6}
+                 .items() for x in ("-p", name, str(value)))]
+    env = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}  # ipykernel asks for it
+    stopped = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while stopped.poll() is None and not list(runs.glob("stage1/mine/*/checkpoint.pt")):
+        time.sleep(0.2)
+    os.killpg(stopped.pid, signal.SIGINT)  # as a terminal does: to papermill and to its kernel
+    said = "".join(stopped.communicate(timeout=60))
+    assert stopped.returncode != 0
+    assert re.search(r"^Stage 1, seed 0: stopped during epoch \d+\. Kept: the first \d+ epochs", said, re.M), said

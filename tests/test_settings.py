@@ -13,9 +13,8 @@ from small import SHORT, make_shop
 
 from ptmrec.backbones import BACKBONES, Backbone
 from ptmrec.data import MODALITIES, Modality
-from ptmrec.peft import TUNINGS, Tuning
 from ptmrec.ranking import METRICS, register_metric
-from ptmrec.runs import list_runs
+from ptmrec.runs import list_runs, open_run
 from ptmrec.search import search
 from ptmrec.settings import SettingError, Settings, parameters_cell, setting
 from ptmrec.stage1 import run_stage1
@@ -54,13 +53,44 @@ class Toy(Backbone):
 '''
 
 
+SHIFT = '''
+
+@TUNINGS.register("shift")
+class Shift(Tuning):
+    "Adds a learnt vector to the image features' normalisation."
+
+    combines = False
+
+    class Settings(Settings):
+        shift_lr: float = setting(1e-2, "learning rate of the shift", gt=0)
+        shift_size: int = setting(3, "channels that are shifted", ge=1, le=3)
+
+    def __init__(self, clip, towers, shift_lr, shift_size):
+        super().__init__(shift_lr)
+        self.image = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(shift_size))])
+        self.hook = clip.model.visual.register_forward_pre_hook(
+            lambda module, args: (args[0] + self.image[0][None, :, None, None],))
+
+    def detach(self):
+        self.hook.remove()
+'''
+
+FIRST = '''
+
+@register_metric("first")
+def first_at_k(hits, n_pos, k):
+    return hits[:, 0]
+'''
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    "A copy of the package with the cell `TOY` in its room, and a small data set."
+    "A copy of the package with the cells `TOY`, `SHIFT`, `FIRST` in their rooms, and a small data set."
     folder = tmp_path_factory.mktemp("extended")
     shutil.copytree(ROOT / "ptmrec", folder / "ptmrec", ignore=shutil.ignore_patterns("__pycache__"))
-    module = folder / "ptmrec" / "backbones.py"
-    module.write_text(module.read_text() + TOY)
+    for name, cell in {"backbones": TOY, "peft": SHIFT, "ranking": FIRST}.items():
+        module = folder / "ptmrec" / f"{name}.py"
+        module.write_text(module.read_text() + cell)
     make_shop(folder / "shop")
     shutil.copy(ROOT / "settings.ini", folder)
     (folder / "data").symlink_to(ROOT / "data")  # for the tiny CLIP
@@ -73,6 +103,14 @@ def call(folder, *command):
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def options(**values):
+    return [x for name, value in values.items() for x in (f"--{name}", str(value))]
+
+
+def parameters(**values):
+    return [x for name, value in values.items() for x in ("-p", name, str(value))]
 
 
 def toy_runs(folder, experiment):
@@ -91,48 +129,50 @@ def test_a_backbone_of_one_cell_in_python(extended):
 def test_a_backbone_of_one_cell_as_a_program(extended):
     text = call(extended, sys.executable, "-m", "ptmrec.stage2", "--help")
     assert "--text_scale" in text and "weight of the text (toy 1.0)" in " ".join(text.split())
-    flags = [x for name, value in SHORT.items() for x in (f"--{name}", str(value))]
-    toy = ["--dataset", "shop", "--backbone", "toy", "--text_scale", "2"]
-    call(extended, sys.executable, "-m", "ptmrec.stage2", *toy, *flags)
+    call(extended, sys.executable, "-m", "ptmrec.stage2",
+         *options(dataset="shop", backbone="toy", text_scale=2, **SHORT))
     assert [p["text_scale"] for p in toy_runs(extended, "stage2")] == [2.0]
 
 
 def test_a_backbone_of_one_cell_through_papermill(extended):
-    flags = [x for name, value in {"n_hops": 1, "epochs": 2, "n_seeds": 1}.items() for x in ("-p", name, str(value))]
     call(extended, f"{BIN}/papermill", str(ROOT / "nbs" / "04_stage1.ipynb"), str(extended / "out.ipynb"),
-         "-p", "dataset", "shop", "-p", "backbone", "toy", *flags)
+         *parameters(dataset="shop", backbone="toy", n_hops=1, epochs=2, n_seeds=1))
     assert 1 in [p["n_hops"] for p in toy_runs(extended, "stage1")]
 
 
-def test_a_tuning_method_of_one_cell(small):
-    import torch
+OWN = {k: v for k, v in SHORT.items() if k not in ("n_ctx", "prompt_depth")} | {
+    "dataset": "shop", "backbone": "vbpr", "tuning": "shift", "metric": "first@10"}
 
-    @TUNINGS.register("shift")
-    class Shift(Tuning):
-        "Adds a learnt vector to the image features' normalisation."
 
-        class Settings(Settings):
-            shift_lr: float = setting(1e-2, "learning rate of the shift", gt=0)
-            shift_size: int = setting(3, "channels that are shifted", ge=1, le=3)
+def shifted(folder, shift_lr):
+    "The run with this rate of the method `shift`, chosen by the metric `first@10`."
+    runs = [open_run(path.parent) for path in (folder / "runs" / "stage2").rglob("metrics.json")]
+    run, = [run for run in runs if run.params.get("shift_lr") == shift_lr]
+    assert run.params["shift_size"] == 3 and run.params["metric"] == "first@10"
+    assert "valid first@10" in run.load_table("history.csv") and 0 <= run.metrics()["as_is"]["test"]["first@50"] <= 1
+    assert run.load_weights("tuning")["image.0"].abs().max() > 0
+    return run
 
-        def __init__(self, clip, towers, shift_lr, shift_size):
-            super().__init__(shift_lr)
-            self.image = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(shift_size))])
-            self.hook = clip.model.visual.register_forward_pre_hook(
-                lambda module, args: (args[0] + self.image[0][None, :, None, None],))
 
-        def detach(self):
-            self.hook.remove()
+def test_a_tuning_method_and_a_metric_of_one_cell_in_python(extended):
+    call(extended, sys.executable, "-c", f"from ptmrec.stage2 import run_stage2; run_stage2(**{OWN!r}, shift_lr=0.1)")
+    shifted(extended, 0.1)
+    wrong = ("from ptmrec.stage2 import run_stage2\ntry: run_stage2('shop', tuning='shift', shift_lr=0)\n"
+             "except ValueError as error: print(error)")
+    assert "shift_lr=0 is not allowed: it must be a number above 0" in call(extended, sys.executable, "-c", wrong)
 
-    try:
-        run, = run_stage2("shop", **{k: v for k, v in SHORT.items() if k not in ("n_ctx", "prompt_depth")}, tuning="shift",
-                          backbone="vbpr", shift_lr=0.1)
-        assert run.params["shift_lr"] == 0.1 and run.params["shift_size"] == 3
-        assert run.load_weights("tuning")["image.0"].abs().max() > 0
-        with pytest.raises(SettingError, match="shift_lr=0 is not allowed: it must be a number above 0"):
-            run_stage2("shop", tuning="shift", shift_lr=0)
-    finally:
-        del TUNINGS["shift"]
+
+def test_a_tuning_method_and_a_metric_of_one_cell_as_a_program(extended):
+    assert "--shift_lr" in call(extended, sys.executable, "-m", "ptmrec.stage2", "--help")
+    said = call(extended, sys.executable, "-m", "ptmrec.stage2", *options(**OWN, shift_lr=0.2))
+    shifted(extended, 0.2)
+    assert "valid first@10" in said
+
+
+def test_a_tuning_method_and_a_metric_of_one_cell_through_papermill(extended):
+    call(extended, f"{BIN}/papermill", str(ROOT / "nbs" / "05_stage2.ipynb"), str(extended / "out5.ipynb"),
+         *parameters(**OWN, shift_lr=0.3))
+    shifted(extended, 0.3)
 
 
 def test_a_metric_of_one_cell_stops_and_selects(small):
@@ -146,8 +186,7 @@ def test_a_metric_of_one_cell_stops_and_selects(small):
         assert "valid first@10" in history and 0 <= run.metrics()["test"]["first@50"] <= 1
         table, _ = search("bpr", "shop", {"reg_weight": [1e-1, 1e-3]}, epochs=2, metric="first@10")
         assert table["valid first@10"].is_monotonic_decreasing
-        two, = run_stage2("shop", **SHORT, backbone="vbpr", metric="first@10")
-        assert two.params["metric"] == "first@10" and set(list_runs().metric.dropna()) == {"first@10"}
+        assert set(list_runs().metric.dropna()) == {"first@10"}
     finally:
         del METRICS["first"]
     with pytest.raises(SettingError, match="metric='recal@20' is not known. Did you mean recall@20"):
