@@ -7,9 +7,9 @@ __all__ = ['CARD_LAYOUT', 'ONLY', 'ORDERS', 'FAR', 'GAIN', 'RULES', 'ASPECTS', '
            'card_style', 'small_button', 'Gallery', 'page_draws_widgets', 'as_jpeg', 'figure_html', 'Explorer',
            'find_items', 'searchable', 'buyers', 'also_bought', 'item_facts', 'plain_table', 'item_html',
            'side_by_side', 'DataBrowser', 'moves', 'rank_text', 'move_text', 'order_users', 'run_name', 'open_rows',
-           'runs_alike', 'variants_of', 'Lists', 'user_rows', 'UserPicker', 'UserExplorer', 'neighbour_rows',
-           'vocabulary', 'encode_words', 'nearest_words', 'Words', 'about_item', 'ItemPicker', 'ItemExplorer',
-           'between', 'colour_values', 'ScatterMap', 'StillMap', 'EmbeddingMap', 'different_parameters',
+           'runs_alike', 'variants_of', 'list_name', 'Lists', 'user_rows', 'UserPicker', 'UserExplorer',
+           'neighbour_rows', 'vocabulary', 'encode_words', 'nearest_words', 'Words', 'about_item', 'ItemPicker',
+           'ItemExplorer', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'EmbeddingMap', 'different_parameters',
            'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer', 'explore']
 
 # %% ../nbs/07a_explorers.ipynb #4e2fc786
@@ -38,9 +38,9 @@ from .stage2 import variant_name
 from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, aligned_maps, attention_maps, embedding_map,
                                   in_style, item_tables, most_frequent, neighbours, sheet, user_number, view)
 
-# %% ../nbs/07a_explorers.ipynb #95a13c76
+# %% ../nbs/07a_explorers.ipynb #427f00b8
 def data_uri(pixels: np.ndarray) -> str:
-    "An image (h, w, 3) uint8 as an address that a page shows: a JPEG in letters."
+    "An image (h, w, 3) uint8 as a data URI, in JPEG."
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
@@ -112,7 +112,7 @@ class Gallery:
         items = self.items[self.first : self.first + min(most, self.n)]
         return SheetRow(self.title, items, self.framed, [self.note(item) for item in items])
 
-# %% ../nbs/07a_explorers.ipynb #b28c6775
+# %% ../nbs/07a_explorers.ipynb #858e7b1b
 def page_draws_widgets() -> bool:
     "Whether the running cell was sent by a page that can draw widgets, such as JupyterLab."
     kernel = getattr(get_ipython(), "kernel", None)
@@ -120,7 +120,7 @@ def page_draws_widgets() -> bool:
 
 
 def as_jpeg(figure, dpi: int = 150) -> str:
-    "A matplotlib figure as a JPEG in letters."
+    "A matplotlib figure as a JPEG in base64."
     file = io.BytesIO()
     figure.savefig(file, format="jpg", dpi=dpi, pil_kwargs={"quality": 85})
     return base64.b64encode(file.getvalue()).decode()
@@ -333,7 +333,7 @@ def order_users(gain: pd.Series, cold: np.ndarray, rule: str, seed: int = 0) -> 
             raise DataError("No user of the test split is cold: each has training interactions.")
     return gain.sort_values(ascending=rule == "most harmed", kind="stable").index.to_numpy()
 
-# %% ../nbs/07a_explorers.ipynb #6cef534b
+# %% ../nbs/07a_explorers.ipynb #1f6c293d
 def run_name(run: Run) -> str:
     "A run in a few words: backbone, tuning, seed, the first digits of its key."
     made = " + ".join(str(run.params[k]) for k in ("backbone", "tuning") if k in run.params)
@@ -356,13 +356,20 @@ def variants_of(run: Run) -> list[str]:
     "The lists that a run has: its variants, or \"\" for the one of Stage 1."
     return [name for name in run.metrics() if name not in ("valid", "test")] or [""]
 
-# %% ../nbs/07a_explorers.ipynb #3c9c2a9f
+
+def list_name(run: Run, variant: str) -> str:
+    "The name of a list: its variant and its run; that of Stage 1 is of the run that Stage 2 went on from."
+    if variant not in ("", "stage1"):
+        return f"{variant_name(variant)}: {run_name(run)}"
+    return f"Stage 1: {run.params['backbone']}, seed {run.params.get('seed')} ({run.params.get('stage1', run.key)[:6]})"
+
+# %% ../nbs/07a_explorers.ipynb #23d5a318
 class Lists:
     "The lists of a run and of all finished runs on its data: `choices` {name: (run, variant)}, those of the run first."
 
     def __init__(self, run: Run | RunView):
         self.seen, self.views = view(run), {}
-        self.choices = {f"{variant_name(variant) or 'Stage 1'}: {run_name(other)}": (other, variant)
+        self.choices = {list_name(other, variant): (other, variant)
                         for other in runs_alike(self.seen.run) for variant in variants_of(other)}
 
     def view_of(self, name: str) -> RunView:
@@ -531,7 +538,7 @@ def about_item(words: Words, tables: dict, item: int, spaces: Sequence[str], asp
     found = {space: words.nearest(space, tables[space][item]) for space in spaces}
     return "".join(f"<b>{space}</b>" + plain_table(near.items()) for space, near in found.items())
 
-# %% ../nbs/07a_explorers.ipynb #f97eb2f3
+# %% ../nbs/07a_explorers.ipynb #c5f7a4d1
 class ItemPicker:
     "Choose an item by words or at random, and go back to the one before; `box` is the widget. Calls `picked(item)`."
 
@@ -559,13 +566,13 @@ class ItemPicker:
         "Go to an item at random."
         self.pick(np.random.default_rng().integers(len(self.table)))
 
-    def return_(self) -> None:
+    def go_back(self) -> None:
         "Go back to the item before; at the first one, stay."
         if len(self.past) > 1:
             self.past.pop()
             self.pick(self.past.pop())
 
-# %% ../nbs/07a_explorers.ipynb #3b070bc4
+# %% ../nbs/07a_explorers.ipynb #9988d1f3
 class ItemExplorer(Explorer):
     "An item's neighbours under ID, frozen and tuned features; those that are ID neighbours, too, are framed."
 
@@ -580,7 +587,7 @@ class ItemExplorer(Explorer):
         super().__init__(self.picker.box, side_by_side(widgets.VBox([self.aspect, self.item]), right, shares=(2, 5)))
         self.when(self.picker.find, self.picker.words)
         self.when(self.picker.pick_any, self.picker.chance)
-        self.when(self.picker.return_, self.picker.back)
+        self.when(self.picker.go_back, self.picker.back)
         self.when(self.draw, self.modality, self.aspect)
         self.attempt(self.picker.pick, int(self.picker.table.interactions.argmax()) if item is None else item)
 
