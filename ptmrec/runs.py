@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
-from .data import (MODALITIES, DataError, RecData, cache_dir, fingerprint, load_data, load_image, repo_root, runs_dir,
+from .data import (MODALITIES, DataError, RecData, cached, fingerprint, load_data, load_image, repo_root, runs_dir,
                          write_atomically)
 from .distributed import broadcast, main_first, rank
 from .peft import attach
@@ -245,16 +245,18 @@ def own_code(thing) -> dict[str, str]:
 def _encoded(name, paths):
     "Features (I, d) that the encoder of the modality `name` makes of `paths`, None where there is no file."
     encode, there = MODALITIES[name].encode, np.array([path is not None for path in paths])
-    cached = cache_dir() / f"features-{name}-{fingerprint(own_code(encode), there, *filter(None, paths))}.npy"
-    if not cached.exists():
+
+    def write(temporary):
         found = np.asarray(encode([path for path in paths if path]), np.float32)
         if found.ndim != 2 or len(found) != there.sum() or not np.isfinite(found).all():
             raise DataError(f"The encoder of the modality '{name}' must return finite numbers, a row for each of the "
                             f"{there.sum():,} files; it has returned a table of shape {found.shape}.")
         table = np.tile(found.mean(0), (len(paths), 1))
         table[there] = found
-        write_atomically(cached, lambda temporary: np.save(temporary, table))
-    return torch.from_numpy(np.load(cached))
+        np.save(temporary, table)
+
+    key = fingerprint(own_code(encode), there, *filter(None, paths))
+    return torch.from_numpy(np.load(cached(f"features-{name}-{key}.npy", write)))
 
 
 def first_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, torch.Tensor]:
@@ -409,18 +411,6 @@ class Run(RunFolder):
     def finished(self):
         return (self.folder / "metrics.json").exists()
 
-    def on_disk(self) -> dict:
-        "run.json as it is in the folder; empty if it is not there, damaged, or of another run."
-        try:
-            about = read_json(self.folder / "run.json")
-        except DataError:
-            return {}
-        return about if about.get("key") == self.about.get("key") else {}
-
-    def recorded(self) -> dict[str, str]:
-        "{file: sha256} of what should be in the folder."
-        return self.on_disk().get("files", {}) | self.written
-
     @property
     def trained(self):
         "Whether the training is over; if the run is not finished, only the test split is left to score."
@@ -436,30 +426,22 @@ class Run(RunFolder):
             raise DataError(f"Run {self.key} is not finished ({self.state}). The call that began it goes on with it.")
         return self._load("metrics.json", read_json)
 
-# %% ../nbs/03c_runs.ipynb #7c1d0e02
-def _note_ended(run, ended: dict) -> None:
-    "Note how trainings of the run ended: {training: words}, see `how_it_ended`. Written to run.json with the next `seal`."
-    run.about["ended"] = run.ended | ended
+# %% ../nbs/03c_runs.ipynb #da5b98c0
+def _on_disk(run) -> dict:
+    "run.json as it is in the folder; empty if it is not there, damaged, or of another run."
+    try:
+        about = read_json(run.folder / "run.json")
+    except DataError:
+        return {}
+    return about if about.get("key") == run.about.get("key") else {}
 
 
-def _ended(run) -> dict:
-    "How each training of the run ended: {training: words}."
-    return run.about.get("ended", run.on_disk().get("ended", {}))
+def _recorded(run) -> dict[str, str]:
+    "{file: sha256} of what should be in the folder."
+    return run.on_disk().get("files", {}) | run.written
 
 
-def _by_hand(run) -> str:
-    "The trainings that were stopped by hand: `Stage 1 stopped by hand at epoch 12, best 9`; \"\" if there is none."
-    return "; ".join(f"{training} {words}" for training, words in run.ended.items() if "by hand" in words)
-
-
-def _repr(run) -> str:
-    names = " + ".join(str(run.params[k]) for k in ("backbone", "tuning") if k in run.params)
-    state = f"{run.state}, {run.by_hand}" if run.by_hand else run.state
-    return (f"Run({run.about['experiment']} on {run.about['dataset']}, {names or 'no backbone'}, seed "
-            f"{run.params.get('seed')}: {state}, {shown_path(run.folder)})")
-
-
-Run.ended, Run.by_hand, Run.note_ended, Run.__repr__ = property(_ended), property(_by_hand), _note_ended, _repr
+Run.on_disk, Run.recorded = _on_disk, _recorded
 
 # %% ../nbs/03c_runs.ipynb #b0b42cbd
 def new_run(
@@ -507,6 +489,9 @@ def _seal(run, **more) -> None:
     run.about |= {"files": run.about.get("files", {}) | run.written} | more
     _write_about(run)
 
+
+Run.begin, Run.seal = _begin, _seal
+
 # %% ../nbs/03c_runs.ipynb #d29f673f
 def settle(target: Path) -> None:
     "Put a run's folders in order if the process died while a finished rerun took the place of the old run."
@@ -534,7 +519,33 @@ def _finish(run, metrics: dict) -> Run:
     return run
 
 
-Run.begin, Run.seal, Run.finish = _begin, _seal, _finish
+Run.finish = _finish
+
+# %% ../nbs/03c_runs.ipynb #7c1d0e02
+def _note_ended(run, ended: dict) -> None:
+    "Keep in run.json how trainings of the run ended: {training: words}, see `how_it_ended`."
+    run.about["ended"] = run.on_disk().get("ended", {}) | ended
+    _write_about(run)
+
+
+def _ended(run) -> dict:
+    "How each training of the run ended: {training: words}."
+    return run.on_disk().get("ended", {})
+
+
+def _by_hand(run) -> str:
+    "The trainings that were stopped by hand: `Stage 1 stopped by hand at epoch 12, best 9`; \"\" if there is none."
+    return "; ".join(f"{training} {words}" for training, words in run.ended.items() if "by hand" in words)
+
+
+def _repr(run) -> str:
+    names = " + ".join(str(run.params[k]) for k in ("backbone", "tuning") if k in run.params)
+    state = f"{run.state}, {run.by_hand}" if run.by_hand else run.state
+    return (f"Run({run.about['experiment']} on {run.about['dataset']}, {names or 'no backbone'}, seed "
+            f"{run.params.get('seed')}: {state}, {shown_path(run.folder)})")
+
+
+Run.ended, Run.by_hand, Run.note_ended, Run.__repr__ = property(_ended), property(_by_hand), _note_ended, _repr
 
 # %% ../nbs/03c_runs.ipynb #567ae0b1
 TRAINED = ("backbone.safetensors", "history.csv")  # what Stage 1 leaves when its training is over
@@ -693,6 +704,16 @@ def _user_numbers(users, user_ids, dataset) -> np.ndarray:
     return np.array([known[user] for user in users], np.int64)
 
 # %% ../nbs/03c_runs.ipynb #7557a5a7
+def _stage1(run) -> Run:
+    "The run of Stage 1 that a run of Stage 2 went on from; a run of Stage 1 itself."
+    if "stage1" not in run.params:
+        return run
+    return open_run(run.target.parents[2] / "stage1" / run.about["dataset"] / run.params["stage1"])
+
+
+Run.stage1 = property(_stage1)
+
+
 def _embeddings(run, variant: str | None = None) -> dict:
     "Final embeddings {\"user\": (U, d'), \"item\": (I, d')}, whose inner products rank, of a variant of a finished run."
     variant = check_variant(run, variant)

@@ -158,8 +158,7 @@ def search(
         if (type(value) is not int or value < 1) and (name, value) != ("n_trials", None):
             raise SettingError(f"{name}={shown(value)} is not allowed: it must be a whole number at least 1.")
     if "rerun" in params:
-        raise SettingError("A search has no rerun: trials that are done are used again. To make one anew, call run_stage1 "
-                           "with its settings and rerun=True.")
+        raise SettingError("A search has no rerun. To make a trial anew, call run_stage1 with its settings and rerun=True.")
     params |= {"backbone": backbone, "dataset": dataset, "n_seeds": n_seeds}
     settings = resolve(run_stage1.experiment, params)
     grid = grid_of(backbone) if grid is None else grid

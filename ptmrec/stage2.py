@@ -326,9 +326,8 @@ def tune(
 
     best = f"valid {metric}"
     callbacks = [watch(name, {c: label(c) for c in ("loss", best)}), Health("loss", remedy),
-                 KeepBest(best, patience or epochs), MissingImages(model.encoder), rate]
-    if checkpoint:
-        callbacks.append(Checkpoint(checkpoint, seconds=0))
+                 KeepBest(best, patience or epochs), MissingImages(model.encoder), rate,
+                 *([Checkpoint(checkpoint, seconds=0)] if checkpoint else [])]
     loop = Loop(model, optimiser, train_epoch, validate_epoch, callbacks)
     history = loop.run(epochs)
     history.attrs["ended"] = how_it_ended(loop)
@@ -472,9 +471,9 @@ def tune_and_keep(run: Run, settings, backbone, encoder, evaluator: Evaluator) -
     need = need_of(model, settings.batch_by, settings.stage2_batch_size, settings.accumulate)
     model.micro_batch, memory = fit_memory(need, settings.micro_batch, free_bytes(encoder.device))
     history = tune_with(settings, model, evaluator, run.checkpoint)
-    run.note_ended({"Stage 2": history.attrs["ended"]})
     run.save_table("memory.csv", memory)
     run.save_table("parameters.csv", parameter_table(model))
+    run.note_ended({"Stage 2": history.attrs["ended"]})
     run.save_table("history.csv", history.reset_index())
     run.save_weights("tuning", dict(encoder.tuning.named_parameters()))
     tuned, projected = model.tuned()

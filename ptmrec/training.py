@@ -147,10 +147,7 @@ def exits_when_stopped():
 
 # %% ../nbs/03b_training.ipynb #a8406ba2
 class Loop:
-    """Trains `module` for up to `epochs` epochs.
-
-    A stop (Ctrl-C, SIGTERM) during `run` raises `Stopped`, a loss that is not a number a `FloatingPointError`.
-    """
+    "Trains `module` for up to `epochs` epochs. A stop (Ctrl-C, SIGTERM) raises `Stopped`, a loss like nan `Diverged`."
 
     name = "Training"  # for messages; `Progress` gives it the name of its bar
 
@@ -426,7 +423,6 @@ def check_losses(losses: list[dict[str, Tensor]], means: dict[str, float]) -> No
                     raise Diverged(f"batch {number} of {len(losses)}: the loss {name} is {float(batch[name])}")
         raise Diverged(f"the losses add up to more than a number can hold ({', '.join(bad)})")
 
-
 # %% ../nbs/03b_training.ipynb #65a106ee
 ON_NAN = ("stop", "lower_lr")
 
@@ -461,6 +457,7 @@ class LowerRate(Callback):
     def recovers(self, loop, error):
         said = f"{loop.name}, epoch {loop.epoch}, {error}."
         if self.good is None or self.state["lowered"] == self.times:
+            loop._call("interrupted")
             raise Diverged(f"{said} {self.remedy}") from None
         lowered = self.state["lowered"] + 1
         restore(loop, copy.deepcopy(self.good))
