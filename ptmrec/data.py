@@ -4,68 +4,56 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SPLIT_NAMES', 'MAX_RATING', 'SPLIT_RULES', 'TIMED_RULES', 'IMAGE_ENDINGS', 'MODALITIES', 'ENTITY',
-           'RESIZE_MODES', 'INTERPOLATIONS', 'UNREADABLE', 'repo_root', 'data_dir', 'runs_dir', 'search_places',
-           'find_path', 'split_files', 'interaction_files', 'has_interactions', 'dataset_names', 'find_dataset',
-           'progress', 'fingerprint', 'cache_dir', 'write_atomically', 'read_interactions', 'k_core', 'random_split',
-           'check_split', 'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values', 'noting', 'load_data',
-           'data_of_frames', 'load_image', 'image_map', 'describe', 'show_items', 'show_statistics']
+           'PICTURE_BYTES', 'OUTSIDE', 'FORMATS', 'PICTURE_PIXELS', 'PIXELS', 'TURNS', 'RESIZE_MODES', 'INTERPOLATIONS',
+           'LONGEST', 'checked_path', 'search_places', 'find_path', 'split_files', 'interaction_files',
+           'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings', 'progress', 'read_interactions',
+           'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values',
+           'noting', 'load_data', 'data_of_frames', 'PictureError', 'load_image', 'image_map', 'describe', 'show_items',
+           'show_statistics']
 
 # %% ../nbs/00_data.ipynb #5cd4bdd3
 import difflib
-import hashlib
 import html
-import json
+import inspect
 import os
 import re
+import stat
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from ptmrec.tables import (
-    TABLE_ENDINGS,
-    TEXT_FIELDS,
-    DataError,
-    find_tables,
-    integers_if_lossless,
-    location,
-    read_raw,
-    read_table,
-    standard_columns,
-    table_kind,
-)
+from .files import (DataError, cache_dir, cached, data_dir, fingerprint, new_array, repo_root, runs_dir,  # noqa: F401
+                          write_atomically)
+from .tables import (TABLE_ENDINGS, TEXT_FIELDS, find_tables, integers_if_lossless, location, read_raw, read_table,
+                           standard_columns, table_kind)
 
-# %% ../nbs/00_data.ipynb #8fcd3c96
-def repo_root() -> Path:
-    "The checkout that `ptmrec` was installed from; for an installed copy, the working directory."
-    root = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
-    while not (root / "settings.ini").exists():
-        if root == root.parent:
-            return Path.cwd()
-        root = root.parent
-    return root
-
-# %% ../nbs/00_data.ipynb #eef30618
-def data_dir() -> Path:
-    "The folder that holds one folder per data set: `$PTMREC_DATA`, else `data/` of the checkout."
-    return Path(os.environ.get("PTMREC_DATA") or repo_root() / "data")
-
-# %% ../nbs/00_data.ipynb #5a241dd6
-def runs_dir() -> Path:
-    "The folder that experiments write to: `$PTMREC_RUNS`, else `runs/` of the checkout."
-    return Path(os.environ.get("PTMREC_RUNS") or repo_root() / "runs")
+# %% ../nbs/00_data.ipynb #57d0b3f8
+def checked_path(path: str | Path) -> Path:
+    "A path that a user gave, with `~` for the home folder; raises `DataError` for what cannot be the name of a file."
+    text, fits = str(path), False
+    try:
+        path = Path(text).expanduser()
+        fits = len(os.fsencode(path)) < 4096 and all(len(os.fsencode(part)) < 256 for part in path.parts)
+    except (RuntimeError, UnicodeError):  # no such user, or no characters of a file's name
+        pass
+    if not fits or not text.strip() or "\0" in text:
+        raise DataError(f"{ascii(text[:60])} cannot be the name of a file or folder. Give a name or a path.")
+    return path
 
 # %% ../nbs/00_data.ipynb #8451b366
 def search_places(path: str | Path) -> list[Path]:
     "Where a path given by a user may be, in this order: working directory, data folder, `data/` and root of the checkout."
-    path = Path(path).expanduser()
+    path = checked_path(path)
     folders = (Path.cwd(), data_dir(), repo_root() / "data", repo_root())
     return list(dict.fromkeys(folder / path for folder in folders))
 
@@ -117,7 +105,7 @@ def dataset_names() -> list[str]:
     folders = [f for d in (data_dir(), repo_root() / "data") if d.is_dir() for f in d.iterdir() if f.is_dir()]
     return sorted({f.name for f in folders if f.name[0] != "." and any(x.is_file() for x in f.iterdir())})
 
-# %% ../nbs/00_data.ipynb #d2180285
+# %% ../nbs/00_data.ipynb #48f1a3f1
 def find_dataset(
     dataset: str | Path,  # a name, or the path of a folder
     downloadable: Sequence[str] = (),  # further names that the caller can prepare, for the message
@@ -132,9 +120,27 @@ def find_dataset(
     names, others = dataset_names(), ", ".join(downloadable)
     near = difflib.get_close_matches(Path(dataset).name, [*names, *downloadable], n=1)
     guess = f" Did you mean {near[0]}?" if near else ""
-    known = (", ".join(names) or "none") + (f"; downloaded on first use: {others}" if others else "")
+    known = (", ".join(names) or "none") + (f"; prepared on first use: {others}" if others else "")
     raise DataError(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
                     f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
+
+# %% ../nbs/00_data.ipynb #cf09f38b
+class PlainWarnings:
+    "Shows each warning of this package or of a notebook's cell once, as one line; others as `others` does."
+
+    def __init__(self, others: Callable):
+        self.others, self.said, self.folder = others, set(), Path(inspect.getfile(DataError)).parent
+
+    def __call__(self, message, category, filename, *more, **options):
+        if category is not UserWarning or not (Path(filename).parent == self.folder or "ipykernel_" in filename):
+            self.others(message, category, filename, *more, **options)
+        elif str(message) not in self.said:
+            self.said.add(str(message))
+            print(f"Warning: {message}", file=sys.stderr)
+
+
+if not isinstance(warnings.showwarning, PlainWarnings):
+    warnings.showwarning = PlainWarnings(warnings.showwarning)
 
 # %% ../nbs/00_data.ipynb #53a88d76
 def progress(*args, leave: bool = False, disable: bool = False, **kwargs) -> tqdm:
@@ -147,49 +153,6 @@ def progress(*args, leave: bool = False, disable: bool = False, **kwargs) -> tqd
     file = sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else sys.stderr
     return tqdm(*args, leave=leave, file=file, mininterval=0.1 if file.isatty() else 1, delay=0 if leave else 3,
                 disable=disable or os.environ.get("TQDM_DISABLE") == "1", **kwargs)
-
-# %% ../nbs/00_data.ipynb #63171ba3
-def _hashed_bytes(part):
-    "The bytes of one part of a fingerprint, length first, in pieces."
-    if isinstance(part, Path):
-        with open(part, "rb") as file:
-            yield f"{os.fstat(file.fileno()).st_size}:".encode()
-            while piece := file.read(1 << 20):
-                yield piece
-    elif isinstance(part, np.ndarray) and part.dtype != object:
-        head = f"{part.dtype}{part.shape}"
-        yield f"{len(head) + part.nbytes}:{head}".encode()
-        yield np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-    else:
-        content = json.dumps(part.tolist() if isinstance(part, np.ndarray) else part, default=str).encode()
-        yield f"{len(content)}:".encode() + content
-
-# %% ../nbs/00_data.ipynb #e486d8b8
-def fingerprint(*parts) -> str:
-    "A 16-digit key of the content of arrays, files (`Path`), strings and JSON-able values."
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        for piece in _hashed_bytes(part):
-            digest.update(piece)
-    return digest.hexdigest()
-
-# %% ../nbs/00_data.ipynb #320e40ac
-def cache_dir() -> Path:
-    "Where derived files are kept; safe to delete at any time."
-    return data_dir() / ".cache"
-
-# %% ../nbs/00_data.ipynb #63976ce4
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
-    "Call `write(temporary_path)`, then rename the result to `path`; returns `path`."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 # %% ../nbs/00_data.ipynb #14a4ce3a
 def _raise_if_any(bad, path, table, column, problem):
@@ -230,7 +193,7 @@ def _check_ratings(path, table):
     _raise_if_any(rating.abs() >= MAX_RATING, path, table, "rating", "is too large for a rating")
     return table.assign(rating=rating)
 
-# %% ../nbs/00_data.ipynb #780e8c8e
+# %% ../nbs/00_data.ipynb #94f6310c
 def _check_interactions(path, table, timed):
     "The columns of interactions in a table, checked; `timed`: a time column is needed."
     columns = ", ".join(map(str, table.columns))
@@ -247,13 +210,25 @@ def _check_interactions(path, table, timed):
                         "Choose split=random, or add a timestamp column.")
     if timed:
         table = table.assign(time=_as_times(path, table))
-    return table[[c for c in ("user", "item", "rating", "time", "split") if c in table]]
+    return table[[c for c in ("user", "item", "rating", "time", "split", "history") if c in table]]
 
-# %% ../nbs/00_data.ipynb #1d363d58
+# %% ../nbs/00_data.ipynb #5d66da0a
+def _with_history(table):
+    "The table with its lists of earlier items as rows of their own, in training if there is a split."
+    if "history" not in table:
+        return table
+    past = table[["user"]].assign(item=table.history.fillna("").astype(str).str.split()).explode("item").dropna()
+    pairs = [pd.MultiIndex.from_frame(t[["user", "item"]].astype(str)) for t in (past, table)]
+    past = past[~pairs[0].isin(pairs[1]) & ~pairs[0].duplicated()]
+    past = past.assign(split=0) if "split" in table else past
+    return pd.concat([table.drop(columns="history"), past], ignore_index=True)
+
+# %% ../nbs/00_data.ipynb #f6a90025
 def _joined(tables, text):
     "Tables below each other; ids of text files become integers if that loses nothing."
-    table = pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
-    ids = {c: table[c].map(str) if table[c].map(type).nunique() > 1 else table[c] for c in ("user", "item")} if text else {}
+    table = _with_history(pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0])
+    ids = {c: table[c] for c in ("user", "item")} if text else {}
+    ids = {c: column.map(str).astype(str) if column.dtype == object else column for c, column in ids.items()}
     return table.assign(**{c: integers_if_lossless(column) for c, column in ids.items()})
 
 # %% ../nbs/00_data.ipynb #e3f889d2
@@ -398,11 +373,8 @@ def make_split(
 def _saved_split(rule, seed, user, item, user_ids, item_ids, time):
     "The split of these interactions by `rule`: the one made before, if there is one."
     content = (user, item, user_ids, item_ids, *([np.asarray(time)] if rule in TIMED_RULES else [seed]))
-    path = cache_dir() / f"split-{rule}-{fingerprint('split', rule, *content)}.npy"
-    if not path.exists():
-        label = make_split(rule, user, item, time, seed)
-        write_atomically(path, lambda temporary: np.save(temporary, label))
-    return np.load(path)
+    name = f"split-{rule}-{fingerprint('split', rule, *content)}.npy"
+    return np.load(cached(name, lambda path: np.save(path, make_split(rule, user, item, time, seed))))
 
 # %% ../nbs/00_data.ipynb #6653709e
 @dataclass
@@ -467,10 +439,16 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 # %% ../nbs/00_data.ipynb #17b92cf9
 @dataclass(frozen=True)
 class Modality:
-    "A kind of item content. Its ready-made features are in `<name>_feat.npy` of a data-set folder."
+    """A kind of item content.
+
+    Its ready-made features are `<name>_feat.npy` of a data-set folder. Without them, `encode` makes features (n, d) of n
+    files in the folder `<name>/`, each named after its item.
+    """
 
     name: str
     description: str
+    endings: tuple[str, ...] = ()  # of the files
+    encode: Callable | None = None  # encode([path, ...]); a CLIP encodes pictures and texts
 
     @property
     def feature_file(self) -> str:
@@ -487,7 +465,8 @@ class RecData:
     """A recommendation data set: interactions, and the content of each item in item order.
 
     `texts`: I strings, empty where there is none. `images`: I paths, None where there is none.
-    `features`: ready-made tables {modality: (I, d_m) float32}, empty if a CLIP has to make them.
+    `features`: ready-made tables {modality: (I, d_m) float32}.
+    `files`: {modality: I paths, None where there is none} of modalities with an encoder of their own.
     `left_out`: {reason: number of interactions that were read and not kept}.
     `items`: the columns of the item tables, a row per item; no column if there are none.
     `notes`: what was odd or guessed when it was read, a sentence each.
@@ -498,6 +477,7 @@ class RecData:
     texts: list
     images: list
     features: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)
     left_out: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
     items: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -521,11 +501,21 @@ class RecData:
         "Whether there is anything for a CLIP to encode."
         return any(self.texts) or any(self.images)
 
+    @property
+    def needs_clip(self) -> bool:
+        "Whether a CLIP has to make features: neither images nor texts have ready-made ones."
+        return not self.features.keys() & {"image", "text"} and (self.has_content or not (self.features or self.files))
+
     def fingerprint(self) -> str:
         "Key of everything in the data set: interactions with their split, texts, image files, features."
+        files = [part for name, paths in self.files.items() for part in (name, *_content(paths))]
         return fingerprint(self.inter.user, self.inter.item, self.inter.split, self.inter.user_ids, self.inter.item_ids,
-                           self.texts, [p is not None for p in self.images], *[p for p in self.images if p],
-                           list(self.features), *self.features.values())
+                           self.texts, *_content(self.images), list(self.features), *self.features.values(), *files)
+
+
+def _content(paths):
+    "What `fingerprint` takes of files, None where there is none."
+    return [p is not None for p in paths], *[p for p in paths if p]
 
 # %% ../nbs/00_data.ipynb #f722b009
 def _warn_of_few(source, what, names, known):
@@ -591,35 +581,63 @@ def _item_texts(table):
                       f"{ENTITY.search(texts[changed[0]])[0]}; they are read as the characters.")
     return plain
 
-# %% ../nbs/00_data.ipynb #4e29349c
-def _images_by_name(folder, table):
-    "{item id: file} of a folder of images and the folders in it. Raises `DataError` if no image is named after an item."
+# %% ../nbs/00_data.ipynb #2541063a
+def _files_by_name(folder, endings, table):
+    "{item id: file} of a folder and the folders in it. Raises `DataError` if no file is named after an item."
     if not folder.is_dir():
         return {}
-    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder)
-                    for name in names if name.lower().endswith(IMAGE_ENDINGS) and name[0] != ".")
+    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder, followlinks=True)
+                    for name in names if name.lower().endswith(endings) and name[0] != ".")
     found = {os.path.splitext(name)[0]: path for _, name, path in sorted(nested, key=lambda entry: -entry[0])}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
         name = min(nested)[1]
-        raise DataError(f"{folder}: none of its {len(found):,} images is named after an item (the first is {name}, "
+        raise DataError(f"{folder}: none of its {len(found):,} files is named after an item (the first is {name}, "
                         f"the first item {table.index[0]}).")
+    if not found:
+        warnings.warn(f"{folder} has no file that is read ({', '.join(endings)}).")
     return found
+
+# %% ../nbs/00_data.ipynb #9d0ab675
+PICTURE_BYTES = 100_000_000  # a larger file is no item picture
+OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_IMAGES)"
+
+
+def _picture_check(folder):
+    "A function that says why a file is no picture of the data set in `folder`; empty if it is one."
+    more = filter(None, os.environ.get("PTMREC_IMAGES", "").split(os.pathsep))
+    real = cache(os.path.realpath)
+    roots = tuple(os.path.join(real(place), "") for place in (folder, folder / "images", folder / "posters", *more))
+
+    def refusal(path):
+        if not os.path.isfile(path):
+            return "are not there"
+        where = real(path) if os.path.islink(path) else os.path.join(real(os.path.dirname(path)), "")
+        if not where.startswith(roots):
+            return OUTSIDE
+        return "" if os.path.getsize(path) <= PICTURE_BYTES else f"have more than {PICTURE_BYTES / 1e6:.0f} MB"
+
+    return refusal
 
 # %% ../nbs/00_data.ipynb #8354f565
 def _images_by_column(folder, table):
-    "The file that the `image` column names, per item; None where there is none. Addresses on the web are no files."
+    "The file that the `image` column names, per item, or None; it need not be there. Addresses on the web are no files."
     if "image" not in table:
         return [None] * len(table)
     local = table.image.where(~table.image.astype(str).str.contains("://"))
-    named = [None if pd.isna(n) else folder / str(n) for n in local]
-    return [n if n is not None and n.is_file() else None for n in named]
+    return [None if pd.isna(n) else folder / str(n) for n in local]
 
 # %% ../nbs/00_data.ipynb #282649bb
 def _item_images(folder, table):
-    "One image file per item, or None: the file in its `image` column if it exists, else the one with its id."
-    files = _images_by_name(folder / "images", table) | _images_by_name(folder / "posters", table)
-    images = [named or files.get(i) for i, named in zip(table.index, _images_by_column(folder, table))]
-    if files and not any(_images_by_column(folder, table)):
+    "One image file per item, or None: the file in its `image` column if it can be used, else the one with its id."
+    files = {k: v for name in ("images", "posters") for k, v in _files_by_name(folder / name, IMAGE_ENDINGS, table).items()}
+    named, check, refused = _images_by_column(folder, table), _picture_check(folder), {}
+    images = [next((p for p in (by_column, files.get(i)) if p and not refused.setdefault(p, check(p))), None)
+              for i, by_column in zip(table.index, named)]
+    for reason, n in Counter(refused.values()).items():
+        if reason not in ("", "are not there"):
+            first = next(path for path, why in refused.items() if why == reason)
+            warnings.warn(f"{folder}: {n:,} image files are not used, they {reason}. The first is {first}.")
+    if files and not any(used and used == by_column for used, by_column in zip(images, named)):
         _warn_of_few(folder, "picture", table.index, list(files))
     return images
 
@@ -627,10 +645,11 @@ def _item_images(folder, table):
 def _read_features(path, item_ids):
     "The rows (I, d) float32 of a feature file that the integer `item_ids` name."
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise DataError(f"{path} cannot be read as an array: {e}") from e
-    if table.ndim != 2 or not np.issubdtype(table.dtype, np.number):
+        table = np.lib.format.open_memmap(path, mode="r")
+    except Exception as e:  # numpy raises almost anything for a damaged header
+        raise DataError(f"{path} cannot be read as an array in .npy format: {str(e).splitlines()[0] or type(e).__name__}. "
+                        "Write it with numpy.save.") from None
+    if table.ndim != 2 or not (np.issubdtype(table.dtype, np.integer) or np.issubdtype(table.dtype, np.floating)):
         raise DataError(f"{path} must hold a table of numbers, one row per item; its shape is {table.shape}, its type "
                         f"{table.dtype}.")
     if not np.issubdtype(item_ids.dtype, np.integer) or item_ids.min() < 0 or item_ids.max() >= len(table):
@@ -648,6 +667,16 @@ def _item_features(folder, item_ids):
     files = {name: folder / modality.feature_file for name, modality in MODALITIES.items()}
     return {name: _read_features(path, item_ids) for name, path in files.items() if path.exists()}
 
+
+def _item_files(folder, table, features):
+    "{modality: I paths or None} of modalities with an encoder of their own, a folder, and no ready-made `features`."
+    found = {name: _files_by_name(folder / name, modality.endings, table) for name, modality in MODALITIES.items()
+             if modality.encode and name not in features}
+    for name, files in found.items():
+        if files:
+            _warn_of_few(folder / name, "file", table.index, list(files))
+    return {name: [files.get(item) for item in table.index] for name, files in found.items() if files}
+
 # %% ../nbs/00_data.ipynb #d6b5a4e4
 def _odd_times(time):
     "What is odd in a column of times, a sentence each."
@@ -660,14 +689,14 @@ def _odd_times(time):
         notes.append(f"{ms:,} of {n:,} times are in milliseconds, the others in seconds; a split by time would be wrong.")
     return notes + [f"All {n:,} times are in milliseconds; only their order matters here."] * (ms == n)
 
-# %% ../nbs/00_data.ipynb #f664421d
+# %% ../nbs/00_data.ipynb #e454e2c9
 def _odd_ids(ids, column):
     "Whether a spreadsheet has rounded ids, as a sentence in a list."
     if not pd.api.types.is_string_dtype(ids):
         return []
     kinds = pd.Series(pd.unique(ids)).astype(str)
     rounded = kinds[kinds.str.fullmatch(r"\d([.,]\d+)?[eE]\+\d+")]
-    n = int(ids.isin(rounded).sum())
+    n = int(ids.isin(rounded).sum()) if len(rounded) else 0
     return [f"{n:,} rows have a rounded {column} id such as {rounded.iloc[0]}: a spreadsheet has made several "
             f"{column}s one. Export the table anew, ids as text."] if n else []
 
@@ -722,9 +751,9 @@ def _check_parts(source, inter, own):
         raise DataError(f"{source}: no user has three interactions, so none are left for {' and '.join(missing)}. Add "
                         "interactions, or choose split=global_time, which cuts all of them by time.")
 
-# %% ../nbs/00_data.ipynb #0b3b739d
+# %% ../nbs/00_data.ipynb #a1ceca18
 def _rec_data(name, source, table, content, min_rating=None, core=0, split=None, split_seed=0):
-    "A `RecData` of checked interactions; `content(item_ids)` gives texts, images, features and the item table."
+    "A `RecData` of checked interactions; `content(item_ids)` gives the fields that describe the items."
     table = table.drop(columns="split", errors="ignore") if split else table
     for note in odd_values(table):
         warnings.warn(f"{source}: {note}")
@@ -733,10 +762,9 @@ def _rec_data(name, source, table, content, min_rating=None, core=0, split=None,
         raise DataError(f"{source}: no interactions are left with min_rating={min_rating} and core={core}.")
     inter = Interactions.from_table(table, split_seed, split)
     _check_parts(source, inter, own="split" in table)
-    *texts_images_features, items = content(inter.item_ids)
-    return RecData(name, inter, *texts_images_features, left_out, items=items)
+    return RecData(name, inter, left_out=left_out, **content(inter.item_ids))
 
-# %% ../nbs/00_data.ipynb #a28ed4b9
+# %% ../nbs/00_data.ipynb #b4f01f11
 def load_data(
     dataset: str | Path,  # a name, or the path of a folder
     min_rating: float | None = None,  # keep interactions rated at least this
@@ -750,8 +778,9 @@ def load_data(
     folder, notes = find_dataset(dataset), []
 
     def content(item_ids):
-        items = _item_table(folder, item_ids)
-        return _item_texts(items), _item_images(folder, items), _item_features(folder, item_ids), items
+        items, features = _item_table(folder, item_ids), _item_features(folder, item_ids)
+        return {"texts": _item_texts(items), "images": _item_images(folder, items), "features": features,
+                "files": _item_files(folder, items, features), "items": items}
 
     with noting(notes):
         path, table = _read_checked(folder, timed=split in TIMED_RULES)
@@ -775,7 +804,7 @@ def _as_frame(table, what):
     table = standard_columns(table.reset_index(drop=True), what)
     return table.astype({c: t.categories.dtype for c, t in table.dtypes.items() if isinstance(t, pd.CategoricalDtype)})
 
-# %% ../nbs/00_data.ipynb #8f17348d
+# %% ../nbs/00_data.ipynb #ee47e9ca
 def data_of_frames(
     interactions,  # a DataFrame, a table with `to_pandas`, or a dictionary of them by split
     items=None,  # likewise, without splits; a column `image` names files
@@ -790,7 +819,9 @@ def data_of_frames(
     def content(item_ids):
         known = pd.DataFrame(index=pd.Index(item_ids.astype(str)))
         known = known if items is None else _join_items("items", _as_frame(items, "items"), item_ids)
-        return _item_texts(known), _images_by_column(Path(), known), {}, known.drop(columns="item", errors="ignore")
+        named = _images_by_column(Path(), known)
+        return {"texts": _item_texts(known), "images": [p if p and os.path.isfile(p) else None for p in named],
+                "items": known.drop(columns="item", errors="ignore")}
 
     with noting(notes):
         table = _check_interactions("interactions", _as_frame(interactions, "interactions"), timed=split in TIMED_RULES)
@@ -799,8 +830,82 @@ def data_of_frames(
     return data
 
 # %% ../nbs/00_data.ipynb #e6402438
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow tries these and no others
+PICTURE_PIXELS = 50_000_000  # of a picture that is decoded
+PIXELS = 2  # version of what `load_image` makes of a picture; a new one makes cached images anew
+
+
+class PictureError(DataError):
+    "A picture file that cannot be used, for the `reason` given."
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self):
+        return f"{self.path}: {self.reason}."
+
+# %% ../nbs/00_data.ipynb #edd28297
+@contextmanager
+def _opened(path) -> Iterator[Image.Image]:
+    "A picture file, opened and decoded. Whatever goes wrong with it, in the block too, is a `PictureError`."
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > PICTURE_BYTES:
+            raise PictureError(path, f"not a file of at most {PICTURE_BYTES / 1e6:.0f} MB")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > PICTURE_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            yield image
+    except PictureError:
+        raise
+    except Image.DecompressionBombError:
+        raise PictureError(path, f"more than {PICTURE_PIXELS / 1e6:.0f} million pixels") from None
+    except UnidentifiedImageError:
+        raise PictureError(path, "not a JPEG, PNG, WebP, GIF or BMP picture") from None
+    except Exception as error:  # decoders raise almost anything for a damaged file
+        reason = getattr(error, "strerror", None)
+        raise PictureError(path, f"cannot be read ({reason})" if reason else "damaged or cut") from None
+
+# %% ../nbs/00_data.ipynb #90cb1ec6
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # by EXIF orientation
+
+
+def _upright(image):
+    "A picture as its EXIF data says it should be seen."
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # EXIF data can be damaged where the picture is not
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _as_rgb(image):
+    "A picture in RGB, 8 bits: of 16 bits the upper ones, transparent parts on white."
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image, ground = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+    ground.paste(image, mask=image.getchannel("A"))
+    return ground
+
+# %% ../nbs/00_data.ipynb #62b4547d
 RESIZE_MODES = ("shortest", "squash")
 INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
+LONGEST = 8  # of a picture that is longer than this many times its shorter side, only the middle is resized
+
+
+def _middle(image):
+    "The middle of a picture, without the ends that are cut off anyway after resizing."
+    sides = [min(side, LONGEST * min(image.size)) for side in image.size]
+    if sides == list(image.size):
+        return image
+    left, top = ((whole - side) // 2 for whole, side in zip(image.size, sides))
+    return image.crop((left, top, left + sides[0], top + sides[1]))
 
 # %% ../nbs/00_data.ipynb #b25b0e57
 def load_image(
@@ -809,28 +914,25 @@ def load_image(
     resize_mode: str = "shortest",  # resize the shorter side and take the centre, or "squash" both sides
     interpolation: str = "bicubic",  # or "bilinear"
 ) -> np.ndarray:
-    "One image (size, size, 3) uint8, as open_clip feeds it to a CLIP. Raises one of `UNREADABLE`."
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    "One image (size, size, 3) uint8, as open_clip feeds it to a CLIP. Raises `PictureError`."
+    with _opened(path) as image:
+        image = _as_rgb(_upright(image if resize_mode == "squash" else _middle(image)))
         width, height = (size if resize_mode == "squash" else int(size * side / min(image.size)) for side in image.size)
         left, top = (round((side - size) / 2) for side in (width, height))
         image = image.resize((width, height), INTERPOLATIONS[interpolation]).crop((left, top, left + size, top + size))
     return np.asarray(image)
 
-# %% ../nbs/00_data.ipynb #9c403893
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
-
 # %% ../nbs/00_data.ipynb #ae3869fb
 def _decode_images(images, pixels, *how):
-    "Fill `pixels` (I, size, size, 3) from image files; returns a mask (I,) of those read, and the files that failed."
+    "Fill `pixels` (I, size, size, 3) from image files; returns a mask (I,) of those read, and the errors of the others."
     seen, unreadable = np.zeros(len(images), bool), []
     for i, image in enumerate(progress(images, desc="Images", unit="image")):
         if image is None:
             continue
         try:
             pixels[i], seen[i] = load_image(image, pixels.shape[1], *how), True
-        except UNREADABLE:
-            unreadable.append(image)
+        except PictureError as error:
+            unreadable.append(error)
     return seen, unreadable
 
 # %% ../nbs/00_data.ipynb #64f22a47
@@ -842,25 +944,27 @@ def image_map(
 ) -> tuple[np.ndarray, np.ndarray]:
     """All images of a data set as a read-only memory map (I, size, size, 3) uint8, and a mask (I,) of those present.
 
-    Cached by the content of the image files. Missing and unreadable images are zeros, and False in the mask.
+    Cached by the content of the image files, in one file. Missing and unreadable images are zeros, and False in the mask.
     """
-    key = fingerprint("image_map", size, resize_mode, interpolation,
+    key = fingerprint("image_map", PIXELS, size, resize_mode, interpolation,
                       [p is not None for p in data.images], *[p for p in data.images if p])
-    pixels_path, seen_path = (cache_dir() / f"images-{key}-{what}.npy" for what in ("pixels", "seen"))
-    if not seen_path.exists():
-        seen, unreadable = None, []
 
-        def write_pixels(path):
-            nonlocal seen, unreadable
-            pixels = np.lib.format.open_memmap(path, "w+", np.uint8, (len(data.images), size, size, 3))
-            seen, unreadable = _decode_images(data.images, pixels, resize_mode, interpolation)
-            pixels.flush()
-
-        write_atomically(pixels_path, write_pixels)
-        write_atomically(seen_path, lambda path: np.save(path, seen))
+    def write(path):
+        pixels = new_array(path, np.uint8, (len(data.images), size, size, 3))
+        seen, unreadable = _decode_images(data.images, pixels, resize_mode, interpolation)
+        pixels.flush()
+        with open(path, "ab") as file:
+            np.save(file, seen)
         if unreadable:
-            warnings.warn(f"{len(unreadable):,} unreadable images are treated as missing, the first is {unreadable[0]}.")
-    return np.load(pixels_path, mmap_mode="r"), np.load(seen_path)
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in Counter(e.reason for e in unreadable).items())
+            warnings.warn(f"{len(unreadable):,} unreadable images are treated as missing ({reasons}); the first is "
+                          f"{unreadable[0].path}.")
+
+    path = cached(f"images-{key}.npy", write)
+    pixels = np.load(path, mmap_mode="r")
+    with open(path, "rb") as file:
+        file.seek(pixels.offset + pixels.nbytes)
+        return pixels, np.load(file)
 
 # %% ../nbs/00_data.ipynb #2e606256
 def _interaction_rows(inter):
@@ -874,6 +978,7 @@ def _interaction_rows(inter):
 # %% ../nbs/00_data.ipynb #5e0cadea
 def _content_rows(data):
     rows = {"items without image": sum(p is None for p in data.images), "items without text": sum(not t for t in data.texts)}
+    rows |= {f"items without {name} file": sum(p is None for p in paths) for name, paths in data.files.items()}
     return rows | {f"{modality} features": " x ".join(map(str, table.shape)) for modality, table in data.features.items()}
 
 # %% ../nbs/00_data.ipynb #107856d1
@@ -902,7 +1007,7 @@ def show_items(data: RecData, items: Sequence[int], columns: int = 6):
         if data.images[item]:
             try:
                 ax.imshow(load_image(data.images[item], 128))
-            except UNREADABLE:
+            except PictureError:
                 pass
         ax.set_title(data.texts[item][:26], fontsize=9)
     return figure

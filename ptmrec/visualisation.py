@@ -11,7 +11,7 @@ __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS',
            'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front',
            'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
-# %% ../nbs/07_visualisation.ipynb #71124e2e
+# %% ../nbs/07_visualisation.ipynb #e9991fa6
 import functools
 import html
 import importlib
@@ -38,11 +38,11 @@ from matplotlib.transforms import Bbox
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .clip_prompting import (Clip, DeepPrompts, encode_image, frozen_features, image_tower, text_module, text_tower)
-from .data import UNREADABLE, DataError, RecData, load_image
+from .clip_prompting import Clip, DeepPrompts, encode_image, image_tower, text_module, text_tower
+from .data import SPLITS, UNREADABLE, DataError, RecData, load_image
 from .losses import log_distribution
 from .ranking import Evaluator, rank_items, stable_topk
-from .runs import Run, check_variant, open_run, per_user_values
+from .runs import Run, check_variant, first_features, open_run, per_user_values
 from .settings import Resolved, SettingError, did_you_mean
 from .stage1 import Inputs, label, load_backbone
 from .stage2 import teacher, variant_name
@@ -70,13 +70,13 @@ def letterbox(path: str | Path, size: int) -> np.ndarray:
         square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(square.convert("RGB"))
 
-# %% ../nbs/07_visualisation.ipynb #74b43e07
+# %% ../nbs/07_visualisation.ipynb #1e02eda1
 def item_statistics(data: RecData) -> pd.DataFrame:
     "A row per item number: item (its id), title, text, training interactions, cold, picture, and the item tables' columns."
     user, item = data.inter.part("train")
     own = data.items.reset_index(drop=True) if len(data.items) else pd.DataFrame(index=range(data.inter.n_items))
-    titles = own.pop("title") if "title" in own else pd.Series(data.texts)
-    table = pd.DataFrame({"item": data.inter.item_ids, "title": titles.astype(object).fillna("").astype(str).map(html.unescape),
+    titles = (own.pop("title") if "title" in own else pd.Series(data.texts)).astype(object).fillna("").astype(str)
+    table = pd.DataFrame({"item": data.inter.item_ids, "title": titles.map(html.unescape),
                           "text": data.texts, "interactions": np.bincount(item, minlength=data.inter.n_items),
                           "cold": data.inter.cold("item"), "picture": [path is not None for path in data.images]})
     return table.join(own.rename(columns={c: f"{c} (item table)" for c in own if c in table}))
@@ -118,7 +118,7 @@ def neighbours(
     nearest = stable_topk(cosine[None], min(k, len(unit) - 1))[0]
     return nearest, cosine[nearest]
 
-# %% ../nbs/07_visualisation.ipynb #0d467afd
+# %% ../nbs/07_visualisation.ipynb #1a856311
 class RunView:
     "A finished `run` with its `data`, `catalogue`, `inputs` and `teacher`, each loaded when first needed. See `view`."
 
@@ -144,8 +144,7 @@ class RunView:
     def inputs(self) -> Inputs:
         "Data, stock CLIP and frozen features, on the CPU."
         clip = self.run.stage1.encoder().clip if self.run.about["encoder"] else None
-        has_features = clip is not None or self.data.features
-        return Inputs(self.data, clip, frozen_features(self.data, clip) if has_features else {}, torch.device("cpu"))
+        return Inputs(self.data, clip, first_features(self.data, clip), torch.device("cpu"))
 
     @functools.cached_property
     def backbone(self) -> torch.nn.Module:
@@ -331,15 +330,17 @@ def user_gains(run: Run, metric: str = "recall@10", variants: Sequence = ("stage
     before, after = (per_user_values([run], check_variant(run, v), metric)[0] for v in variants)
     return (after - before).dropna()
 
-# %% ../nbs/07_visualisation.ipynb #ce66b24a
+# %% ../nbs/07_visualisation.ipynb #6eb8790b
 def _lists(seen, user: int, variants, k: int) -> list[SheetRow]:
     "Rows for user number `user`: training and test items (five at most), and the list of each variant with its hits."
     inter, found = seen.data.inter, {}
     for split in ("train", "test"):
-        users, items = inter.part(split)
-        found[split] = items[users == user].tolist()
-    rows = [SheetRow(f"{name}: {min(5, len(items))} of {len(items)}", items[:5])
-            for name, items in zip(("training items", "test items"), found.values())]
+        rows = (inter.user == user) & (inter.split == SPLITS.index(split))
+        order = slice(None) if inter.time is None else np.argsort(-inter.time[rows], kind="stable")  # the latest first
+        found[split] = inter.item[rows][order].tolist()
+    how = ", latest first" * (inter.time is not None)
+    rows = [SheetRow(f"{split} items{how}: {min(5, len(items))} of {len(items)}", items[:5])
+            for split, items in zip(("training", "test"), found.values())]
     for variant in variants:
         items = seen.recommended(user, variant, k)
         hits = set(items) & set(found["test"])
@@ -463,11 +464,12 @@ def aligned_maps(
         first, second = (_refined(table, start, method) for table, start in ((before, first), (after, second)))
     return first, turned_onto(second, first)
 
-# %% ../nbs/07_visualisation.ipynb #e862d216
+# %% ../nbs/07_visualisation.ipynb #fb9e42be
 def most_frequent(values: pd.Series, most: int = 7) -> pd.Series:
     "Values as text: the `most` frequent ones, the others as `other (n more)`, missing ones as `none`; a categorical."
     missing, text = values.isna() | (values.astype(str) == ""), values.astype(str)
     names = text[~missing].value_counts().index
+    most += len(names) == most + 1  # one more name says more than `other (1 more)`
     other = f"other ({len(names) - most} more)"
     text = text.where(text.isin(names[:most]), other).mask(missing, "none")
     kept = [*names[:most], *[other] * (len(names) > most), *["none"] * bool(missing.any())]
@@ -701,7 +703,7 @@ def on_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     strictly = (cost[:, None] > cost) | (quality[:, None] < quality)
     return ~(cheaper & better & strictly).any(1)
 
-# %% ../nbs/07_visualisation.ipynb #29be4551
+# %% ../nbs/07_visualisation.ipynb #2186e686
 def _name_points(ax, points, names):
     "Write names (n,) beside points (n, 2), each in the first place where it covers no other name, or in the first one."
     taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in ax.transData.transform(points)]
@@ -711,7 +713,7 @@ def _name_points(ax, points, names):
         for x, y in [(5, 0), (-5, 0), (0, 8), (0, -8), (5, 8), (-5, 8), (5, -8), (-5, -8), (0, 15), (0, -15)]:
             text.set(position=(x, y), ha={5: "left", -5: "right", 0: "center"}[x])
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            if ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)
 

@@ -99,6 +99,16 @@ def test_hits_are_those_of_the_stored_lists(tuned):
     assert marked > 0
 
 
+def test_the_latest_items_come_first(tuned):
+    seen = vis.RunView(tuned)
+    inter = seen.data.inter
+    inter.time = np.random.default_rng(0).permutation(len(inter))
+    mine = pd.Series(inter.time, inter.item)[(inter.user == 1) & (inter.split == 0)]
+    row = vis._lists(seen, 1, [], 10)[0]
+    assert row.name == "training items, latest first: 5 of 5"
+    assert row.items == mine.sort_values(ascending=False).index.tolist()
+
+
 def test_unknown_names_are_told(tuned):
     with pytest.raises(DataError, match="no user 'nobody'"):
         vis.recommendation_sheet(tuned, "nobody")
@@ -223,8 +233,10 @@ def test_maps_with_extra_libraries(method, library, monkeypatch):
 
 
 def test_colours_by_most_frequent_values():
-    values = vis.most_frequent(pd.Series(["b", "a", "b", None, "c", "", "b", "a"]), most=2)
-    assert values.tolist() == ["b", "a", "b", "none", "other (1 more)", "none", "b", "a"]
+    values = pd.Series(["b", "a", "b", None, "c", "", "b", "a", "d"])
+    shown = vis.most_frequent(values, most=2).tolist()
+    assert shown == ["b", "a", "b", "none", "other (2 more)", "none", "b", "a", "other (2 more)"]
+    assert set(vis.most_frequent(values, most=3)) == {"a", "b", "c", "d", "none"}
 
 
 def test_missing_numbers_are_grey_and_counted(tuned):
