@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['POSITIONS', 'PRECISIONS', 'ENCODE_BATCH', 'FEATURES', 'Clip', 'hub_answers', 'check_download', 'tiny_clip_file',
            'find_weights', 'load_clip', 'Tower', 'image_tower', 'text_module', 'text_pooling', 'pool_text',
-           'text_tower', 'prompt_width', 'DeepPrompts', 'make_room', 'run_blocks', 'image_features', 'encode_image',
-           'pooled', 'trim', 'cut_tokens', 'TextTokens', 'embed_text', 'text_features', 'encode_text', 'token_map',
-           'cut_texts', 'warn_of_cut_texts', 'ItemContent', 'BatchEncoder', 'ItemEncoder', 'encode_in_blocks',
-           'frozen_features']
+           'text_tower', 'prompt_width', 'check_n_ctx', 'DeepPrompts', 'make_room', 'run_blocks', 'image_features',
+           'encode_image', 'pooled', 'trim', 'cut_tokens', 'TextTokens', 'embed_text', 'text_features', 'encode_text',
+           'token_map', 'cut_texts', 'warn_of_cut_texts', 'ItemContent', 'BatchEncoder', 'ItemEncoder',
+           'encode_in_blocks', 'frozen_features', 'clip_features']
 
 # %% ../nbs/01_clip_prompting.ipynb #54375e45
 import os
@@ -299,6 +299,13 @@ def prompt_width(clip: Clip, tower: str, prompt_depth: int) -> int:
                         f"Set prompt_depth to 1 ... {len(taken.blocks)}.")
     return taken.width
 
+
+def check_n_ctx(clip: Clip, n_ctx: int) -> None:
+    "Raise `DataError` if `n_ctx` prompts do not fit between the start and the end token of a text."
+    if n_ctx > (most := text_module(clip).context_length - 2):
+        raise DataError(f"n_ctx={n_ctx}: a text has {most + 2} tokens in {clip.name}, and two of them are its start and its "
+                        f"end. Set n_ctx to at most {most}.")
+
 # %% ../nbs/01_clip_prompting.ipynb #3fc402c6
 class DeepPrompts(nn.Module):
     "Learnable prompts: a parameter (prompt_depth, n_ctx, width) for each tower, from N(0, 0.02²). See `prompt_width`."
@@ -315,6 +322,8 @@ class DeepPrompts(nn.Module):
         if prompt_position not in POSITIONS:
             raise SettingError(f"prompt_position='{prompt_position}' is not known. Allowed: {', '.join(POSITIONS)}.")
         self.n_ctx, self.first = n_ctx, prompt_position == "first"
+        if "text" in towers:
+            check_n_ctx(clip, n_ctx)
         for name in towers:
             width = prompt_width(clip, name, prompt_depth)
             setattr(self, name, nn.Parameter(0.02 * torch.randn(prompt_depth, n_ctx, width)))
@@ -610,10 +619,14 @@ def _encode_and_keep(encoder, name):
     barrier()
 
 
-def frozen_features(data: RecData, clip: Clip, device="cpu") -> dict[str, Tensor]:
-    "Features to start from, {modality: (I, d_m)}: the ready-made tables of `data`, else those of the stock `clip`, cached."
-    if data.features:
-        return {m: torch.from_numpy(np.asarray(f)).to(device) for m, f in data.features.items()}
+def frozen_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, Tensor]:
+    "Features to start from, {modality: (I, d_m)}: the ready-made tables of `data`, and those of the stock `clip`, cached."
+    ready = {m: torch.from_numpy(np.asarray(f)).to(device) for m, f in data.features.items()}
+    return ready if clip is None or not data.needs_clip else clip_features(data, clip, device) | ready
+
+
+def clip_features(data: RecData, clip: Clip, device="cpu") -> dict[str, Tensor]:
+    "Image and text features of the stock `clip`, {modality: (I, d_m)}, cached."
     key = fingerprint("features", FEATURES, PIXELS, clip.fingerprint(), data.texts, [p is not None for p in data.images],
                       *[p for p in data.images if p])
     name = f"features-{key}.safetensors"

@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SPLIT_NAMES', 'MAX_RATING', 'SPLIT_RULES', 'TIMED_RULES', 'IMAGE_ENDINGS', 'MODALITIES', 'ENTITY',
            'PICTURE_BYTES', 'OUTSIDE', 'FORMATS', 'PICTURE_PIXELS', 'PIXELS', 'TURNS', 'RESIZE_MODES', 'INTERPOLATIONS',
-           'LONGEST', 'search_places', 'find_path', 'split_files', 'interaction_files', 'has_interactions',
-           'dataset_names', 'find_dataset', 'progress', 'read_interactions', 'k_core', 'random_split', 'check_split',
-           'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values', 'noting', 'load_data', 'data_of_frames',
-           'PictureError', 'load_image', 'image_map', 'describe', 'show_items', 'show_statistics']
+           'LONGEST', 'checked_path', 'search_places', 'find_path', 'split_files', 'interaction_files',
+           'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings', 'progress', 'read_interactions',
+           'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values',
+           'noting', 'load_data', 'data_of_frames', 'PictureError', 'load_image', 'image_map', 'describe', 'show_items',
+           'show_statistics']
 
 # %% ../nbs/00_data.ipynb #5cd4bdd3
 import difflib
 import html
+import inspect
+import math
 import os
 import re
 import stat
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -53,10 +56,23 @@ from ptmrec.tables import (
     table_kind,
 )
 
+# %% ../nbs/00_data.ipynb #57d0b3f8
+def checked_path(path: str | Path) -> Path:
+    "A path that a user gave, with `~` for the home folder; raises `DataError` for what cannot be the name of a file."
+    text, fits = str(path), False
+    try:
+        path = Path(text).expanduser()
+        fits = len(os.fsencode(path)) < 4096 and all(len(os.fsencode(part)) < 256 for part in path.parts)
+    except (RuntimeError, UnicodeError):  # no such user, or no characters of a file's name
+        pass
+    if not fits or not text.strip() or "\0" in text:
+        raise DataError(f"{ascii(text[:60])} cannot be the name of a file or folder. Give a name or a path.")
+    return path
+
 # %% ../nbs/00_data.ipynb #8451b366
 def search_places(path: str | Path) -> list[Path]:
     "Where a path given by a user may be, in this order: working directory, data folder, `data/` and root of the checkout."
-    path = Path(path).expanduser()
+    path = checked_path(path)
     folders = (Path.cwd(), data_dir(), repo_root() / "data", repo_root())
     return list(dict.fromkeys(folder / path for folder in folders))
 
@@ -126,6 +142,24 @@ def find_dataset(
     known = (", ".join(names) or "none") + (f"; downloaded on first use: {others}" if others else "")
     raise DataError(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
                     f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
+
+# %% ../nbs/00_data.ipynb #cf09f38b
+class PlainWarnings:
+    "Shows each warning of this package or of a notebook's cell once, as one line; others as `others` does."
+
+    def __init__(self, others: Callable):
+        self.others, self.said, self.folder = others, set(), Path(inspect.getfile(DataError)).parent
+
+    def __call__(self, message, category, filename, *more, **options):
+        if category is not UserWarning or not (Path(filename).parent == self.folder or "ipykernel_" in filename):
+            self.others(message, category, filename, *more, **options)
+        elif str(message) not in self.said:
+            self.said.add(str(message))
+            print(f"Warning: {message}", file=sys.stderr)
+
+
+if not isinstance(warnings.showwarning, PlainWarnings):
+    warnings.showwarning = PlainWarnings(warnings.showwarning)
 
 # %% ../nbs/00_data.ipynb #53a88d76
 def progress(*args, leave: bool = False, disable: bool = False, **kwargs) -> tqdm:
@@ -412,10 +446,16 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 # %% ../nbs/00_data.ipynb #17b92cf9
 @dataclass(frozen=True)
 class Modality:
-    "A kind of item content. Its ready-made features are in `<name>_feat.npy` of a data-set folder."
+    """A kind of item content.
+
+    Its ready-made features are `<name>_feat.npy` of a data-set folder. Without them, `encode` makes features (n, d) of n
+    files in the folder `<name>/`, each named after its item.
+    """
 
     name: str
     description: str
+    endings: tuple[str, ...] = ()  # of the files
+    encode: Callable | None = None  # encode([path, ...]); a CLIP encodes pictures and texts
 
     @property
     def feature_file(self) -> str:
@@ -432,7 +472,8 @@ class RecData:
     """A recommendation data set: interactions, and the content of each item in item order.
 
     `texts`: I strings, empty where there is none. `images`: I paths, None where there is none.
-    `features`: ready-made tables {modality: (I, d_m) float32}, empty if a CLIP has to make them.
+    `features`: ready-made tables {modality: (I, d_m) float32}.
+    `files`: {modality: I paths, None where there is none} of modalities with an encoder of their own.
     `left_out`: {reason: number of interactions that were read and not kept}.
     `notes`: what was odd or guessed when it was read, a sentence each.
     """
@@ -442,6 +483,7 @@ class RecData:
     texts: list
     images: list
     features: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)
     left_out: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
 
@@ -464,11 +506,21 @@ class RecData:
         "Whether there is anything for a CLIP to encode."
         return any(self.texts) or any(self.images)
 
+    @property
+    def needs_clip(self) -> bool:
+        "Whether a CLIP has to make features: neither images nor texts have ready-made ones."
+        return not self.features.keys() & {"image", "text"} and (self.has_content or not (self.features or self.files))
+
     def fingerprint(self) -> str:
         "Key of everything in the data set: interactions with their split, texts, image files, features."
+        files = [part for name, paths in self.files.items() for part in (name, *_content(paths))]
         return fingerprint(self.inter.user, self.inter.item, self.inter.split, self.inter.user_ids, self.inter.item_ids,
-                           self.texts, [p is not None for p in self.images], *[p for p in self.images if p],
-                           list(self.features), *self.features.values())
+                           self.texts, *_content(self.images), list(self.features), *self.features.values(), *files)
+
+
+def _content(paths):
+    "What `fingerprint` takes of files, None where there is none."
+    return [p is not None for p in paths], *[p for p in paths if p]
 
 # %% ../nbs/00_data.ipynb #f722b009
 def _warn_of_few(source, what, names, known):
@@ -535,16 +587,16 @@ def _item_texts(table):
     return plain
 
 # %% ../nbs/00_data.ipynb #4e29349c
-def _images_by_name(folder, table):
-    "{item id: file} of a folder of images and the folders in it. Raises `DataError` if no image is named after an item."
+def _files_by_name(folder, endings, table):
+    "{item id: file} of a folder and the folders in it. Raises `DataError` if no file is named after an item."
     if not folder.is_dir():
         return {}
     nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder)
-                    for name in names if name.lower().endswith(IMAGE_ENDINGS) and name[0] != ".")
+                    for name in names if name.lower().endswith(endings) and name[0] != ".")
     found = {os.path.splitext(name)[0]: path for _, name, path in sorted(nested, key=lambda entry: -entry[0])}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
         name = min(nested)[1]
-        raise DataError(f"{folder}: none of its {len(found):,} images is named after an item (the first is {name}, "
+        raise DataError(f"{folder}: none of its {len(found):,} files is named after an item (the first is {name}, "
                         f"the first item {table.index[0]}).")
     return found
 
@@ -553,11 +605,12 @@ PICTURE_BYTES = 100_000_000  # a larger file is no item picture
 OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_IMAGES)"
 
 
-def _picture_check(folder):
-    "A function that says why a file is no picture of the data set in `folder`; empty if it is one."
+def _file_check(folder, most):
+    "A function that says why a file is no content of the data set in `folder`; empty if it is. `most`: its bytes."
     more = filter(None, os.environ.get("PTMREC_IMAGES", "").split(os.pathsep))
     real = cache(os.path.realpath)
-    roots = tuple(os.path.join(real(place), "") for place in (folder, folder / "images", folder / "posters", *more))
+    places = (folder, *(folder / name for name in ("images", "posters", *MODALITIES)), *more)
+    roots = tuple(os.path.join(real(place), "") for place in places)
 
     def refusal(path):
         if not os.path.isfile(path):
@@ -565,9 +618,20 @@ def _picture_check(folder):
         where = real(path) if os.path.islink(path) else os.path.join(real(os.path.dirname(path)), "")
         if not where.startswith(roots):
             return OUTSIDE
-        return "" if os.path.getsize(path) <= PICTURE_BYTES else f"have more than {PICTURE_BYTES / 1e6:.0f} MB"
+        return "" if os.path.getsize(path) <= most else f"have more than {most / 1e6:.0f} MB"
 
     return refusal
+
+# %% ../nbs/00_data.ipynb #7f3a91c2
+def _usable_files(folder, choices, most=math.inf):
+    "The first file of each item's `choices` (I lists) that can be used, or None; a warning counts those that cannot."
+    check, refused = _file_check(folder, most), {}
+    found = [next((p for p in paths if not refused.setdefault(p, check(p))), None) for paths in choices]
+    for reason, n in Counter(refused.values()).items():
+        if reason not in ("", "are not there"):
+            first = next(path for path, why in refused.items() if why == reason)
+            warnings.warn(f"{folder}: {n:,} files are not used, they {reason}. The first is {first}.")
+    return found
 
 # %% ../nbs/00_data.ipynb #8354f565
 def _images_by_column(folder, table):
@@ -580,14 +644,10 @@ def _images_by_column(folder, table):
 # %% ../nbs/00_data.ipynb #282649bb
 def _item_images(folder, table):
     "One image file per item, or None: the file in its `image` column if it can be used, else the one with its id."
-    files = _images_by_name(folder / "images", table) | _images_by_name(folder / "posters", table)
-    named, check, refused = _images_by_column(folder, table), _picture_check(folder), {}
-    images = [next((p for p in (by_column, files.get(i)) if p and not refused.setdefault(p, check(p))), None)
-              for i, by_column in zip(table.index, named)]
-    for reason, n in Counter(refused.values()).items():
-        if reason not in ("", "are not there"):
-            first = next(path for path, why in refused.items() if why == reason)
-            warnings.warn(f"{folder}: {n:,} image files are not used, they {reason}. The first is {first}.")
+    files = {k: v for name in ("images", "posters") for k, v in _files_by_name(folder / name, IMAGE_ENDINGS, table).items()}
+    named = _images_by_column(folder, table)
+    choices = [[p for p in (by_column, files.get(i)) if p] for i, by_column in zip(table.index, named)]
+    images = _usable_files(folder, choices, PICTURE_BYTES)
     if files and not any(used and used == by_column for used, by_column in zip(images, named)):
         _warn_of_few(folder, "picture", table.index, list(files))
     return images
@@ -617,6 +677,17 @@ def _item_features(folder, item_ids):
     "{modality: (I, d_m)} of the ready-made feature files in a folder."
     files = {name: folder / modality.feature_file for name, modality in MODALITIES.items()}
     return {name: _read_features(path, item_ids) for name, path in files.items() if path.exists()}
+
+
+def _item_files(folder, table, features):
+    "{modality: I paths or None} of modalities with an encoder of their own, a folder, and no ready-made `features`."
+    found = {name: _files_by_name(folder / name, modality.endings, table) for name, modality in MODALITIES.items()
+             if modality.encode and name not in features}
+    for name, files in found.items():
+        if files:
+            _warn_of_few(folder / name, "file", table.index, list(files))
+    return {name: _usable_files(folder, [[files[item]] if item in files else [] for item in table.index])
+            for name, files in found.items() if files}
 
 # %% ../nbs/00_data.ipynb #d6b5a4e4
 def _odd_times(time):
@@ -719,8 +790,8 @@ def load_data(
     folder, notes = find_dataset(dataset), []
 
     def content(item_ids):
-        items = _item_table(folder, item_ids)
-        return _item_texts(items), _item_images(folder, items), _item_features(folder, item_ids)
+        items, features = _item_table(folder, item_ids), _item_features(folder, item_ids)
+        return _item_texts(items), _item_images(folder, items), features, _item_files(folder, items, features)
 
     with noting(notes):
         path, table = _read_checked(folder, timed=split in TIMED_RULES)
@@ -917,6 +988,7 @@ def _interaction_rows(inter):
 # %% ../nbs/00_data.ipynb #5e0cadea
 def _content_rows(data):
     rows = {"items without image": sum(p is None for p in data.images), "items without text": sum(not t for t in data.texts)}
+    rows |= {f"items without {name} file": sum(p is None for p in paths) for name, paths in data.files.items()}
     return rows | {f"{modality} features": " x ".join(map(str, table.shape)) for modality, table in data.features.items()}
 
 # %% ../nbs/00_data.ipynb #107856d1

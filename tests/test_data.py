@@ -313,7 +313,7 @@ def test_images_that_join_nothing(home):
     folder = folder_of(home, interactions__csv=GOOD)
     (folder / "images").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "images" / "hat.jpg")
-    with pytest.raises(DataError, match="images: none of its 1 images is named after an item .*hat.jpg"):
+    with pytest.raises(DataError, match="images: none of its 1 files is named after an item .*hat.jpg"):
         load_data("shop")
 
 
