@@ -15,6 +15,7 @@ __all__ = ['SPLITS', 'SPLIT_NAMES', 'MAX_RATING', 'SPLIT_RULES', 'TIMED_RULES', 
 import difflib
 import html
 import inspect
+import math
 import os
 import re
 import stat
@@ -602,11 +603,12 @@ PICTURE_BYTES = 100_000_000  # a larger file is no item picture
 OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_IMAGES)"
 
 
-def _picture_check(folder):
-    "A function that says why a file is no picture of the data set in `folder`; empty if it is one."
+def _file_check(folder, most):
+    "A function that says why a file is no content of the data set in `folder`; empty if it is. `most`: its bytes."
     more = filter(None, os.environ.get("PTMREC_IMAGES", "").split(os.pathsep))
     real = cache(os.path.realpath)
-    roots = tuple(os.path.join(real(place), "") for place in (folder, folder / "images", folder / "posters", *more))
+    places = (folder, *(folder / name for name in ("images", "posters", *MODALITIES)), *more)
+    roots = tuple(os.path.join(real(place), "") for place in places)
 
     def refusal(path):
         if not os.path.isfile(path):
@@ -614,9 +616,20 @@ def _picture_check(folder):
         where = real(path) if os.path.islink(path) else os.path.join(real(os.path.dirname(path)), "")
         if not where.startswith(roots):
             return OUTSIDE
-        return "" if os.path.getsize(path) <= PICTURE_BYTES else f"have more than {PICTURE_BYTES / 1e6:.0f} MB"
+        return "" if os.path.getsize(path) <= most else f"have more than {most / 1e6:.0f} MB"
 
     return refusal
+
+# %% ../nbs/00_data.ipynb #7f3a91c2
+def _usable_files(folder, choices, most=math.inf):
+    "The first file of each item's `choices` (I lists) that can be used, or None; a warning counts those that cannot."
+    check, refused = _file_check(folder, most), {}
+    found = [next((p for p in paths if not refused.setdefault(p, check(p))), None) for paths in choices]
+    for reason, n in Counter(refused.values()).items():
+        if reason not in ("", "are not there"):
+            first = next(path for path, why in refused.items() if why == reason)
+            warnings.warn(f"{folder}: {n:,} files are not used, they {reason}. The first is {first}.")
+    return found
 
 # %% ../nbs/00_data.ipynb #8354f565
 def _images_by_column(folder, table):
@@ -630,13 +643,9 @@ def _images_by_column(folder, table):
 def _item_images(folder, table):
     "One image file per item, or None: the file in its `image` column if it can be used, else the one with its id."
     files = {k: v for name in ("images", "posters") for k, v in _files_by_name(folder / name, IMAGE_ENDINGS, table).items()}
-    named, check, refused = _images_by_column(folder, table), _picture_check(folder), {}
-    images = [next((p for p in (by_column, files.get(i)) if p and not refused.setdefault(p, check(p))), None)
-              for i, by_column in zip(table.index, named)]
-    for reason, n in Counter(refused.values()).items():
-        if reason not in ("", "are not there"):
-            first = next(path for path, why in refused.items() if why == reason)
-            warnings.warn(f"{folder}: {n:,} image files are not used, they {reason}. The first is {first}.")
+    named = _images_by_column(folder, table)
+    choices = [[p for p in (by_column, files.get(i)) if p] for i, by_column in zip(table.index, named)]
+    images = _usable_files(folder, choices, PICTURE_BYTES)
     if files and not any(used and used == by_column for used, by_column in zip(images, named)):
         _warn_of_few(folder, "picture", table.index, list(files))
     return images
@@ -675,7 +684,8 @@ def _item_files(folder, table, features):
     for name, files in found.items():
         if files:
             _warn_of_few(folder / name, "file", table.index, list(files))
-    return {name: [files.get(item) for item in table.index] for name, files in found.items() if files}
+    return {name: _usable_files(folder, [[files[item]] if item in files else [] for item in table.index])
+            for name, files in found.items() if files}
 
 # %% ../nbs/00_data.ipynb #d6b5a4e4
 def _odd_times(time):
