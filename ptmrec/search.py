@@ -134,7 +134,7 @@ def trial_table(trials: list, runs: dict, names: list, metric: str) -> pd.DataFr
             history = run.load_table("history.csv")
             best = history.loc[history[best_metric].idxmax()]
             rows[n] |= {best_metric: best[best_metric], "epoch": int(best.epoch), "epochs": len(history),
-                        "seconds": history.seconds.sum()}
+                        "seconds": history.seconds.sum()} | ({"by_hand": run.by_hand} if run.by_hand else {})
     table = pd.DataFrame(rows.values(), pd.Index(rows, name="trial"))
     return table.sort_values(best_metric, ascending=False, kind="stable")
 

@@ -10,7 +10,7 @@ __all__ = ['SAMPLE', 'LARGEST', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'Encode
            'train_with', 'check_fit', 'stage1_parameters', 'stage1_code', 'find_stage1_run', 'run_arguments',
            'train_stage1', 'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table', 'plot_history']
 
-# %% ../nbs/04_stage1.ipynb #b4dfd9eb
+# %% ../nbs/04_stage1.ipynb #c8e5f1fc
 import time
 import warnings
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .amazon import SHORT_NAMES, find_or_prepare
 from .backbones import BACKBONES
 from .clip_prompting import Clip, load_clip, warn_of_cut_texts
 from .data import MAX_RATING, MODALITIES, SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
 from .distributed import init_distributed, main_first, rank
 from .leaks import say_leaks
 from .memory import free_bytes
+from .monitor import watch
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
 from .runs import (DEVICES, Run, code_of, first_features, load_parameters, new_run, own_code, pick_device,
                          recommendation_table, runs_to_do, set_seed)
 from .settings import SettingError, Settings, experiment, setting
-from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, Progress, TripleSampler, check_losses,
-                             keep_freed_memory)
+from .sources import PUBLIC_SETS, find_or_prepare
+from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_losses,
+                             how_it_ended, keep_freed_memory)
 
 # %% ../nbs/04_stage1.ipynb #e28b9345
 class DataSettings(Settings):
@@ -85,19 +86,19 @@ class Stage1Settings(TrainingSettings, EvaluationSettings, EncoderSettings, Data
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", changes_result=False, pattern=DEVICES,
                           allowed="auto, cpu, cuda, or the number of a GPU as in cuda:1")
 
-# %% ../nbs/04_stage1.ipynb #ade974ae
+# %% ../nbs/04_stage1.ipynb #984c89fc
 def locate_dataset(dataset: str):
-    "Folder of a data set; None for an Amazon category that has to be downloaded first. Raises `DataError`."
+    "Folder of a data set; None for a public set that has to be prepared first. Raises `DataError`."
     try:
-        return find_dataset(dataset, SHORT_NAMES)
+        return find_dataset(dataset, PUBLIC_SETS)
     except DataError:
-        if dataset in SHORT_NAMES:
+        if dataset in PUBLIC_SETS:
             return None
         raise
 
 
 def fetch_dataset(settings):
-    "Folder of the data set of `settings`, downloaded if need be; of several processes, the first one downloads."
+    "Folder of the data set of `settings`, prepared if need be; of several processes, the first one prepares."
     init_distributed(settings.device)
     pick_device(settings.device)
     with main_first():
@@ -309,7 +310,10 @@ def train_backbone(
     checkpoint=None,  # a file to go on from
     on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
 ) -> pd.DataFrame:
-    "Train a backbone and keep its best epoch; returns the history, a row per epoch: losses, validation metrics, seconds."
+    """Train a backbone and keep its best epoch; returns the history, a row per epoch: losses, validation metrics, seconds.
+
+    Its `attrs["ended"]` says how the training ended.
+    """
     sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
     optimiser = torch.optim.Adam(backbone.parameters(), lr, fused=True)
     started, rate = 0.0, LowerRate("Lower lr.", on_nan)
@@ -325,10 +329,14 @@ def train_backbone(
         return validate(backbone, evaluator, metric) | {"seconds": time.perf_counter() - started}
 
     best = f"valid {metric}"
-    callbacks = [Progress(name, ["bpr", best]), Health("bpr", "Lower lr."), KeepBest(best, patience), rate]
+    callbacks = [watch(name, {c: label(c) for c in ("bpr", best)}), Health("bpr", "Lower lr."),
+                 KeepBest(best, patience), rate]
     if checkpoint:
         callbacks.append(Checkpoint(checkpoint))
-    return Loop(backbone, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
+    loop = Loop(backbone, optimiser, train_epoch, validate_epoch, callbacks)
+    history = loop.run(epochs)
+    history.attrs["ended"] = how_it_ended(loop)
+    return history
 
 
 def train_with(settings, backbone, evaluator: Evaluator, name: str, checkpoint) -> pd.DataFrame:
@@ -392,6 +400,7 @@ def train_stage1(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
         load_parameters(backbone, run.load_weights("backbone"), f"{run.folder}/backbone.safetensors")
     else:
         history = train_with(settings, backbone, evaluator, "Stage 1", run.checkpoint)
+        run.note_ended({"Stage 1": history.attrs["ended"]})
         run.save_weights("backbone", dict(backbone.named_parameters()))
         run.save_table("history.csv", history.reset_index())
         run.seal()
