@@ -4,65 +4,39 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SPLIT_NAMES', 'MAX_RATING', 'SPLIT_RULES', 'TIMED_RULES', 'IMAGE_ENDINGS', 'MODALITIES', 'ENTITY',
-           'RESIZE_MODES', 'INTERPOLATIONS', 'UNREADABLE', 'repo_root', 'data_dir', 'runs_dir', 'checked_path',
-           'search_places', 'find_path', 'split_files', 'interaction_files', 'has_interactions', 'dataset_names',
-           'find_dataset', 'PlainWarnings', 'progress', 'fingerprint', 'cache_dir', 'write_atomically',
-           'read_interactions', 'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality',
-           'RecData', 'odd_values', 'noting', 'load_data', 'data_of_frames', 'load_image', 'image_map', 'describe',
-           'show_items', 'show_statistics']
+           'PICTURE_BYTES', 'OUTSIDE', 'FORMATS', 'PICTURE_PIXELS', 'PIXELS', 'TURNS', 'RESIZE_MODES', 'INTERPOLATIONS',
+           'LONGEST', 'checked_path', 'search_places', 'find_path', 'split_files', 'interaction_files',
+           'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings', 'progress', 'read_interactions',
+           'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values',
+           'noting', 'load_data', 'data_of_frames', 'PictureError', 'load_image', 'image_map', 'describe', 'show_items',
+           'show_statistics']
 
 # %% ../nbs/00_data.ipynb #5cd4bdd3
 import difflib
-import hashlib
 import html
 import inspect
-import json
+import math
 import os
 import re
+import stat
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from ptmrec.tables import (
-    TABLE_ENDINGS,
-    TEXT_FIELDS,
-    DataError,
-    find_tables,
-    integers_if_lossless,
-    location,
-    read_raw,
-    read_table,
-    standard_columns,
-    table_kind,
-)
-
-# %% ../nbs/00_data.ipynb #8fcd3c96
-def repo_root() -> Path:
-    "The checkout that `ptmrec` was installed from; for an installed copy, the working directory."
-    root = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
-    while not (root / "settings.ini").exists():
-        if root == root.parent:
-            return Path.cwd()
-        root = root.parent
-    return root
-
-# %% ../nbs/00_data.ipynb #eef30618
-def data_dir() -> Path:
-    "The folder that holds one folder per data set: `$PTMREC_DATA`, else `data/` of the checkout."
-    return Path(os.environ.get("PTMREC_DATA") or repo_root() / "data")
-
-# %% ../nbs/00_data.ipynb #5a241dd6
-def runs_dir() -> Path:
-    "The folder that experiments write to: `$PTMREC_RUNS`, else `runs/` of the checkout."
-    return Path(os.environ.get("PTMREC_RUNS") or repo_root() / "runs")
+from .files import (DataError, cache_dir, cached, data_dir, fingerprint, new_array, repo_root, runs_dir,  # noqa: F401
+                          write_atomically)
+from .tables import (TABLE_ENDINGS, TEXT_FIELDS, find_tables, integers_if_lossless, location, read_raw, read_table,
+                           standard_columns, table_kind)
 
 # %% ../nbs/00_data.ipynb #57d0b3f8
 def checked_path(path: str | Path) -> Path:
@@ -180,49 +154,6 @@ def progress(*args, leave: bool = False, disable: bool = False, **kwargs) -> tqd
     file = sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else sys.stderr
     return tqdm(*args, leave=leave, file=file, mininterval=0.1 if file.isatty() else 1, delay=0 if leave else 3,
                 disable=disable or os.environ.get("TQDM_DISABLE") == "1", **kwargs)
-
-# %% ../nbs/00_data.ipynb #63171ba3
-def _hashed_bytes(part):
-    "The bytes of one part of a fingerprint, length first, in pieces."
-    if isinstance(part, Path):
-        with open(part, "rb") as file:
-            yield f"{os.fstat(file.fileno()).st_size}:".encode()
-            while piece := file.read(1 << 20):
-                yield piece
-    elif isinstance(part, np.ndarray) and part.dtype != object:
-        head = f"{part.dtype}{part.shape}"
-        yield f"{len(head) + part.nbytes}:{head}".encode()
-        yield np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-    else:
-        content = json.dumps(part.tolist() if isinstance(part, np.ndarray) else part, default=str).encode()
-        yield f"{len(content)}:".encode() + content
-
-# %% ../nbs/00_data.ipynb #e486d8b8
-def fingerprint(*parts) -> str:
-    "A 16-digit key of the content of arrays, files (`Path`), strings and JSON-able values."
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        for piece in _hashed_bytes(part):
-            digest.update(piece)
-    return digest.hexdigest()
-
-# %% ../nbs/00_data.ipynb #320e40ac
-def cache_dir() -> Path:
-    "Where derived files are kept; safe to delete at any time."
-    return data_dir() / ".cache"
-
-# %% ../nbs/00_data.ipynb #63976ce4
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
-    "Call `write(temporary_path)`, then rename the result to `path`; returns `path`."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 # %% ../nbs/00_data.ipynb #14a4ce3a
 def _raise_if_any(bad, path, table, column, problem):
@@ -443,11 +374,8 @@ def make_split(
 def _saved_split(rule, seed, user, item, user_ids, item_ids, time):
     "The split of these interactions by `rule`: the one made before, if there is one."
     content = (user, item, user_ids, item_ids, *([np.asarray(time)] if rule in TIMED_RULES else [seed]))
-    path = cache_dir() / f"split-{rule}-{fingerprint('split', rule, *content)}.npy"
-    if not path.exists():
-        label = make_split(rule, user, item, time, seed)
-        write_atomically(path, lambda temporary: np.save(temporary, label))
-    return np.load(path)
+    name = f"split-{rule}-{fingerprint('split', rule, *content)}.npy"
+    return np.load(cached(name, lambda path: np.save(path, make_split(rule, user, item, time, seed))))
 
 # %% ../nbs/00_data.ipynb #6653709e
 @dataclass
@@ -541,6 +469,7 @@ class RecData:
     `features`: ready-made tables {modality: (I, d_m) float32}.
     `files`: {modality: I paths, None where there is none} of modalities with an encoder of their own.
     `left_out`: {reason: number of interactions that were read and not kept}.
+    `items`: the columns of the item tables, a row per item; no column if there are none.
     `notes`: what was odd or guessed when it was read, a sentence each.
     """
 
@@ -552,6 +481,7 @@ class RecData:
     files: dict = field(default_factory=dict)
     left_out: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
+    items: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
     def from_frames(cls, interactions, items=None, name: str = "frames", **arguments):
@@ -628,13 +558,13 @@ def _join_items(source, table, item_ids):
 
 # %% ../nbs/00_data.ipynb #f469b74d
 def _item_table(folder, item_ids):
-    "The text and image columns of all item tables of a folder: one row per item, in item order."
+    "The columns of all item tables of a folder: one row per item, in item order."
     columns = {}
     tables = [parts for stem in ("items", "movies", "plots") for parts in find_tables(folder, stem)]
     for parts in tables + [[path] for path in sorted(folder.glob("*.item"))]:
         table = pd.concat(map(read_table, parts), ignore_index=True) if len(parts) > 1 else read_table(parts[0])
         table = _join_items(parts[0] if len(parts) == 1 else folder, table, item_ids)
-        columns.update({c: table[c] for c in (*TEXT_FIELDS, "image") if c in table})
+        columns.update({c: table[c] for c in table if c != "item"})
     return pd.DataFrame(columns, index=pd.Index(item_ids.astype(str)))
 
 # %% ../nbs/00_data.ipynb #9c621a6b
@@ -668,21 +598,55 @@ def _files_by_name(folder, endings, table):
         warnings.warn(f"{folder} has no file that is read ({', '.join(endings)}).")
     return found
 
+# %% ../nbs/00_data.ipynb #9d0ab675
+PICTURE_BYTES = 100_000_000  # a larger file is no item picture
+OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_IMAGES)"
+
+
+def _file_check(folder, most):
+    "A function that says why a file is no content of the data set in `folder`; empty if it is. `most`: its bytes."
+    more = filter(None, os.environ.get("PTMREC_IMAGES", "").split(os.pathsep))
+    real = cache(os.path.realpath)
+    places = (folder, *(folder / name for name in ("images", "posters", *MODALITIES)), *more)
+    roots = tuple(os.path.join(real(place), "") for place in places)
+
+    def refusal(path):
+        if not os.path.isfile(path):
+            return "are not there"
+        where = real(path) if os.path.islink(path) else os.path.join(real(os.path.dirname(path)), "")
+        if not where.startswith(roots):
+            return OUTSIDE
+        return "" if os.path.getsize(path) <= most else f"have more than {most / 1e6:.0f} MB"
+
+    return refusal
+
+# %% ../nbs/00_data.ipynb #7f3a91c2
+def _usable_files(folder, choices, most=math.inf):
+    "The first file of each item's `choices` (I lists) that can be used, or None; a warning counts those that cannot."
+    check, refused = _file_check(folder, most), {}
+    found = [next((p for p in paths if not refused.setdefault(p, check(p))), None) for paths in choices]
+    for reason, n in Counter(refused.values()).items():
+        if reason not in ("", "are not there"):
+            first = next(path for path, why in refused.items() if why == reason)
+            warnings.warn(f"{folder}: {n:,} files are not used, they {reason}. The first is {first}.")
+    return found
+
 # %% ../nbs/00_data.ipynb #8354f565
 def _images_by_column(folder, table):
-    "The file that the `image` column names, per item; None where there is none. Addresses on the web are no files."
+    "The file that the `image` column names, per item, or None; it need not be there. Addresses on the web are no files."
     if "image" not in table:
         return [None] * len(table)
     local = table.image.where(~table.image.astype(str).str.contains("://"))
-    named = [None if pd.isna(n) else folder / str(n) for n in local]
-    return [n if n is not None and n.is_file() else None for n in named]
+    return [None if pd.isna(n) else folder / str(n) for n in local]
 
 # %% ../nbs/00_data.ipynb #282649bb
 def _item_images(folder, table):
-    "One image file per item, or None: the file in its `image` column if it exists, else the one with its id."
+    "One image file per item, or None: the file in its `image` column if it can be used, else the one with its id."
     files = {k: v for name in ("images", "posters") for k, v in _files_by_name(folder / name, IMAGE_ENDINGS, table).items()}
-    images = [named or files.get(i) for i, named in zip(table.index, _images_by_column(folder, table))]
-    if files and not any(_images_by_column(folder, table)):
+    named = _images_by_column(folder, table)
+    choices = [[p for p in (by_column, files.get(i)) if p] for i, by_column in zip(table.index, named)]
+    images = _usable_files(folder, choices, PICTURE_BYTES)
+    if files and not any(used and used == by_column for used, by_column in zip(images, named)):
         _warn_of_few(folder, "picture", table.index, list(files))
     return images
 
@@ -690,10 +654,11 @@ def _item_images(folder, table):
 def _read_features(path, item_ids):
     "The rows (I, d) float32 of a feature file that the integer `item_ids` name."
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise DataError(f"{path} cannot be read as an array: {e}") from e
-    if table.ndim != 2 or not np.issubdtype(table.dtype, np.number):
+        table = np.lib.format.open_memmap(path, mode="r")
+    except Exception as e:  # numpy raises almost anything for a damaged header
+        raise DataError(f"{path} cannot be read as an array in .npy format: {str(e).splitlines()[0] or type(e).__name__}. "
+                        "Write it with numpy.save.") from None
+    if table.ndim != 2 or not (np.issubdtype(table.dtype, np.integer) or np.issubdtype(table.dtype, np.floating)):
         raise DataError(f"{path} must hold a table of numbers, one row per item; its shape is {table.shape}, its type "
                         f"{table.dtype}.")
     if not np.issubdtype(item_ids.dtype, np.integer) or item_ids.min() < 0 or item_ids.max() >= len(table):
@@ -719,7 +684,8 @@ def _item_files(folder, table, features):
     for name, files in found.items():
         if files:
             _warn_of_few(folder / name, "file", table.index, list(files))
-    return {name: [files.get(item) for item in table.index] for name, files in found.items() if files}
+    return {name: _usable_files(folder, [[files[item]] if item in files else [] for item in table.index])
+            for name, files in found.items() if files}
 
 # %% ../nbs/00_data.ipynb #d6b5a4e4
 def _odd_times(time):
@@ -824,7 +790,7 @@ def load_data(
     def content(item_ids):
         items, features = _item_table(folder, item_ids), _item_features(folder, item_ids)
         return {"texts": _item_texts(items), "images": _item_images(folder, items), "features": features,
-                "files": _item_files(folder, items, features)}
+                "files": _item_files(folder, items, features), "items": items}
 
     with noting(notes):
         path, table = _read_checked(folder, timed=split in TIMED_RULES)
@@ -863,7 +829,9 @@ def data_of_frames(
     def content(item_ids):
         known = pd.DataFrame(index=pd.Index(item_ids.astype(str)))
         known = known if items is None else _join_items("items", _as_frame(items, "items"), item_ids)
-        return {"texts": _item_texts(known), "images": _images_by_column(Path(), known)}
+        named = _images_by_column(Path(), known)
+        return {"texts": _item_texts(known), "images": [p if p and os.path.isfile(p) else None for p in named],
+                "items": known.drop(columns="item", errors="ignore")}
 
     with noting(notes):
         table = _check_interactions("interactions", _as_frame(interactions, "interactions"), timed=split in TIMED_RULES)
@@ -872,8 +840,82 @@ def data_of_frames(
     return data
 
 # %% ../nbs/00_data.ipynb #e6402438
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow tries these and no others
+PICTURE_PIXELS = 50_000_000  # of a picture that is decoded
+PIXELS = 2  # version of what `load_image` makes of a picture; a new one makes cached images anew
+
+
+class PictureError(DataError):
+    "A picture file that cannot be used, for the `reason` given."
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self):
+        return f"{self.path}: {self.reason}."
+
+# %% ../nbs/00_data.ipynb #edd28297
+@contextmanager
+def _opened(path) -> Iterator[Image.Image]:
+    "A picture file, opened and decoded. Whatever goes wrong with it, in the block too, is a `PictureError`."
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > PICTURE_BYTES:
+            raise PictureError(path, f"not a file of at most {PICTURE_BYTES / 1e6:.0f} MB")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > PICTURE_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            yield image
+    except PictureError:
+        raise
+    except Image.DecompressionBombError:
+        raise PictureError(path, f"more than {PICTURE_PIXELS / 1e6:.0f} million pixels") from None
+    except UnidentifiedImageError:
+        raise PictureError(path, "not a JPEG, PNG, WebP, GIF or BMP picture") from None
+    except Exception as error:  # decoders raise almost anything for a damaged file
+        reason = getattr(error, "strerror", None)
+        raise PictureError(path, f"cannot be read ({reason})" if reason else "damaged or cut") from None
+
+# %% ../nbs/00_data.ipynb #90cb1ec6
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # by EXIF orientation
+
+
+def _upright(image):
+    "A picture as its EXIF data says it should be seen."
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # EXIF data can be damaged where the picture is not
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _as_rgb(image):
+    "A picture in RGB, 8 bits: of 16 bits the upper ones, transparent parts on white."
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image, ground = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+    ground.paste(image, mask=image.getchannel("A"))
+    return ground
+
+# %% ../nbs/00_data.ipynb #62b4547d
 RESIZE_MODES = ("shortest", "squash")
 INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
+LONGEST = 8  # of a picture that is longer than this many times its shorter side, only the middle is resized
+
+
+def _middle(image):
+    "The middle of a picture, without the ends that are cut off anyway after resizing."
+    sides = [min(side, LONGEST * min(image.size)) for side in image.size]
+    if sides == list(image.size):
+        return image
+    left, top = ((whole - side) // 2 for whole, side in zip(image.size, sides))
+    return image.crop((left, top, left + sides[0], top + sides[1]))
 
 # %% ../nbs/00_data.ipynb #b25b0e57
 def load_image(
@@ -882,28 +924,25 @@ def load_image(
     resize_mode: str = "shortest",  # resize the shorter side and take the centre, or "squash" both sides
     interpolation: str = "bicubic",  # or "bilinear"
 ) -> np.ndarray:
-    "One image (size, size, 3) uint8, as open_clip feeds it to a CLIP. Raises one of `UNREADABLE`."
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    "One image (size, size, 3) uint8, as open_clip feeds it to a CLIP. Raises `PictureError`."
+    with _opened(path) as image:
+        image = _as_rgb(_upright(image if resize_mode == "squash" else _middle(image)))
         width, height = (size if resize_mode == "squash" else int(size * side / min(image.size)) for side in image.size)
         left, top = (round((side - size) / 2) for side in (width, height))
         image = image.resize((width, height), INTERPOLATIONS[interpolation]).crop((left, top, left + size, top + size))
     return np.asarray(image)
 
-# %% ../nbs/00_data.ipynb #9c403893
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
-
 # %% ../nbs/00_data.ipynb #ae3869fb
 def _decode_images(images, pixels, *how):
-    "Fill `pixels` (I, size, size, 3) from image files; returns a mask (I,) of those read, and the files that failed."
+    "Fill `pixels` (I, size, size, 3) from image files; returns a mask (I,) of those read, and the errors of the others."
     seen, unreadable = np.zeros(len(images), bool), []
     for i, image in enumerate(progress(images, desc="Images", unit="image")):
         if image is None:
             continue
         try:
             pixels[i], seen[i] = load_image(image, pixels.shape[1], *how), True
-        except UNREADABLE:
-            unreadable.append(image)
+        except PictureError as error:
+            unreadable.append(error)
     return seen, unreadable
 
 # %% ../nbs/00_data.ipynb #64f22a47
@@ -915,25 +954,27 @@ def image_map(
 ) -> tuple[np.ndarray, np.ndarray]:
     """All images of a data set as a read-only memory map (I, size, size, 3) uint8, and a mask (I,) of those present.
 
-    Cached by the content of the image files. Missing and unreadable images are zeros, and False in the mask.
+    Cached by the content of the image files, in one file. Missing and unreadable images are zeros, and False in the mask.
     """
-    key = fingerprint("image_map", size, resize_mode, interpolation,
+    key = fingerprint("image_map", PIXELS, size, resize_mode, interpolation,
                       [p is not None for p in data.images], *[p for p in data.images if p])
-    pixels_path, seen_path = (cache_dir() / f"images-{key}-{what}.npy" for what in ("pixels", "seen"))
-    if not seen_path.exists():
-        seen, unreadable = None, []
 
-        def write_pixels(path):
-            nonlocal seen, unreadable
-            pixels = np.lib.format.open_memmap(path, "w+", np.uint8, (len(data.images), size, size, 3))
-            seen, unreadable = _decode_images(data.images, pixels, resize_mode, interpolation)
-            pixels.flush()
-
-        write_atomically(pixels_path, write_pixels)
-        write_atomically(seen_path, lambda path: np.save(path, seen))
+    def write(path):
+        pixels = new_array(path, np.uint8, (len(data.images), size, size, 3))
+        seen, unreadable = _decode_images(data.images, pixels, resize_mode, interpolation)
+        pixels.flush()
+        with open(path, "ab") as file:
+            np.save(file, seen)
         if unreadable:
-            warnings.warn(f"{len(unreadable):,} unreadable images are treated as missing, the first is {unreadable[0]}.")
-    return np.load(pixels_path, mmap_mode="r"), np.load(seen_path)
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in Counter(e.reason for e in unreadable).items())
+            warnings.warn(f"{len(unreadable):,} unreadable images are treated as missing ({reasons}); the first is "
+                          f"{unreadable[0].path}.")
+
+    path = cached(f"images-{key}.npy", write)
+    pixels = np.load(path, mmap_mode="r")
+    with open(path, "rb") as file:
+        file.seek(pixels.offset + pixels.nbytes)
+        return pixels, np.load(file)
 
 # %% ../nbs/00_data.ipynb #2e606256
 def _interaction_rows(inter):
@@ -976,7 +1017,7 @@ def show_items(data: RecData, items: Sequence[int], columns: int = 6):
         if data.images[item]:
             try:
                 ax.imshow(load_image(data.images[item], 128))
-            except UNREADABLE:
+            except PictureError:
                 pass
         ax.set_title(data.texts[item][:26], fontsize=9)
     return figure

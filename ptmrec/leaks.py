@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import Interactions, RecData, fingerprint
+from .data import Interactions, RecData
+from .files import DataError, fingerprint
 
 # %% ../nbs/00h_leaks.ipynb #09ab3843
 def pairs_in_two_splits(inter: Interactions) -> np.ndarray:
@@ -24,7 +25,7 @@ def pairs_in_two_splits(inter: Interactions) -> np.ndarray:
 def _picture_key(path):
     try:
         return fingerprint(Path(path)) if path else ""
-    except OSError:
+    except DataError:
         return ""
 
 # %% ../nbs/00h_leaks.ipynb #3b2a0038

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPELLINGS', 'OTHER_SPELLINGS', 'STANDARD_NAMES', 'TEXT_FIELDS', 'READ_AS_TEXT', 'TEXT_HEADERS', 'SEPARATORS',
-           'HEADERLESS', 'READERS', 'ENDINGS', 'TABLE_ENDINGS', 'DataError', 'standard_name', 'standard_columns',
+           'HEADERLESS', 'READERS', 'ENDINGS', 'TABLE_ENDINGS', 'standard_name', 'standard_columns',
            'integers_if_lossless', 'find_encoding', 'table_kind', 'open_unpacked', 'file_encoding', 'open_text',
-           'find_separator', 'plain_text', 'read_raw', 'read_table', 'location', 'column_names', 'find_tables']
+           'find_separator', 'storable', 'plain_text', 'read_raw', 'read_table', 'location', 'column_names',
+           'find_tables']
 
 # %% ../nbs/00f_tables.ipynb #5fb35742
 import codecs
@@ -27,12 +28,7 @@ from typing import TextIO
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/00f_tables.ipynb #20f1751b
-class DataError(ValueError):
-    "Input data that cannot be used; the message names file, row and column, and says what to do."
-
-    def _render_traceback_(self):  # IPython shows these lines: the message alone
-        return [f"{type(self).__name__}: {self}"]
+from .files import DataError
 
 # %% ../nbs/00f_tables.ipynb #22f13e31
 SPELLINGS = {
@@ -220,13 +216,18 @@ def _read_text_table(path):
                             f"line ({str(e).strip()}).") from e
 
 # %% ../nbs/00f_tables.ipynb #eb449df4
+def storable(text: str) -> str:
+    "Text without halves of characters, which JSON can hold and no file can."
+    return text.encode("utf-8", "replace").decode()
+
+
 def _leaves(value):
     return [leaf for v in value for leaf in _leaves(v)] if isinstance(value, (list, tuple)) else [value]
 
 # %% ../nbs/00f_tables.ipynb #cc50bd04
 def plain_text(value: object, separator: str = " ") -> str | None:
     "One line of text from a string or nested lists of strings, entities resolved, repetitions dropped; None if empty."
-    parts = [" ".join(html.unescape(str(v)).split()) for v in _leaves(value) if v is not None]
+    parts = [" ".join(storable(html.unescape(str(v))).split()) for v in _leaves(value) if v is not None]
     return separator.join(dict.fromkeys(p for p in parts if p)) or None
 
 # %% ../nbs/00f_tables.ipynb #c09a23db

@@ -224,7 +224,7 @@ def test_splits_are_saved_and_found_again(home, monkeypatch):
     monkeypatch.setattr("ptmrec.data.make_split", None)
     for rule, data in made.items():
         assert load_data("shop", split=rule).fingerprint() == data.fingerprint() != other.fingerprint()
-    assert len([p for p in cache_dir().iterdir() if p.name.startswith("split-")]) == len(SPLIT_RULES) + 1
+    assert len(list(cache_dir().glob("split-*.npy"))) == len(SPLIT_RULES) + 1
 
 
 def test_own_split_is_kept_unless_a_rule_is_named(home):
