@@ -774,7 +774,7 @@ def _rec_data(name, source, table, content, min_rating=None, core=0, split=None,
     _check_parts(source, inter, own="split" in table)
     return RecData(name, inter, left_out=left_out, **content(inter.item_ids))
 
-# %% ../nbs/00_data.ipynb #b4f01f11
+# %% ../nbs/00_data.ipynb #357e6470
 def load_data(
     dataset: str | Path,  # a name, or the path of a folder
     min_rating: float | None = None,  # keep interactions rated at least this
@@ -795,7 +795,7 @@ def load_data(
     with noting(notes):
         path, table = _read_checked(folder, timed=split in TIMED_RULES)
         data = _rec_data(folder.name, path, table, content, min_rating, core, split, split_seed)
-    data.notes = [note.replace(f"{folder}{os.sep}", "") for note in notes]
+    data.notes = [note.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name) for note in notes]
     return data
 
 # %% ../nbs/00_data.ipynb #49c10669
