@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BASE_URL', 'HOME', 'FILES', 'SHORT_NAMES', 'PUBLISHED', 'PATIENCE', 'UNPARSABLE', 'MAX_LINE', 'ASIN', 'REVIEW',
            'META', 'MAX_BYTES', 'MAX_PIXELS', 'MIN_SIDE', 'ENDINGS', 'MANIFEST', 'PUBLISHED_SETTINGS', 'retry_after',
-           'back_off', 'leads_inside', 'fetch_file', 'raw_files', 'read_lines', 'read_reviews', 'make_interactions',
-           'check_published', 'read_meta', 'ImageRefused', 'ImageFailed', 'check_image', 'Network', 'read_manifest',
-           'download_images', 'read_image_features', 'write_release', 'write_defaults', 'check_category', 'prepare',
-           'find_or_prepare']
+           'back_off', 'leads_inside', 'fetch_file', 'download_missing', 'raw_files', 'read_lines', 'read_reviews',
+           'make_interactions', 'check_published', 'read_meta', 'ImageRefused', 'ImageFailed', 'check_image', 'Network',
+           'read_manifest', 'download_images', 'read_image_features', 'write_release', 'write_defaults',
+           'report_missing_images', 'check_category', 'prepare', 'find_or_prepare']
 
-# %% ../nbs/00a_amazon.ipynb #ea6b269c
+# %% ../nbs/00a_amazon.ipynb #adaf8956
 import ast
 import asyncio
 import gzip
@@ -22,6 +22,7 @@ import re
 import socket
 import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,19 +36,11 @@ import numpy as np
 import pandas as pd
 from anyio.from_thread import start_blocking_portal
 from PIL import Image
+from pyarrow import parquet
 from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from ptmrec.data import (
-    IMAGE_ENDINGS,
-    MAX_RATING,
-    TEXT_FIELDS,
-    DataError,
-    find_dataset,
-    has_interactions,
-    k_core,
-    make_split,
-    progress,
-)
+from .data import (IMAGE_ENDINGS, MAX_RATING, TEXT_FIELDS, DataError, find_dataset, has_interactions, k_core,
+                         make_split, progress)
 from .files import data_dir, locked, scratch_folder, sweep, write_atomically, writing
 from .tables import plain_text, storable
 
@@ -112,18 +105,6 @@ def _refuse_inside(url):
 
     return check
 
-# %% ../nbs/00a_amazon.ipynb #6fc274c2
-def _check_gzip(part, url):
-    "Raise `DataError`, and delete the file `part`, unless it is a whole gzip file."
-    try:
-        with gzip.open(part) as file:
-            while file.read(1 << 20):
-                pass
-    except (OSError, EOFError, zlib.error) as e:
-        part.unlink()
-        raise DataError(f"{url} is not a complete gzip file ({e}). Run again, or name another address with "
-                        "base_url.") from None
-
 # %% ../nbs/00a_amazon.ipynb #74f5df99
 def _append_rest(url, part):
     "Request what the file `part` lacks of `url`, and append it."
@@ -141,16 +122,32 @@ def _append_rest(url, part):
             for piece in answer.iter_raw():
                 bar.update(file.write(piece))
 
-# %% ../nbs/00a_amazon.ipynb #4feab0a2
+# %% ../nbs/00a_amazon.ipynb #780fd167
+def _what_is_wrong(part, ending):
+    "Why a downloaded file is not whole, by the checksums that its kind has; empty if nothing is wrong."
+    try:
+        if ending == ".gz":
+            with gzip.open(part) as file:
+                while file.read(1 << 20):
+                    pass
+        elif ending == ".zip":
+            with zipfile.ZipFile(part) as archive:
+                return f"{broken} is damaged" if (broken := archive.testzip()) else ""
+        with part.open("rb") as file:
+            return "it is a web page" if ending != ".html" and b"<html" in file.read(1000).lower() else ""
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as e:
+        return str(e)
+
+# %% ../nbs/00a_amazon.ipynb #2f82f966
 def fetch_file(
     url: str,
     path: str | Path,
     attempts: int = 5,
     wait: float = 1.0,  # seconds before the second attempt
 ) -> Path:
-    """Download a gzip file to `path`, unless it is there; a broken download continues where it stopped, now or later.
+    """Download a file to `path`; a broken download continues where it stopped, now or in the next call.
 
-    Raises `httpx2.HTTPError` if the server does not deliver, `DataError` if the file is not a complete gzip file.
+    Raises `httpx2.HTTPError` if the server does not deliver, `DataError` if a `.gz` or `.zip` is not complete.
     """
     path = Path(path)
     with locked(path):
@@ -164,22 +161,41 @@ def _fetch_alone(url, path, attempts, wait):
                             reraise=True):
         with attempt:
             _append_rest(url, part)
-    _check_gzip(part, url)
+    if wrong := _what_is_wrong(part, path.suffix):
+        part.unlink()
+        kind = path.suffix[1:].replace("gz", "gzip")
+        raise DataError(f"{url} is not a complete {kind} file ({wrong}). Run again, or name another address.")
     return part.replace(path)
 
-# %% ../nbs/00a_amazon.ipynb #6cec7b97
-def _download_missing(names, folder, base_url):
-    "Download files, and return why the first one that failed did (empty: all are there)."
-    for name in names:
-        try:
-            fetch_file(f"{base_url.rstrip('/')}/{name}", folder / name)
-        except httpx2.HTTPStatusError as e:
-            return f"cannot be downloaded: {e.request.url} answers HTTP {e.response.status_code}"
-        except httpx2.HTTPError as e:
-            return f"cannot be downloaded: {urlsplit(base_url).netloc} does not answer ({type(e).__name__})"
+# %% ../nbs/00a_amazon.ipynb #6b953d77
+def _try_address(url, path):
+    "Download a file, and return why that failed (empty: it is there)."
+    try:
+        fetch_file(url, path)
+    except httpx2.HTTPStatusError as e:
+        return f"{e.request.url} answers HTTP {e.response.status_code}"
+    except httpx2.HTTPError as e:
+        return f"{urlsplit(url).netloc} does not answer ({type(e).__name__})"
     return ""
 
-# %% ../nbs/00a_amazon.ipynb #71e0734c
+# %% ../nbs/00a_amazon.ipynb #df19886e
+def download_missing(
+    names: Sequence[str],  # of files
+    folder: Path,  # where they go
+    addresses: Sequence[str],  # of folders on servers, tried in this order
+) -> str:
+    "Download files, and return why the first one that no address delivers cannot be had (empty: all are there)."
+    for name in names:
+        why = []
+        for address in addresses:
+            why.append(_try_address(f"{address.rstrip('/')}/{name}", folder / name))
+            if not why[-1]:
+                break
+        if all(why):
+            return f"cannot be downloaded: {'; '.join(why)}"
+    return ""
+
+# %% ../nbs/00a_amazon.ipynb #4f803bfc
 def raw_files(
     category: str,  # as the release writes it
     release: int,  # 2014 or 2023
@@ -193,7 +209,7 @@ def raw_files(
         return next((p for p in (folder / name, folder / name.removesuffix(".gz")) if p.exists()), None)
 
     missing = [name for name in names if not find(name)]
-    why = _download_missing(missing, folder, base_url) if base_url else "are not there" * bool(missing)
+    why = download_missing(missing, folder, [base_url]) if base_url else "are not there" * bool(missing)
     if why:
         missing = [name for name in missing if not find(name)]
         raise DataError(f"{' and '.join(missing)} {why}. Download from {base_url or HOME[release]} and put into {folder}.")
@@ -484,7 +500,9 @@ def read_manifest(folder: str | Path) -> pd.DataFrame:
     """
     path, journal, rows = Path(folder) / "manifest.parquet", Path(folder) / ".manifest.jsonl", []
     try:
-        table = pd.read_parquet(path)[list(MANIFEST)].astype(MANIFEST)
+        table = parquet.read_table(path)
+        table.validate(full=True)  # characters as well
+        table = table.to_pandas()[list(MANIFEST)].astype(MANIFEST)
     except Exception as e:  # pyarrow raises almost anything for a damaged file
         if path.exists():
             warnings.warn(f"{path} is damaged and is made anew ({type(e).__name__}): images that are there are kept, and "
@@ -686,8 +704,8 @@ def write_defaults(folder: Path, name: str) -> None:
         lines += ["", f"[{backbone}]", *(f"{setting} = {value}" for setting, value in settings.items())]
     write_atomically(path, lambda p: p.write_text("\n".join(lines) + "\n"))
 
-# %% ../nbs/00a_amazon.ipynb #a30f9b82
-def _report_missing_images(manifest, folder):
+# %% ../nbs/00a_amazon.ipynb #eee88773
+def report_missing_images(manifest: pd.DataFrame, folder: Path) -> None:
     "Count the missing images by reason in a warning. Raises `DataError` if there is no image at all."
     reasons = manifest.error.dropna().value_counts()
     counted = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
@@ -716,7 +734,7 @@ def _prepare_alone(short, official, release, folder, raw, base_url, text_fields,
         write_defaults(folder, short)
     write_atomically(folder / "items.parquet", lambda path: items.to_parquet(path, index=False))
     if images:
-        _report_missing_images(download_images(items, folder, **download), folder)
+        report_missing_images(download_images(items, folder, **download), folder)
     if (features := raw / f"image_features_{official}.b").exists():
         write_defaults(write_release(folder, features, interactions), short if release == 2014 else "")
     write_atomically(folder / "interactions.parquet", lambda path: interactions.to_parquet(path, index=False))

@@ -27,17 +27,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ptmrec.data import (
-    INTERPOLATIONS,
-    PIXELS,
-    RESIZE_MODES,
-    DataError,
-    RecData,
-    find_path,
-    image_map,
-    progress,
-    search_places,
-)
+from .data import (INTERPOLATIONS, PIXELS, RESIZE_MODES, DataError, RecData, find_path, image_map, progress,
+                         search_places)
 from .distributed import barrier, broadcast, main_first, rank, split_work, world_size
 from .files import cache_dir, cached, find_cached, fingerprint, locked, new_array, repo_root
 from .settings import SettingError, did_you_mean

@@ -33,28 +33,10 @@ import pandas as pd
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from ptmrec.files import (  # noqa: F401
-    DataError,
-    cache_dir,
-    cached,
-    data_dir,
-    fingerprint,
-    new_array,
-    repo_root,
-    runs_dir,
-    write_atomically,
-)
-from ptmrec.tables import (
-    TABLE_ENDINGS,
-    TEXT_FIELDS,
-    find_tables,
-    integers_if_lossless,
-    location,
-    read_raw,
-    read_table,
-    standard_columns,
-    table_kind,
-)
+from .files import (DataError, cache_dir, cached, data_dir, fingerprint, new_array, repo_root, runs_dir,  # noqa: F401
+                          write_atomically)
+from .tables import (TABLE_ENDINGS, TEXT_FIELDS, find_tables, integers_if_lossless, location, read_raw, read_table,
+                           standard_columns, table_kind)
 
 # %% ../nbs/00_data.ipynb #57d0b3f8
 def checked_path(path: str | Path) -> Path:
@@ -124,7 +106,7 @@ def dataset_names() -> list[str]:
     folders = [f for d in (data_dir(), repo_root() / "data") if d.is_dir() for f in d.iterdir() if f.is_dir()]
     return sorted({f.name for f in folders if f.name[0] != "." and any(x.is_file() for x in f.iterdir())})
 
-# %% ../nbs/00_data.ipynb #d2180285
+# %% ../nbs/00_data.ipynb #48f1a3f1
 def find_dataset(
     dataset: str | Path,  # a name, or the path of a folder
     downloadable: Sequence[str] = (),  # further names that the caller can prepare, for the message
@@ -139,7 +121,7 @@ def find_dataset(
     names, others = dataset_names(), ", ".join(downloadable)
     near = difflib.get_close_matches(Path(dataset).name, [*names, *downloadable], n=1)
     guess = f" Did you mean {near[0]}?" if near else ""
-    known = (", ".join(names) or "none") + (f"; downloaded on first use: {others}" if others else "")
+    known = (", ".join(names) or "none") + (f"; prepared on first use: {others}" if others else "")
     raise DataError(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
                     f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
 
@@ -212,7 +194,7 @@ def _check_ratings(path, table):
     _raise_if_any(rating.abs() >= MAX_RATING, path, table, "rating", "is too large for a rating")
     return table.assign(rating=rating)
 
-# %% ../nbs/00_data.ipynb #780e8c8e
+# %% ../nbs/00_data.ipynb #94f6310c
 def _check_interactions(path, table, timed):
     "The columns of interactions in a table, checked; `timed`: a time column is needed."
     columns = ", ".join(map(str, table.columns))
@@ -229,13 +211,25 @@ def _check_interactions(path, table, timed):
                         "Choose split=random, or add a timestamp column.")
     if timed:
         table = table.assign(time=_as_times(path, table))
-    return table[[c for c in ("user", "item", "rating", "time", "split") if c in table]]
+    return table[[c for c in ("user", "item", "rating", "time", "split", "history") if c in table]]
 
-# %% ../nbs/00_data.ipynb #1d363d58
+# %% ../nbs/00_data.ipynb #5d66da0a
+def _with_history(table):
+    "The table with its lists of earlier items as rows of their own, in training if there is a split."
+    if "history" not in table:
+        return table
+    past = table[["user"]].assign(item=table.history.fillna("").astype(str).str.split()).explode("item").dropna()
+    pairs = [pd.MultiIndex.from_frame(t[["user", "item"]].astype(str)) for t in (past, table)]
+    past = past[~pairs[0].isin(pairs[1]) & ~pairs[0].duplicated()]
+    past = past.assign(split=0) if "split" in table else past
+    return pd.concat([table.drop(columns="history"), past], ignore_index=True)
+
+# %% ../nbs/00_data.ipynb #f6a90025
 def _joined(tables, text):
     "Tables below each other; ids of text files become integers if that loses nothing."
-    table = pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
-    ids = {c: table[c].map(str) if table[c].map(type).nunique() > 1 else table[c] for c in ("user", "item")} if text else {}
+    table = _with_history(pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0])
+    ids = {c: table[c] for c in ("user", "item")} if text else {}
+    ids = {c: column.map(str).astype(str) if column.dtype == object else column for c, column in ids.items()}
     return table.assign(**{c: integers_if_lossless(column) for c, column in ids.items()})
 
 # %% ../nbs/00_data.ipynb #e3f889d2
@@ -475,6 +469,7 @@ class RecData:
     `features`: ready-made tables {modality: (I, d_m) float32}.
     `files`: {modality: I paths, None where there is none} of modalities with an encoder of their own.
     `left_out`: {reason: number of interactions that were read and not kept}.
+    `items`: the columns of the item tables, a row per item; no column if there are none.
     `notes`: what was odd or guessed when it was read, a sentence each.
     """
 
@@ -486,6 +481,7 @@ class RecData:
     files: dict = field(default_factory=dict)
     left_out: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
+    items: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
     def from_frames(cls, interactions, items=None, name: str = "frames", **arguments):
@@ -562,13 +558,13 @@ def _join_items(source, table, item_ids):
 
 # %% ../nbs/00_data.ipynb #f469b74d
 def _item_table(folder, item_ids):
-    "The text and image columns of all item tables of a folder: one row per item, in item order."
+    "The columns of all item tables of a folder: one row per item, in item order."
     columns = {}
     tables = [parts for stem in ("items", "movies", "plots") for parts in find_tables(folder, stem)]
     for parts in tables + [[path] for path in sorted(folder.glob("*.item"))]:
         table = pd.concat(map(read_table, parts), ignore_index=True) if len(parts) > 1 else read_table(parts[0])
         table = _join_items(parts[0] if len(parts) == 1 else folder, table, item_ids)
-        columns.update({c: table[c] for c in (*TEXT_FIELDS, "image") if c in table})
+        columns.update({c: table[c] for c in table if c != "item"})
     return pd.DataFrame(columns, index=pd.Index(item_ids.astype(str)))
 
 # %% ../nbs/00_data.ipynb #9c621a6b
@@ -586,18 +582,20 @@ def _item_texts(table):
                       f"{ENTITY.search(texts[changed[0]])[0]}; they are read as the characters.")
     return plain
 
-# %% ../nbs/00_data.ipynb #4e29349c
+# %% ../nbs/00_data.ipynb #2541063a
 def _files_by_name(folder, endings, table):
     "{item id: file} of a folder and the folders in it. Raises `DataError` if no file is named after an item."
     if not folder.is_dir():
         return {}
-    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder)
+    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder, followlinks=True)
                     for name in names if name.lower().endswith(endings) and name[0] != ".")
     found = {os.path.splitext(name)[0]: path for _, name, path in sorted(nested, key=lambda entry: -entry[0])}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
         name = min(nested)[1]
         raise DataError(f"{folder}: none of its {len(found):,} files is named after an item (the first is {name}, "
                         f"the first item {table.index[0]}).")
+    if not found:
+        warnings.warn(f"{folder} has no file that is read ({', '.join(endings)}).")
     return found
 
 # %% ../nbs/00_data.ipynb #9d0ab675
@@ -622,7 +620,7 @@ def _file_check(folder, most):
 
     return refusal
 
-# %% ../nbs/00_data.ipynb #7f3a91c2
+# %% ../nbs/00_data.ipynb #e58ec55a
 def _usable_files(folder, choices, most=math.inf):
     "The first file of each item's `choices` (I lists) that can be used, or None; a warning counts those that cannot."
     check, refused = _file_check(folder, most), {}
@@ -701,14 +699,14 @@ def _odd_times(time):
         notes.append(f"{ms:,} of {n:,} times are in milliseconds, the others in seconds; a split by time would be wrong.")
     return notes + [f"All {n:,} times are in milliseconds; only their order matters here."] * (ms == n)
 
-# %% ../nbs/00_data.ipynb #f664421d
+# %% ../nbs/00_data.ipynb #e454e2c9
 def _odd_ids(ids, column):
     "Whether a spreadsheet has rounded ids, as a sentence in a list."
     if not pd.api.types.is_string_dtype(ids):
         return []
     kinds = pd.Series(pd.unique(ids)).astype(str)
     rounded = kinds[kinds.str.fullmatch(r"\d([.,]\d+)?[eE]\+\d+")]
-    n = int(ids.isin(rounded).sum())
+    n = int(ids.isin(rounded).sum()) if len(rounded) else 0
     return [f"{n:,} rows have a rounded {column} id such as {rounded.iloc[0]}: a spreadsheet has made several "
             f"{column}s one. Export the table anew, ids as text."] if n else []
 
@@ -763,9 +761,9 @@ def _check_parts(source, inter, own):
         raise DataError(f"{source}: no user has three interactions, so none are left for {' and '.join(missing)}. Add "
                         "interactions, or choose split=global_time, which cuts all of them by time.")
 
-# %% ../nbs/00_data.ipynb #0b3b739d
+# %% ../nbs/00_data.ipynb #a1ceca18
 def _rec_data(name, source, table, content, min_rating=None, core=0, split=None, split_seed=0):
-    "A `RecData` of checked interactions; `content(item_ids)` gives texts, images and features."
+    "A `RecData` of checked interactions; `content(item_ids)` gives the fields that describe the items."
     table = table.drop(columns="split", errors="ignore") if split else table
     for note in odd_values(table):
         warnings.warn(f"{source}: {note}")
@@ -774,9 +772,9 @@ def _rec_data(name, source, table, content, min_rating=None, core=0, split=None,
         raise DataError(f"{source}: no interactions are left with min_rating={min_rating} and core={core}.")
     inter = Interactions.from_table(table, split_seed, split)
     _check_parts(source, inter, own="split" in table)
-    return RecData(name, inter, *content(inter.item_ids), left_out)
+    return RecData(name, inter, left_out=left_out, **content(inter.item_ids))
 
-# %% ../nbs/00_data.ipynb #a28ed4b9
+# %% ../nbs/00_data.ipynb #b4f01f11
 def load_data(
     dataset: str | Path,  # a name, or the path of a folder
     min_rating: float | None = None,  # keep interactions rated at least this
@@ -791,7 +789,8 @@ def load_data(
 
     def content(item_ids):
         items, features = _item_table(folder, item_ids), _item_features(folder, item_ids)
-        return _item_texts(items), _item_images(folder, items), features, _item_files(folder, items, features)
+        return {"texts": _item_texts(items), "images": _item_images(folder, items), "features": features,
+                "files": _item_files(folder, items, features), "items": items}
 
     with noting(notes):
         path, table = _read_checked(folder, timed=split in TIMED_RULES)
@@ -815,7 +814,7 @@ def _as_frame(table, what):
     table = standard_columns(table.reset_index(drop=True), what)
     return table.astype({c: t.categories.dtype for c, t in table.dtypes.items() if isinstance(t, pd.CategoricalDtype)})
 
-# %% ../nbs/00_data.ipynb #8f17348d
+# %% ../nbs/00_data.ipynb #ee47e9ca
 def data_of_frames(
     interactions,  # a DataFrame, a table with `to_pandas`, or a dictionary of them by split
     items=None,  # likewise, without splits; a column `image` names files
@@ -831,7 +830,8 @@ def data_of_frames(
         known = pd.DataFrame(index=pd.Index(item_ids.astype(str)))
         known = known if items is None else _join_items("items", _as_frame(items, "items"), item_ids)
         named = _images_by_column(Path(), known)
-        return _item_texts(known), [p if p and os.path.isfile(p) else None for p in named], {}
+        return {"texts": _item_texts(known), "images": [p if p and os.path.isfile(p) else None for p in named],
+                "items": known.drop(columns="item", errors="ignore")}
 
     with noting(notes):
         table = _check_interactions("interactions", _as_frame(interactions, "interactions"), timed=split in TIMED_RULES)

@@ -16,16 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptmrec.clip_prompting import (
-    ItemEncoder,
-    embed_text,
-    image_features,
-    image_tower,
-    run_blocks,
-    text_features,
-    text_module,
-    text_tower,
-)
+from .clip_prompting import (ItemEncoder, embed_text, image_features, image_tower, run_blocks, text_features,
+                                   text_module, text_tower)
 from .data import DataError
 from .files import cache_dir, reserve, writing
 

@@ -7,8 +7,9 @@ __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 
            'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
            'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
            'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'alone', 'train_alone', 'runs_to_do',
-           'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs',
-           'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser', 'command_line']
+           'stopped_by_hand', 'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder',
+           'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser',
+           'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -45,7 +46,7 @@ from safetensors.torch import load_file, save_file
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
 from .data import MODALITIES, DataError, RecData, load_data, load_image
 from .distributed import broadcast, main_first, rank
-from .files import cached, find_cached, fingerprint, locked, repo_root, runs_dir, sweep, write_atomically
+from .files import cached, fingerprint, locked, repo_root, runs_dir, sweep, write_atomically
 from .peft import attach
 from .ranking import Evaluator, paired_test, rank_items
 from .settings import SettingError, described, did_you_mean, resolve, shown
@@ -124,9 +125,9 @@ def definitions(module: str) -> tuple[dict, dict]:
 # %% ../nbs/03c_runs.ipynb #27a9d85d
 # these show or keep what was computed; nor do settings count, whose values are parameters
 NO_EFFECT = {"data.progress", "files.cache_dir", "files.cached", "files.find_cached", "files.locked", "files.new_array",
-             "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "runs.Run", "runs.RunFolder", "runs.own_code",
-             "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far",
-             "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
+             "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "monitor.watch", "runs.Run",
+             "runs.RunFolder", "runs.own_code", "stage2.stage1_of", "training.Progress", "training.Stopped",
+             "training.best_so_far", "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
 
 
 def code_of(*roots: str) -> dict[str, str]:
@@ -248,16 +249,18 @@ def own_code(thing) -> dict[str, str]:
 def _encoded(name, paths):
     "Features (I, d) that the encoder of the modality `name` makes of `paths`, None where there is no file."
     encode, there = MODALITIES[name].encode, np.array([path is not None for path in paths])
-    file = f"features-{name}-{fingerprint(own_code(encode), there, *filter(None, paths))}.npy"
-    if find_cached(file) is None:
+
+    def write(temporary):
         found = np.asarray(encode([path for path in paths if path]), np.float32)
         if found.ndim != 2 or len(found) != there.sum() or not np.isfinite(found).all():
             raise DataError(f"The encoder of the modality '{name}' must return finite numbers, a row for each of the "
                             f"{there.sum():,} files; it has returned a table of shape {found.shape}.")
         table = np.tile(found.mean(0), (len(paths), 1))
         table[there] = found
-        cached(file, lambda path: np.save(path, table))
-    return torch.from_numpy(np.load(find_cached(file)))
+        np.save(temporary, table)
+
+    key = fingerprint(own_code(encode), there, *filter(None, paths))
+    return torch.from_numpy(np.load(cached(f"features-{name}-{key}.npy", write)))
 
 
 def first_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, torch.Tensor]:
@@ -412,18 +415,6 @@ class Run(RunFolder):
     def finished(self):
         return (self.folder / "metrics.json").exists()
 
-    def on_disk(self) -> dict:
-        "run.json as it is in the folder; empty if it is not there, damaged, or of another run."
-        try:
-            about = read_json(self.folder / "run.json")
-        except DataError:
-            return {}
-        return about if about.get("key") == self.about.get("key") else {}
-
-    def recorded(self) -> dict[str, str]:
-        "{file: sha256} of what should be in the folder."
-        return self.on_disk().get("files", {}) | self.written
-
     @property
     def trained(self):
         "Whether the training is over; if the run is not finished, only the test split is left to score."
@@ -439,10 +430,22 @@ class Run(RunFolder):
             raise DataError(f"Run {self.key} is not finished ({self.state}). The call that began it goes on with it.")
         return self._load("metrics.json", read_json)
 
-    def __repr__(self):
-        names = " + ".join(str(self.params[k]) for k in ("backbone", "tuning") if k in self.params)
-        return (f"Run({self.about['experiment']} on {self.about['dataset']}, {names or 'no backbone'}, seed "
-                f"{self.params.get('seed')}: {self.state}, {shown_path(self.folder)})")
+# %% ../nbs/03c_runs.ipynb #da5b98c0
+def _on_disk(run) -> dict:
+    "run.json as it is in the folder; empty if it is not there, damaged, or of another run."
+    try:
+        about = read_json(run.folder / "run.json")
+    except DataError:
+        return {}
+    return about if about.get("key") == run.about.get("key") else {}
+
+
+def _recorded(run) -> dict[str, str]:
+    "{file: sha256} of what should be in the folder."
+    return run.on_disk().get("files", {}) | run.written
+
+
+Run.on_disk, Run.recorded = _on_disk, _recorded
 
 # %% ../nbs/03c_runs.ipynb #b0b42cbd
 def new_run(
@@ -469,7 +472,7 @@ def _begin(run) -> Run:
     before = run.on_disk()
     created = {"versions": versions, "created": datetime.now().isoformat(timespec="seconds")}
     run.about |= {name: before.get(name, value) for name, value in created.items()}
-    run.about["files"] = {} if run.finished else before.get("files", {})
+    run.about |= {name: {} if run.finished else before.get(name, {}) for name in ("files", "ended")}
     if run.finished and not rank():
         (run.folder / "metrics.json").unlink()
     if run.about != before:
@@ -489,6 +492,9 @@ def _seal(run, **more) -> None:
                         "same call makes it anew.")
     run.about |= {"files": run.about.get("files", {}) | run.written} | more
     _write_about(run)
+
+
+Run.begin, Run.seal = _begin, _seal
 
 # %% ../nbs/03c_runs.ipynb #d29f673f
 def settle(target: Path) -> None:
@@ -517,7 +523,33 @@ def _finish(run, metrics: dict) -> Run:
     return run
 
 
-Run.begin, Run.seal, Run.finish = _begin, _seal, _finish
+Run.finish = _finish
+
+# %% ../nbs/03c_runs.ipynb #7c1d0e02
+def _note_ended(run, ended: dict) -> None:
+    "Keep in run.json how trainings of the run ended: {training: words}, see `how_it_ended`."
+    run.about["ended"] = run.on_disk().get("ended", {}) | ended
+    _write_about(run)
+
+
+def _ended(run) -> dict:
+    "How each training of the run ended: {training: words}."
+    return run.on_disk().get("ended", {})
+
+
+def _by_hand(run) -> str:
+    "The trainings that were stopped by hand: `Stage 1 stopped by hand at epoch 12, best 9`; \"\" if there is none."
+    return "; ".join(f"{training} {words}" for training, words in run.ended.items() if "by hand" in words)
+
+
+def _repr(run) -> str:
+    names = " + ".join(str(run.params[k]) for k in ("backbone", "tuning") if k in run.params)
+    state = f"{run.state}, {run.by_hand}" if run.by_hand else run.state
+    return (f"Run({run.about['experiment']} on {run.about['dataset']}, {names or 'no backbone'}, seed "
+            f"{run.params.get('seed')}: {state}, {shown_path(run.folder)})")
+
+
+Run.ended, Run.by_hand, Run.note_ended, Run.__repr__ = property(_ended), property(_by_hand), _note_ended, _repr
 
 # %% ../nbs/03c_runs.ipynb #567ae0b1
 TRAINED = ("backbone.safetensors", "history.csv")  # what Stage 1 leaves when its training is over
@@ -619,9 +651,16 @@ def runs_to_do(
 def _about_reuse(run, finished):
     name = f"{run.about['experiment']}, seed {run.params.get('seed')}"
     if finished:
-        return f"{name}: the finished run {run.key} is used again (rerun=True makes it anew).\n"
+        by_hand = f"{run.by_hand}; " if run.by_hand else ""
+        return f"{name}: the finished run {run.key} is used again ({by_hand}rerun=True makes it anew).\n"
     reason = None if (run.folder / "run.json").exists() else why_new(run)
     return f"{reason}\n" if reason else ""
+
+# %% ../nbs/03c_runs.ipynb #7c1d0e04
+def stopped_by_hand(runs: list[Run]) -> str:
+    "A note for under a table of results: a line per run with a training that was stopped by hand; \"\" if there is none."
+    return "\n".join(f"{' + '.join(str(run.params[k]) for k in ('backbone', 'tuning') if k in run.params)}, "
+                     f"seed {run.params.get('seed')}: {run.by_hand}." for run in runs if run.by_hand)
 
 # %% ../nbs/03c_runs.ipynb #d3d91099
 def open_run(where: str | Path) -> Run:
@@ -685,6 +724,16 @@ def _user_numbers(users, user_ids, dataset) -> np.ndarray:
     return np.array([known[user] for user in users], np.int64)
 
 # %% ../nbs/03c_runs.ipynb #7557a5a7
+def _stage1(run) -> Run:
+    "The run of Stage 1 that a run of Stage 2 went on from; a run of Stage 1 itself."
+    if "stage1" not in run.params:
+        return run
+    return open_run(run.target.parents[2] / "stage1" / run.about["dataset"] / run.params["stage1"])
+
+
+Run.stage1 = property(_stage1)
+
+
 def _embeddings(run, variant: str | None = None) -> dict:
     "Final embeddings {\"user\": (U, d'), \"item\": (I, d')}, whose inner products rank, of a variant of a finished run."
     variant = check_variant(run, variant)
@@ -787,7 +836,7 @@ def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
 def _row(run):
     "A row of `list_runs`."
     row = {k: run.about.get(k) for k in ("experiment", "dataset")} | {"key": run.key}
-    row |= {k: run.params.get(k) for k in ("backbone", "tuning", "seed")} | {"state": run.state}
+    row |= {k: run.params.get(k) for k in ("backbone", "tuning", "seed")} | {"state": run.state, "by_hand": run.by_hand}
     if run.finished:
         metrics, variant, metric = run.metrics(), best_variant([run]), run.params["metric"]
         found = metrics[variant] if variant else metrics

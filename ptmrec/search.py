@@ -135,7 +135,7 @@ def trial_table(trials: list, runs: dict, names: list, metric: str) -> pd.DataFr
             history = run.load_table("history.csv")
             best = history.loc[history[best_metric].idxmax()]
             rows[n] |= {best_metric: best[best_metric], "epoch": int(best.epoch), "epochs": len(history),
-                        "seconds": history.seconds.sum()}
+                        "seconds": history.seconds.sum()} | ({"by_hand": run.by_hand} if run.by_hand else {})
     table = pd.DataFrame(rows.values(), pd.Index(rows, name="trial"))
     return table.sort_values(best_metric, ascending=False, kind="stable")
 
@@ -159,8 +159,7 @@ def search(
         if (type(value) is not int or value < 1) and (name, value) != ("n_trials", None):
             raise SettingError(f"{name}={shown(value)} is not allowed: it must be a whole number at least 1.")
     if "rerun" in params:
-        raise SettingError("A search has no rerun: trials that are done are used again. To make one anew, call run_stage1 "
-                           "with its settings and rerun=True.")
+        raise SettingError("A search has no rerun. To make a trial anew, call run_stage1 with its settings and rerun=True.")
     params |= {"backbone": backbone, "dataset": dataset, "n_seeds": n_seeds}
     settings = resolve(run_stage1.experiment, params)
     grid = grid_of(backbone) if grid is None else grid

@@ -39,17 +39,18 @@ from .distributed import (all_reduce, barrier, broadcast, main_first, my_share, 
                                 world_size)
 from .losses import SIMILARITIES, kt_loss
 from .memory import encode_in_parts, fit_memory, free_bytes, memory_need
+from .monitor import watch
 from .peft import TUNINGS, attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs
 from .runs import (Run, alone, best_variant, code_of, command_line, compare, heal, new_run, own_code, per_user_values,
-                         recommendation_table, runs_to_do, set_seed, shown_path, train_alone)
+                         recommendation_table, runs_to_do, set_seed, shown_path, stopped_by_hand, train_alone)
 from .settings import SettingError, Settings, experiment, setting
 from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
                            locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
                            run_arguments, save_embeddings, stage1_code, find_stage1_run, train_stage1, train_with, validate)
-from .training import (Callback, Checkpoint, Health, KeepBest, Loop, LowerRate, Progress, TripleSampler,
-                             check_features, check_losses, keep_freed_memory)
+from .training import (Callback, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_features,
+                             check_losses, how_it_ended, keep_freed_memory)
 
 # %% ../nbs/05_stage2.ipynb #ddb05c45
 SOURCES = ("id", "output")
@@ -320,15 +321,17 @@ def tune(
         return tune_one_epoch(model, optimiser, sampler, list(make_batches(batch_by, user, item, batch_size)), accumulate)
 
     def validate_epoch(epoch):
-        due = epoch % validate_every == 0 or epoch == epochs
+        due = epoch % validate_every == 0 or epoch == epochs or loop.by_hand
         return validate_tuned(model, evaluator, feature_space, metric) if due else {}
 
     best = f"valid {metric}"
-    callbacks = [Progress(name, ["loss", best]), Health("loss", remedy), KeepBest(best, patience or epochs),
-                 MissingImages(model.encoder), rate]
-    if checkpoint:
-        callbacks.append(Checkpoint(checkpoint, seconds=0))
-    return Loop(model, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
+    callbacks = [watch(name, {c: label(c) for c in ("loss", best)}), Health("loss", remedy),
+                 KeepBest(best, patience or epochs), MissingImages(model.encoder), rate,
+                 *([Checkpoint(checkpoint, seconds=0)] if checkpoint else [])]
+    loop = Loop(model, optimiser, train_epoch, validate_epoch, callbacks)
+    history = loop.run(epochs)
+    history.attrs["ended"] = how_it_ended(loop)
+    return history
 
 # %% ../nbs/05_stage2.ipynb #9df52eba
 VARIANTS = ("as_is", "continued", "fresh")  # of two stages; joint training has one
@@ -344,11 +347,13 @@ def variants(backbone, features, projected, inputs: Inputs, evaluator, settings,
     yield "as_is", backbone
     backbone.requires_grad_(True)
     set_seed(settings.seed, inputs.device)
-    train_with(settings, backbone, evaluator, "continued", run.folder / "checkpoint_continued.pt")
+    history = train_with(settings, backbone, evaluator, "continued", run.folder / "checkpoint_continued.pt")
+    run.note_ended({"continued": history.attrs["ended"]})
     yield "continued", backbone
     set_seed(settings.seed, inputs.device)
     fresh = new_backbone(settings, inputs, projected if settings.feature_space == "projected" else features)
-    train_with(settings, fresh, evaluator, "fresh", run.folder / "checkpoint_fresh.pt")
+    history = train_with(settings, fresh, evaluator, "fresh", run.folder / "checkpoint_fresh.pt")
+    run.note_ended({"fresh": history.attrs["ended"]})
     yield "fresh", fresh
 
 # %% ../nbs/05_stage2.ipynb #14f4711f
@@ -418,6 +423,7 @@ def stage1_of(settings, inputs: Inputs) -> Run:
 def train_stage2(run: Run, settings, inputs: Inputs) -> Run:
     "Do and finish a run of Stage 2, or of joint training; the CLIP is the stock one before and after."
     stage1, device = stage1_of(settings, inputs), inputs.device
+    run.note_ended(stage1.ended)
     evaluator = make_evaluator(settings, inputs)
     set_seed(settings.seed, device)
     if settings.training == "two_stage":
@@ -468,6 +474,7 @@ def tune_and_keep(run: Run, settings, backbone, encoder, evaluator: Evaluator) -
     history = tune_with(settings, model, evaluator, run.checkpoint)
     run.save_table("memory.csv", memory)
     run.save_table("parameters.csv", parameter_table(model))
+    run.note_ended({"Stage 2": history.attrs["ended"]})
     run.save_table("history.csv", history.reset_index())
     run.save_weights("tuning", dict(encoder.tuning.named_parameters()))
     tuned, projected = model.tuned()
@@ -552,7 +559,7 @@ def verdict(runs: list[Run], metric: str = "recall@10", against: list[Run] = ())
 
 def report(runs: list[Run], control: list[Run] = ()) -> str:
     "Result table, verdicts and folder as text, for a terminal."
-    lines = [results_table(runs, control).to_string(), verdict(runs)]
+    lines = [results_table(runs, control).to_string(), *filter(None, [stopped_by_hand([*runs, *control])]), verdict(runs)]
     lines += [verdict(runs, against=control)] if control else []
     return "\n\n".join([*lines, "\n".join(shown_path(run.folder) for run in runs)])
 

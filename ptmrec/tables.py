@@ -6,7 +6,8 @@
 __all__ = ['SPELLINGS', 'OTHER_SPELLINGS', 'STANDARD_NAMES', 'TEXT_FIELDS', 'READ_AS_TEXT', 'TEXT_HEADERS', 'SEPARATORS',
            'HEADERLESS', 'READERS', 'ENDINGS', 'TABLE_ENDINGS', 'standard_name', 'standard_columns',
            'integers_if_lossless', 'find_encoding', 'table_kind', 'open_unpacked', 'file_encoding', 'open_text',
-           'find_separator', 'storable', 'plain_text', 'read_raw', 'read_table', 'location', 'find_tables']
+           'find_separator', 'storable', 'plain_text', 'read_raw', 'read_table', 'location', 'column_names',
+           'find_tables']
 
 # %% ../nbs/00f_tables.ipynb #5fb35742
 import codecs
@@ -29,13 +30,14 @@ import pandas as pd
 
 from .files import DataError
 
-# %% ../nbs/00f_tables.ipynb #cdaabf4f
+# %% ../nbs/00f_tables.ipynb #22f13e31
 SPELLINGS = {
     "user": "user userid uid reviewerid customer customerid",
     "item": "item itemid iid movie movieid product productid",
     "rating": "rating overall score stars",
     "time": "timestamp time unixreviewtime date",
     "split": "xlabel split",
+    "history": "itemidlist itemlist",
     "title": "title name",
     "brand": "brand store",
     "categories": "category categories genre genres",
@@ -85,8 +87,8 @@ def standard_columns(
             raise DataError(f"{source}: columns {same} all mean '{name}'. Keep one of them.")
     return table.set_axis(columns, axis=1)
 
-# %% ../nbs/00f_tables.ipynb #db52da84
-READ_AS_TEXT = {"user", "item", "image", *TEXT_FIELDS}
+# %% ../nbs/00f_tables.ipynb #d4cbf718
+READ_AS_TEXT = {"user", "item", "history", "image", *TEXT_FIELDS}
 TEXT_HEADERS = {s for name in READ_AS_TEXT for names in (SPELLINGS, OTHER_SPELLINGS) for s in names.get(name, "").split()}
 
 # %% ../nbs/00f_tables.ipynb #a0be344f
@@ -273,13 +275,15 @@ def _read_parquet(path):
     except (OSError, ValueError) as e:
         raise DataError(f"{path} cannot be read as Parquet: {e}") from e
 
-# %% ../nbs/00f_tables.ipynb #31c7761d
+# %% ../nbs/00f_tables.ipynb #5f03574a
 def _read_excel(path):
     "The first sheet of an Excel file; ids and texts keep their characters."
     try:
-        headers = pd.read_excel(path, nrows=0).columns
-        types = {h: str for h in headers if _plain(h) in TEXT_HEADERS}
-        return pd.read_excel(path, dtype=types, keep_default_na=False, na_values=["", "nan", "NaN"])
+        with pd.ExcelFile(path) as book:
+            if len(book.sheet_names) > 1:
+                warnings.warn(f"{path} has {len(book.sheet_names)} sheets; the first, '{book.sheet_names[0]}', is read.")
+            types = {h: str for h in book.parse(nrows=0).columns if _plain(h) in TEXT_HEADERS}
+            return book.parse(dtype=types, keep_default_na=False, na_values=["", "nan", "NaN"])
     except ImportError:
         raise DataError(f"{path} needs openpyxl: pip install 'ptmrec[excel]', or save the sheet as CSV UTF-8.") from None
     except (OSError, ValueError, KeyError, zlib.error) as e:
@@ -319,6 +323,16 @@ def location(path: str | Path, row: int) -> str:
         separator, names, quotes, escape = _text_format(path, file)
         lines = csv.reader(file, delimiter=separator[0], quoting=quotes, escapechar=escape)
         return f"line {next(islice((lines.line_num for line in lines if line), row + (names is None), None))}"
+
+# %% ../nbs/00f_tables.ipynb #7d5e0a2b
+def column_names(path: str | Path) -> list[str]:
+    "The standard column names of a table."
+    if table_kind(path) in READERS:
+        return list(read_raw(path).columns)
+    with open_text(path, warn=False) as file:
+        separator, names, quotes, escape = _text_format(path, file)
+        header = names or next(csv.reader(file, delimiter=separator[0], quoting=quotes, escapechar=escape), [])
+    return list(standard_columns(pd.DataFrame(columns=[h for h in header if h]), path).columns)
 
 # %% ../nbs/00f_tables.ipynb #ebf82b34
 def _check_parts(paths):

@@ -89,6 +89,9 @@ class Callback:
     def interrupted(self, loop):
         "Called when the training is stopped from outside; may return a sentence that says what is kept of it."
 
+    def failed(self, loop):
+        "Called when the training ends with an error."
+
 # %% ../nbs/03b_training.ipynb #c73adfa5
 def keep_freed_memory(limit: int = 0) -> None:
     "Have the C library (glibc; elsewhere nothing happens) keep freed blocks, only those up to `limit` bytes unless it is 0."
@@ -144,10 +147,7 @@ def exits_when_stopped():
 
 # %% ../nbs/03b_training.ipynb #a8406ba2
 class Loop:
-    """Trains `module` for up to `epochs` epochs.
-
-    A stop (Ctrl-C, SIGTERM) during `run` raises `Stopped`, a loss that is not a number a `FloatingPointError`.
-    """
+    "Trains `module` for up to `epochs` epochs. A stop (Ctrl-C, SIGTERM) raises `Stopped`, a loss like nan `Diverged`."
 
     name = "Training"  # for messages; `Progress` gives it the name of its bar
 
@@ -161,7 +161,7 @@ class Loop:
     ):
         self.module, self.optimiser, self.callbacks = module, optimiser, callbacks
         self.train_epoch, self.validate = train_epoch, validate
-        self.history, self.stop = [], False
+        self.history, self.stop, self.asked, self.by_hand = [], False, False, False
 
     def _call(self, moment):
         return [getattr(callback, moment)(self) for callback in self.callbacks]
@@ -171,6 +171,7 @@ class Loop:
             self.epoch = len(self.history) + 1
             try:
                 row = {"epoch": self.epoch} | self.train_epoch(self.epoch)
+                self.stop = self.by_hand = self.asked
                 self.history.append(row | self.validate(self.epoch))
                 self._call("after_epoch")
             except FloatingPointError as error:
@@ -186,13 +187,13 @@ class Loop:
                     self._call(moment)
                 self._epochs()
                 self._call("after")
-        except FloatingPointError:
-            self._call("interrupted")
-            raise
         except KeyboardInterrupt as stop:
             kept = " ".join(filter(None, self._call("interrupted"))) or "Nothing is kept."
             raise Stopped(f"{self.name}: stopped during epoch {self.epoch}. {kept}",
                           getattr(stop, "signal", signal.SIGINT)) from None
+        except Exception:
+            self._call("failed")
+            raise
         return pd.DataFrame(self.history).set_index("epoch")
 
 # %% ../nbs/03b_training.ipynb #72e4807e
@@ -224,9 +225,9 @@ def best_so_far(loop: Loop) -> KeepBest | None:
 
 
 def how_it_ended(loop: Loop) -> str:
-    "`stopped at epoch 62, best 42`, or `ran all 62 epochs, best 42`."
+    "`stopped at epoch 62, best 42`, `stopped by hand at epoch 50, best 42`, or `ran all 62 epochs, best 42`."
     n, keep = len(loop.history), best_so_far(loop)
-    ended = f"stopped at epoch {n}" if n < loop.epochs else f"ran all {n} epochs"
+    ended = f"stopped{' by hand' * loop.by_hand} at epoch {n}" if n < loop.epochs else f"ran all {n} epochs"
     return f"{ended}, best {keep.state['epoch']}" if keep else ended
 
 # %% ../nbs/03b_training.ipynb #c1b2b617
@@ -236,7 +237,7 @@ class Progress(Callback):
     layout = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
 
     def __init__(self, name: str, shown: Iterable[str]):
-        self.name, self.shown, self.latest = name, shown, {}
+        self.name, self.shown, self.latest, self.bar = name, shown, {}, None
 
     def before(self, loop):
         loop.name = self.name
@@ -255,7 +256,18 @@ class Progress(Callback):
         self.bar.close()
 
     def interrupted(self, loop):
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
+
+    failed = interrupted
+
+# %% ../nbs/03b_training.ipynb #5a0f3c13
+def _end_by_hand(loop) -> None:
+    "End after the epoch at hand, as if patience had run out; from any thread."
+    loop.asked = True
+
+
+Loop.end_by_hand = _end_by_hand
 
 # %% ../nbs/03b_training.ipynb #23b8399e
 def take_snapshot(loop: Loop) -> dict:
@@ -263,7 +275,7 @@ def take_snapshot(loop: Loop) -> dict:
     random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     weights = {n: p.detach() for n, p in loop.module.named_parameters() if p.requires_grad}
     return {"weights": weights, "optimiser": loop.optimiser.state_dict(), "history": loop.history, "stop": loop.stop,
-            "callbacks": [c.state for c in loop.callbacks], "random": random}
+            "by_hand": loop.by_hand, "callbacks": [c.state for c in loop.callbacks], "random": random}
 
 # %% ../nbs/03b_training.ipynb #cbe5eeaf
 def restore(loop: Loop, saved: dict) -> None:
@@ -279,7 +291,7 @@ def restore(loop: Loop, saved: dict) -> None:
     except (ValueError, KeyError) as error:
         raise DataError(f"it belongs to another optimiser ({error})") from None
     loop.module.load_state_dict(saved["weights"], strict=False)
-    loop.history, loop.stop = saved["history"], saved["stop"]
+    loop.history, loop.stop, loop.by_hand = saved["history"], saved["stop"], saved["by_hand"]
     for callback, state in zip(loop.callbacks, saved["callbacks"]):
         callback.state = state
     for set_state, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), saved["random"]):
@@ -339,6 +351,8 @@ def what_is_kept(loop: Loop, path: Path) -> str:
 class Checkpoint(Callback):
     """Writes `path` after an epoch if `seconds` have passed since it last did (0: after every epoch), and resumes from it.
 
+    It also writes when the training is ended by hand.
+
     Put it last: it writes what the callbacks before it remember. Whoever trains removes the file, once what has been trained
     is kept elsewhere. Of several processes, the first writes.
     """
@@ -357,7 +371,7 @@ class Checkpoint(Callback):
             warnings.warn(f"The checkpoint {self.path} is not used, and the training starts anew: {error}.")
 
     def after_epoch(self, loop):
-        if rank() or time.monotonic() - self.written < self.seconds:
+        if rank() or not loop.by_hand and time.monotonic() - self.written < self.seconds:
             return
         write_snapshot(self.path, take_snapshot(loop))
         self.written, self.kept = time.monotonic(), what_is_kept(loop, self.path)
@@ -409,7 +423,6 @@ def check_losses(losses: list[dict[str, Tensor]], means: dict[str, float]) -> No
                     raise Diverged(f"batch {number} of {len(losses)}: the loss {name} is {float(batch[name])}")
         raise Diverged(f"the losses add up to more than a number can hold ({', '.join(bad)})")
 
-
 # %% ../nbs/03b_training.ipynb #65a106ee
 ON_NAN = ("stop", "lower_lr")
 
@@ -444,6 +457,7 @@ class LowerRate(Callback):
     def recovers(self, loop, error):
         said = f"{loop.name}, epoch {loop.epoch}, {error}."
         if self.good is None or self.state["lowered"] == self.times:
+            loop._call("interrupted")
             raise Diverged(f"{said} {self.remedy}") from None
         lowered = self.state["lowered"] + 1
         restore(loop, copy.deepcopy(self.good))

@@ -17,7 +17,8 @@ from ptmrec.leaks import (
     only_in_test,
     pairs_in_two_splits,
 )
-from ptmrec.stage1 import Stage1Settings, load_inputs
+from ptmrec.settings import resolve
+from ptmrec.stage1 import load_inputs, run_stage1
 
 PAIRS, TWINS, OWN, ANY, NEW = (
     "interactions repeat a pair of another split", "test items are in training under another id",
@@ -91,7 +92,7 @@ def test_amazon_has_no_pair_in_two_splits(name, tmp_path, monkeypatch):
 
 
 def test_an_experiment_says_it_once(capsys):
-    settings = Stage1Settings(dataset="sample", backbone="lightgcn", device="cpu")
+    settings = resolve(run_stage1.experiment, {"dataset": "sample", "backbone": "lightgcn", "device": "cpu"})
     for _ in range(2):
         load_inputs(settings)
     line = leak_line(load_data("sample"))

@@ -149,6 +149,27 @@ def test_a_split_in_three_files_is_kept(home, names):
     assert sorted(np.bincount(again.split)) == [2, 2, 4]
 
 
+def test_sequences_of_recbole_keep_what_came_first(home):
+    head = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
+    files = {"b.train.inter": head + "7\t1\t2\n7\t1 2\t3\n8\t4\t1\n", "b.valid.inter": head + "7\t1 2 3\t4\n",
+             "b.test.inter": head + "7\t1 2 3 4\t5\n8\t4 1\t2\n"}
+    data, said = load(folder_of(home, files))
+    inter = data.inter
+    got = {s: sorted(zip(inter.user_ids[u].tolist(), inter.item_ids[i].tolist())) for s in ("train", "valid", "test")
+           for u, i in [inter.part(s)]}
+    assert got == {"train": [(7, 1), (7, 2), (7, 3), (8, 1), (8, 4)], "valid": [(7, 4)], "test": [(7, 5), (8, 2)]}
+    assert not said
+
+
+def test_further_sheets_are_said(home):
+    pytest.importorskip("openpyxl")
+    folder = folder_of(home, {"x": ""})
+    with pd.ExcelWriter(folder / "ratings.xlsx") as book:
+        TABLE.to_excel(book, sheet_name="mine", index=False)
+        TABLE.to_excel(book, sheet_name="other", index=False)
+    assert any("ratings.xlsx has 2 sheets; the first, 'mine', is read" in s for s in load(folder)[1])
+
+
 def test_train_alone_is_everything(home):
     inter = load(folder_of(home, {"train-00000-of-00001.parquet": TABLE}))[0].inter
     assert len(inter) == 8 and np.bincount(inter.split).tolist() == [4, 2, 2]
@@ -297,6 +318,18 @@ def test_pictures_in_folders_within_folders(home):
     assert [p and p.relative_to(folder / "images").as_posix() for p in data.images] == [
         "000/0000.jpg", "000/0001.PNG", "0002.jpg", None]
     assert not said
+
+
+def test_a_linked_folder_of_pictures_is_read_and_an_empty_one_is_said(home, tmp_path):
+    folder = folder_of(home, {"interactions.csv": text(TABLE, ",")})
+    (folder / "images").mkdir()
+    assert any("images has no file that is read (.jpg, .jpeg, .png, .webp)" in s for s in load(folder)[1])
+    (tmp_path / "disk").mkdir()
+    for n in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / "disk" / f"{n:04}.jpg")
+    (folder / "images" / "010").symlink_to(tmp_path / "disk")
+    data, said = load(folder)
+    assert all(data.images) and not said
 
 
 def test_few_matches_are_shown_with_an_example(home):
