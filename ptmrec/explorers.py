@@ -206,7 +206,7 @@ def searchable(catalogue: Catalogue) -> pd.DataFrame:
     table = catalogue.table
     return table.assign(words=(table.item.astype(str) + " " + table.title + " " + table.text).str.lower())
 
-# %% ../nbs/07a_explorers.ipynb #cea25d06
+# %% ../nbs/07a_explorers.ipynb #41e1ec02
 def buyers(inter, item: int) -> np.ndarray:
     "Numbers of the users who have `item`, in any split."
     return np.unique(inter.user[inter.item == item])
@@ -230,7 +230,7 @@ def item_facts(catalogue: Catalogue, item: int) -> dict[str, str]:
     facts = {"id": row["item"], "interactions": f"{n[0]:,} train, {n[1]:,} validation, {n[2]:,} test",
              "popularity": "cold" if row.cold else f"number {rank:,} of {len(catalogue):,}",
              "users": ", ".join(map(str, inter.user_ids[who[:9]])) + ", ..." * (len(who) > 9)}
-    own = row.drop(["item", "title", "text", "interactions", "cold", "picture", *TEXT_FIELDS], errors="ignore")  # in the text
+    own = row.drop(["item", "text", "interactions", "cold", "picture", *TEXT_FIELDS], errors="ignore")  # the text has them
     return {name: str(value) for name, value in (facts | own.to_dict()).items() if not pd.isna(value)}
 
 # %% ../nbs/07a_explorers.ipynb #1248a464
