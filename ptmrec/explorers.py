@@ -230,7 +230,8 @@ def item_facts(catalogue: Catalogue, item: int) -> dict[str, str]:
     facts = {"id": row["item"], "interactions": f"{n[0]:,} train, {n[1]:,} validation, {n[2]:,} test",
              "popularity": "cold" if row.cold else f"number {rank:,} of {len(catalogue):,}",
              "users": ", ".join(map(str, inter.user_ids[who[:9]])) + ", ..." * (len(who) > 9)}
-    own = row.drop(["item", "text", "interactions", "cold", "picture", *TEXT_FIELDS], errors="ignore")  # the text has them
+    shown = ["item", "title", "text", "interactions", "cold", "picture", *TEXT_FIELDS]
+    own = row.drop(shown, errors="ignore")
     return {name: str(value) for name, value in (facts | own.to_dict()).items() if not pd.isna(value)}
 
 # %% ../nbs/07a_explorers.ipynb #1248a464

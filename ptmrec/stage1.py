@@ -29,7 +29,7 @@ from .memory import free_bytes
 from .monitor import watch
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
 from .runs import (DEVICES, Run, code_of, first_features, load_parameters, new_run, own_code, pick_device,
-                         recommendation_table, runs_to_do, set_seed)
+                         recommendation_table, runs_to_do, set_seed, train_alone)
 from .settings import SettingError, Settings, experiment, setting
 from .sources import PUBLIC_SETS, find_or_prepare
 from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_losses,
@@ -115,7 +115,7 @@ def run_stage1(settings) -> list[Run]:
     inputs = load_inputs(settings)
     runs = [find_stage1_run(seed, inputs) for seed in one_per_seed(settings)]
     for run in runs_to_do(runs, settings.rerun):
-        train_stage1(run, settings.replace(seed=run.params["seed"]), inputs)
+        train_alone(run, train_stage1, settings.replace(seed=run.params["seed"]), inputs)
     return runs
 
 

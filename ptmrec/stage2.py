@@ -43,8 +43,8 @@ from .monitor import watch
 from .peft import TUNINGS, attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs
-from .runs import (Run, best_variant, code_of, command_line, compare, heal, new_run, own_code, per_user_values,
-                         recommendation_table, runs_to_do, set_seed, shown_path, stopped_by_hand)
+from .runs import (Run, alone, best_variant, code_of, command_line, compare, heal, new_run, own_code, per_user_values,
+                         recommendation_table, runs_to_do, set_seed, shown_path, stopped_by_hand, train_alone)
 from .settings import SettingError, Settings, experiment, setting
 from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
                            locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
@@ -135,7 +135,7 @@ def run_stage2(settings) -> list[Run]:
     check_encoder(settings, inputs)
     runs = [find_stage2_run(seed, inputs) for seed in one_per_seed(settings)]
     for run in runs_to_do(runs, settings.rerun):
-        train_stage2(run, settings.replace(seed=run.params["seed"]), inputs)
+        train_alone(run, train_stage2, settings.replace(seed=run.params["seed"]), inputs)
     return runs
 
 # %% ../nbs/05_stage2.ipynb #a85c1480
@@ -415,8 +415,9 @@ def check_encoder(settings, inputs: Inputs) -> None:
 def stage1_of(settings, inputs: Inputs) -> Run:
     "The finished run of Stage 1 with these settings, trained if need be; of several processes, the first trains."
     with main_first():
-        run = heal(find_stage1_run(settings, inputs))
-        return run if run.finished else train_stage1(run.begin(), settings, inputs)
+        run = find_stage1_run(settings, inputs)
+        with alone(run):
+            return run if heal(run).finished else train_stage1(run.begin(), settings, inputs)
 
 
 def train_stage2(run: Run, settings, inputs: Inputs) -> Run:
