@@ -8,8 +8,8 @@ __all__ = ['SPLITS', 'SPLIT_NAMES', 'MAX_RATING', 'SPLIT_RULES', 'TIMED_RULES', 
            'LONGEST', 'checked_path', 'search_places', 'find_path', 'split_files', 'interaction_files',
            'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings', 'progress', 'read_interactions',
            'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values',
-           'noting', 'load_data', 'data_of_frames', 'PictureError', 'load_image', 'image_map', 'describe', 'show_items',
-           'show_statistics']
+           'noting', 'load_data', 'data_of_frames', 'PictureError', 'load_image', 'open_picture', 'image_map',
+           'describe', 'show_items', 'show_statistics']
 
 # %% ../nbs/00_data.ipynb #5cd4bdd3
 import difflib
@@ -931,6 +931,12 @@ def load_image(
         left, top = (round((side - size) / 2) for side in (width, height))
         image = image.resize((width, height), INTERPOLATIONS[interpolation]).crop((left, top, left + size, top + size))
     return np.asarray(image)
+
+# %% ../nbs/00_data.ipynb #b1c0ffe2
+def open_picture(path: str | Path) -> Image.Image:
+    "A whole picture file in RGB, upright, transparent parts on white. Raises `PictureError`."
+    with _opened(path) as image:
+        return _as_rgb(_upright(image))
 
 # %% ../nbs/00_data.ipynb #ae3869fb
 def _decode_images(images, pixels, *how):
