@@ -12,7 +12,7 @@ __all__ = ['CARD_LAYOUT', 'ONLY', 'ORDERS', 'FAR', 'GAIN', 'RULES', 'ASPECTS', '
            'ItemExplorer', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'EmbeddingMap', 'different_parameters',
            'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer', 'explore']
 
-# %% ../nbs/07a_explorers.ipynb #655e98d2
+# %% ../nbs/07a_explorers.ipynb #23ad5d20
 import base64
 import html
 import io
@@ -29,7 +29,7 @@ from itables.widget import ITable
 from PIL import Image
 
 from .clip_prompting import encode_text
-from .data import DataError, RecData, load_data, runs_dir
+from .data import TEXT_FIELDS, DataError, RecData, load_data, runs_dir
 from .ranking import metric_names
 from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, per_user_values
 from .stage1 import label
@@ -206,7 +206,7 @@ def searchable(catalogue: Catalogue) -> pd.DataFrame:
     table = catalogue.table
     return table.assign(words=(table.item.astype(str) + " " + table.title + " " + table.text).str.lower())
 
-# %% ../nbs/07a_explorers.ipynb #9e556f41
+# %% ../nbs/07a_explorers.ipynb #41e1ec02
 def buyers(inter, item: int) -> np.ndarray:
     "Numbers of the users who have `item`, in any split."
     return np.unique(inter.user[inter.item == item])
@@ -230,7 +230,8 @@ def item_facts(catalogue: Catalogue, item: int) -> dict[str, str]:
     facts = {"id": row["item"], "interactions": f"{n[0]:,} train, {n[1]:,} validation, {n[2]:,} test",
              "popularity": "cold" if row.cold else f"number {rank:,} of {len(catalogue):,}",
              "users": ", ".join(map(str, inter.user_ids[who[:9]])) + ", ..." * (len(who) > 9)}
-    own = row.drop(["item", "title", "text", "interactions", "cold", "picture"])
+    shown = ["item", "title", "text", "interactions", "cold", "picture", *TEXT_FIELDS]
+    own = row.drop(shown, errors="ignore")
     return {name: str(value) for name, value in (facts | own.to_dict()).items() if not pd.isna(value)}
 
 # %% ../nbs/07a_explorers.ipynb #1248a464

@@ -11,7 +11,7 @@ __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS',
            'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front',
            'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
-# %% ../nbs/07_visualisation.ipynb #16ea9fbe
+# %% ../nbs/07_visualisation.ipynb #e9991fa6
 import functools
 import html
 import importlib
@@ -39,7 +39,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from .clip_prompting import Clip, DeepPrompts, encode_image, image_tower, text_module, text_tower
-from .data import SPLITS, DataError, PictureError, RecData, load_image, open_picture
+from .data import SPLITS, DataError, PictureError, RecData, as_rgb, load_image, open_picture, upright
 from .losses import log_distribution
 from .ranking import Evaluator, rank_items, stable_topk
 from .runs import Run, check_variant, first_features, open_run, per_user_values
@@ -59,10 +59,11 @@ def cut(text: str, width: int, lines: int = 1) -> str:
         last = last.rsplit(" ", 1)[0] if " " in last else last[:-1]
     return "\n".join([*rows[: lines - 1], last.rstrip(" ,.;:-") + "…"])
 
-# %% ../nbs/07_visualisation.ipynb #f0b65659
+# %% ../nbs/07_visualisation.ipynb #911d1cd1
 def letterbox(path: str | Path, size: int) -> np.ndarray:
     "A whole picture on a white square (size, size, 3) uint8. Raises `PictureError`."
-    return np.asarray(ImageOps.pad(open_picture(path), (size, size), color="white"))
+    with open_picture(path) as image:
+        return np.asarray(ImageOps.pad(as_rgb(upright(image)), (size, size), color="white"))
 
 # %% ../nbs/07_visualisation.ipynb #1e02eda1
 def item_statistics(data: RecData) -> pd.DataFrame:
@@ -75,7 +76,7 @@ def item_statistics(data: RecData) -> pd.DataFrame:
                           "cold": data.inter.cold("item"), "picture": [path is not None for path in data.images]})
     return table.join(own.rename(columns={c: f"{c} (item table)" for c in own if c in table}))
 
-# %% ../nbs/07_visualisation.ipynb #19ea1267
+# %% ../nbs/07_visualisation.ipynb #05221778
 class Catalogue:
     "The items of a data set, to look at. `table`: see `item_statistics`; columns of your own may be added to it."
 
@@ -485,7 +486,7 @@ def _scatter(ax, points, values, size):
         ax.scatter(*points[values == name].T, color=color, label=printable(cut(name, 20)), **how)
     return None
 
-# %% ../nbs/07_visualisation.ipynb #2bb6271b
+# %% ../nbs/07_visualisation.ipynb #0e438e58
 @in_style
 def embedding_map(
     before: Tensor,  # (I, d) features, as a rule frozen ones
@@ -517,7 +518,7 @@ def embedding_map(
             handle.set_sizes([18])
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #418cc741
+# %% ../nbs/07_visualisation.ipynb #31fde2a5
 def random_cosines(table: Tensor, n: int = 20_000, seed: int = 0) -> np.ndarray:
     "Cosines of `n` random pairs of different rows of a table (I, d): (n,)."
     draw = torch.Generator().manual_seed(seed)
@@ -525,7 +526,7 @@ def random_cosines(table: Tensor, n: int = 20_000, seed: int = 0) -> np.ndarray:
     b = (a + torch.randint(1, len(table), (n,), generator=draw)) % len(table)
     return F.cosine_similarity(table[a].float(), table[b].float()).numpy()
 
-# %% ../nbs/07_visualisation.ipynb #2b1bf4da
+# %% ../nbs/07_visualisation.ipynb #59ceb33b
 @torch.no_grad()
 def batch_distributions(run: Run | RunView, modality: str, n: int = 24, seed: int = 0) -> dict[str, Tensor]:
     "P_id, and P_m before and after Stage 2, of `n` training pairs with distinct users and items: {name: (n, n)}."
@@ -542,7 +543,7 @@ def batch_distributions(run: Run | RunView, modality: str, n: int = 24, seed: in
     return {"ID": log_distribution(id_user[users], id_item[items], *how).exp()} | {
         name: log_distribution(modal_user[users], table, *how).exp() for name, table in projected.items()}
 
-# %% ../nbs/07_visualisation.ipynb #1bb7ad4b
+# %% ../nbs/07_visualisation.ipynb #de2a88f9
 def _gap_panels(figure, tables, parts, modality):
     "Distributions of cosines, and under them the heat maps of a batch, in a (sub)figure."
     axes = figure.subplot_mosaic([["cosines"] * len(parts), list(parts)], height_ratios=(1, 1.1))
@@ -560,7 +561,7 @@ def _gap_panels(figure, tables, parts, modality):
     axes["ID"].set(ylabel="user")
     figure.colorbar(heat, ax=[axes[name] for name in parts], label="probability", shrink=0.8)
 
-# %% ../nbs/07_visualisation.ipynb #81963196
+# %% ../nbs/07_visualisation.ipynb #5a164836
 @in_style
 def domain_gap(run: Run | RunView) -> Figure:
     "Per modality: cosines of random items by ID, frozen, tuned features; P_id and P_m of a batch before and after."
@@ -571,7 +572,7 @@ def domain_gap(run: Run | RunView) -> Figure:
         _gap_panels(part, own, batch_distributions(run, modality), modality)
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #03a1b516
+# %% ../nbs/07_visualisation.ipynb #92c7e5a3
 @torch.no_grad()
 def class_attention(
     clip: Clip,
@@ -599,7 +600,7 @@ def class_attention(
         hook.remove()
     return found[0]
 
-# %% ../nbs/07_visualisation.ipynb #885dfcc6
+# %% ../nbs/07_visualisation.ipynb #d91b77ba
 def _overlay(ax, pixels, weights, top):
     "A picture in pale grey under attention weights (rows, columns), in even shares; returns what a colour bar needs."
     ax.imshow(96 + pixels.mean(-1) * 5 / 8, cmap="gray", vmin=0, vmax=255)
@@ -616,7 +617,7 @@ def attention_shares(run: Run | RunView, pixels: Tensor, layer: int = -1) -> dic
         weights["tuned"] = class_attention(encoder.clip, pixels, encoder.prompts, layer)
     return {name: w * w[0].numel() / w.sum((1, 2), keepdim=True) for name, w in weights.items()}
 
-# %% ../nbs/07_visualisation.ipynb #4d67c242
+# %% ../nbs/07_visualisation.ipynb #4b621cf3
 @in_style
 def attention_maps(
     run: Run | RunView,
@@ -647,7 +648,7 @@ def attention_maps(
     figure.colorbar(scale, ax=axes, label="attention (1 = even share)", shrink=0.7)
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #72d074dd
+# %% ../nbs/07_visualisation.ipynb #8f24fd5f
 def nearest_tokens(clip: Clip, vectors: Tensor, k: int = 3) -> pd.DataFrame:
     "The `k` tokens of the vocabulary nearest to each of `vectors` (n, w) by cosine: columns prompt, token, cosine."
     table = text_module(clip).token_embedding.weight.detach()
@@ -657,7 +658,7 @@ def nearest_tokens(clip: Clip, vectors: Tensor, k: int = 3) -> pd.DataFrame:
     rows = [(n + 1, decode([int(t)]).strip(), float(v)) for n in range(len(vectors)) for t, v in zip(tokens[n], values[n])]
     return pd.DataFrame(rows, columns=["prompt", "token", "cosine"])
 
-# %% ../nbs/07_visualisation.ipynb #47f1b0d8
+# %% ../nbs/07_visualisation.ipynb #a6f74487
 def _token_list(ax, tokens):
     "The nearest tokens of each prompt, a line per prompt."
     lines = [f"{n}: " + ", ".join(printable(cut(t, 10)) for t in of.token) for n, of in tokens.groupby("prompt")]
@@ -665,7 +666,7 @@ def _token_list(ax, tokens):
     ax.set(title="tokens nearest to the\ntext prompts of layer 1")
     ax.axis("off")
 
-# %% ../nbs/07_visualisation.ipynb #809726fc
+# %% ../nbs/07_visualisation.ipynb #ff41778e
 @in_style
 def prompt_norms(run: Run | RunView) -> Figure:
     "Norms of the learnt prompts by layer and tower, and the tokens nearest to the text prompts. Raises `DataError`."
@@ -690,7 +691,7 @@ def prompt_norms(run: Run | RunView) -> Figure:
         _token_list(axes[0, 1], nearest_tokens(encoder.clip, words))
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #d210d056
+# %% ../nbs/07_visualisation.ipynb #76d5146f
 def on_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     "Which of n pairs are on the Pareto front, i.e. none costs at most as much and is better, or costs less and is as good."
     cost, quality = np.asarray(cost, float), np.asarray(quality, float)
@@ -698,7 +699,7 @@ def on_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     strictly = (cost[:, None] > cost) | (quality[:, None] < quality)
     return ~(cheaper & better & strictly).any(1)
 
-# %% ../nbs/07_visualisation.ipynb #048cf829
+# %% ../nbs/07_visualisation.ipynb #74252ca5
 def _name_points(ax, points, names):
     "Write names (n,) beside points (n, 2), each in the first place where it covers no other name, or in the first one."
     taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in ax.transData.transform(points)]
@@ -712,7 +713,7 @@ def _name_points(ax, points, names):
                 break
         taken.append(box)
 
-# %% ../nbs/07_visualisation.ipynb #f0fddb82
+# %% ../nbs/07_visualisation.ipynb #7c821a5d
 @in_style
 def cost_against_quality(
     table: pd.DataFrame,  # a row per setting
@@ -737,7 +738,7 @@ def cost_against_quality(
     _name_points(ax, table[[cost, quality]].to_numpy(), [printable(cut(str(text), 24)) for text in table[name]])
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #f67f107b
+# %% ../nbs/07_visualisation.ipynb #7f505428
 POPULARITY = {"cold": 0, "1–2": 2, "3–5": 5, "6–10": 10, "11–20": 20, "21–50": 50, "> 50": np.inf}  # {group: its most}
 
 
@@ -756,7 +757,7 @@ def hits_by_popularity(run: Run | RunView, variants: Sequence = ("stage1", None)
         table[name] = pd.MultiIndex.from_frame(table[["user", "item"]]).isin(pairs)
     return table
 
-# %% ../nbs/07_visualisation.ipynb #f8fbb0d5
+# %% ../nbs/07_visualisation.ipynb #2df68c68
 def _gain_histogram(ax, gains, metric):
     "Users by what they gained, on a logarithmic scale."
     edges = np.arange(-1.05, 1.06, 0.1)
@@ -777,7 +778,7 @@ def _gain_by_group(ax, table, k):
     ax.set_xticks(range(len(mean)), [f"{group}\n({count:,})" for group, count in n.items()])
     ax.set(xlabel="training interactions of the item (test pairs)", ylabel=f"gain in the share of\npairs in the first {k}")
 
-# %% ../nbs/07_visualisation.ipynb #6cf5ba45
+# %% ../nbs/07_visualisation.ipynb #288e3040
 @in_style
 def who_gains(run: Run | RunView, variants: Sequence = ("stage1", None), k: int = 20) -> Figure:
     "Gain in Recall@`k` per user as a histogram, and in found test pairs by the popularity of the item."
