@@ -507,16 +507,21 @@ class RecData:
         "Whether a CLIP has to make features: neither images nor texts have ready-made ones."
         return not self.features.keys() & {"image", "text"} and (self.has_content or not (self.features or self.files))
 
-    def fingerprint(self) -> str:
-        "Key of everything in the data set: interactions with their split, texts, image files, features."
-        files = [part for name, paths in self.files.items() for part in (name, *_content(paths))]
-        return fingerprint(self.inter.user, self.inter.item, self.inter.split, self.inter.user_ids, self.inter.item_ids,
-                           self.texts, *_content(self.images), list(self.features), *self.features.values(), *files)
 
-
+# %% ../nbs/00_data.ipynb #1d21da65
 def _content(paths):
     "What `fingerprint` takes of files, None where there is none."
     return [p is not None for p in paths], *[p for p in paths if p]
+
+
+def _fingerprint_of(data) -> str:
+    "Key of everything in the data set: interactions with their split, texts, image files, features, other files."
+    inter, files = data.inter, [part for name, paths in data.files.items() for part in (name, *_content(paths))]
+    return fingerprint(inter.user, inter.item, inter.split, inter.user_ids, inter.item_ids, data.texts,
+                       *_content(data.images), list(data.features), *data.features.values(), *files)
+
+
+RecData.fingerprint = _fingerprint_of
 
 # %% ../nbs/00_data.ipynb #f722b009
 def _warn_of_few(source, what, names, known):
