@@ -583,11 +583,21 @@ def _item_texts(table):
     return plain
 
 # %% ../nbs/00_data.ipynb #2541063a
+def _walk(folder):
+    "Each folder below `folder`, linked ones too, and the names of its files; no folder twice, whatever the links."
+    seen = {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(root, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]
+        seen.update(real.values())
+        yield root, names
+
+
 def _files_by_name(folder, endings, table):
     "{item id: file} of a folder and the folders in it. Raises `DataError` if no file is named after an item."
     if not folder.is_dir():
         return {}
-    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder, followlinks=True)
+    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, names in _walk(folder)
                     for name in names if name.lower().endswith(endings) and name[0] != ".")
     found = {os.path.splitext(name)[0]: path for _, name, path in sorted(nested, key=lambda entry: -entry[0])}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
@@ -603,11 +613,11 @@ PICTURE_BYTES = 100_000_000  # a larger file is no item picture
 OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_IMAGES)"
 
 
-def _file_check(folder, most):
-    "A function that says why a file is no content of the data set in `folder`; empty if it is. `most`: its bytes."
+def _file_check(folder, most, known=()):
+    "A function that says why a file is not used for the data set in `folder`, or \"\". `known`: folders that are its own."
     more = filter(None, os.environ.get("PTMREC_IMAGES", "").split(os.pathsep))
     real = cache(os.path.realpath)
-    places = (folder, *(folder / name for name in ("images", "posters", *MODALITIES)), *more)
+    places = (folder, *known, *more)
     roots = tuple(os.path.join(real(place), "") for place in places)
 
     def refusal(path):
@@ -621,9 +631,9 @@ def _file_check(folder, most):
     return refusal
 
 # %% ../nbs/00_data.ipynb #e58ec55a
-def _usable_files(folder, choices, most=math.inf):
+def _usable_files(folder, choices, by_name, most=math.inf):
     "The first file of each item's `choices` (I lists) that can be used, or None; a warning counts those that cannot."
-    check, refused = _file_check(folder, most), {}
+    check, refused = _file_check(folder, most, {path.parent for path in by_name.values()}), {}
     found = [next((p for p in paths if not refused.setdefault(p, check(p))), None) for paths in choices]
     for reason, n in Counter(refused.values()).items():
         if reason not in ("", "are not there"):
@@ -645,7 +655,7 @@ def _item_images(folder, table):
     files = {k: v for name in ("images", "posters") for k, v in _files_by_name(folder / name, IMAGE_ENDINGS, table).items()}
     named = _images_by_column(folder, table)
     choices = [[p for p in (by_column, files.get(i)) if p] for i, by_column in zip(table.index, named)]
-    images = _usable_files(folder, choices, PICTURE_BYTES)
+    images = _usable_files(folder, choices, files, PICTURE_BYTES)
     if files and not any(used and used == by_column for used, by_column in zip(images, named)):
         _warn_of_few(folder, "picture", table.index, list(files))
     return images
@@ -684,7 +694,7 @@ def _item_files(folder, table, features):
     for name, files in found.items():
         if files:
             _warn_of_few(folder / name, "file", table.index, list(files))
-    return {name: _usable_files(folder, [[files[item]] if item in files else [] for item in table.index])
+    return {name: _usable_files(folder, [[files[item]] if item in files else [] for item in table.index], files)
             for name, files in found.items() if files}
 
 # %% ../nbs/00_data.ipynb #d6b5a4e4
@@ -774,7 +784,7 @@ def _rec_data(name, source, table, content, min_rating=None, core=0, split=None,
     _check_parts(source, inter, own="split" in table)
     return RecData(name, inter, left_out=left_out, **content(inter.item_ids))
 
-# %% ../nbs/00_data.ipynb #b4f01f11
+# %% ../nbs/00_data.ipynb #357e6470
 def load_data(
     dataset: str | Path,  # a name, or the path of a folder
     min_rating: float | None = None,  # keep interactions rated at least this
@@ -795,7 +805,7 @@ def load_data(
     with noting(notes):
         path, table = _read_checked(folder, timed=split in TIMED_RULES)
         data = _rec_data(folder.name, path, table, content, min_rating, core, split, split_seed)
-    data.notes = [note.replace(f"{folder}{os.sep}", "") for note in notes]
+    data.notes = [note.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name) for note in notes]
     return data
 
 # %% ../nbs/00_data.ipynb #49c10669

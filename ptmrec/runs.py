@@ -125,9 +125,9 @@ def definitions(module: str) -> tuple[dict, dict]:
 # %% ../nbs/03c_runs.ipynb #27a9d85d
 # these show or keep what was computed; nor do settings count, whose values are parameters
 NO_EFFECT = {"data.progress", "files.cache_dir", "files.cached", "files.find_cached", "files.locked", "files.new_array",
-             "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "monitor.watch", "runs.Run",
-             "runs.RunFolder", "runs.own_code", "stage2.stage1_of", "training.Progress", "training.Stopped",
-             "training.best_so_far", "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
+             "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "monitor.watch", "runs.Run", "runs.RunFolder",
+             "runs.own_code", "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far",
+             "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
 
 
 def code_of(*roots: str) -> dict[str, str]:
