@@ -22,7 +22,6 @@ from ptmrec.clip_prompting import (
     image_tower,
     run_blocks,
     text_features,
-    text_module,
     text_tower,
 )
 from .data import DataError, cache_dir
@@ -45,11 +44,10 @@ def frozen_layers(
 
 # %% ../nbs/01b_prefix.ipynb #ad8f1cf3
 class ItemStore:
-    "Tokens (I, N, w) of items on disk, computed when they are first asked for."
+    "Tokens (I, N, w), or maps (I, c, h, w), of items on disk, computed when they are first asked for."
 
-    def __init__(self, n_items: int, shape: tuple[int, int]):
-        self.rows = np.memmap(tempfile.TemporaryFile(dir=cache_dir()), np.float32, "w+", shape=(n_items, *shape))
-        self.done = torch.zeros(n_items, dtype=torch.bool)
+    def __init__(self, n_items: int, length: int):  # the most tokens of an item, where they differ
+        self.rows, self.length, self.done = None, length, torch.zeros(n_items, dtype=torch.bool)
 
     def __call__(
         self,
@@ -62,6 +60,9 @@ class ItemStore:
         if len(missing):
             made = compute(missing)
             self.dtype, made = made.dtype, made.float().cpu().numpy()
+            if self.rows is None:
+                shape = len(self.done), max(self.length, made.shape[1]), *made.shape[2:]
+                self.rows = np.memmap(tempfile.TemporaryFile(dir=cache_dir()), np.float32, "w+", shape=shape)
             self.rows[missing.numpy(), : made.shape[1]] = made
             self.done[missing] = True
         return torch.from_numpy(self.rows[items.numpy(), :length]).to(self.dtype)
@@ -73,7 +74,7 @@ def embed_items(encoder: ItemEncoder, modality: str, items: Tensor) -> tuple[Ten
         x = image_tower(encoder.clip).embed(encoder.images(items))
         return x, None, x.shape[1]
     text = embed_text(encoder.clip, text_tower(encoder.clip), encoder.words(items), {})
-    spare = text_module(encoder.clip).context_length - text.ids.shape[1]
+    spare = encoder.tokens.shape[1] - text.ids.shape[1]
     return text.x, text.mask, text.x.shape[1] + spare
 
 # %% ../nbs/01b_prefix.ipynb #008f0f37
@@ -114,4 +115,4 @@ class PrefixEncoder(ItemEncoder):
             raise DataError(f"cache_prefix: the {modality} tower is trained from its first layer on, so nothing can be "
                             "computed once. For prompts set prompt_position to last; for LoRA and adapters set last_layers.")
         n_items = len(self.pixels if modality == "image" else self.tokens)
-        return first, ItemStore(n_items, (length, x.shape[2]))
+        return first, ItemStore(n_items, length if modality == "text" else 0)
