@@ -66,7 +66,7 @@ class Clip:
 
     def __repr__(self):
         n = sum(w.numel() for w in self.model.parameters()) / 1e6
-        towers = self.model.visual, text_module(self)
+        towers = self.model.visual, getattr(self.model, "text", None)
         sizes = dict.fromkeys(f"{tower.output_dim}-d" for tower in towers if hasattr(tower, "output_dim"))
         return f"Clip('{self.name}': {n:.1f}M parameters, images {self.image_size} px" + (
             f", features {' and '.join(sizes)})" if sizes else ")")

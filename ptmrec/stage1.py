@@ -45,8 +45,8 @@ class DataSettings(Settings):
 class EncoderSettings(Settings):
     "The encoder"
 
-    clip_model: str = setting("tiny", "an architecture of open_clip", first=True)
-    pretrained: str = setting("sample", "its weights: a tag of open_clip, or a file", first=True)
+    clip_model: str = setting("tiny", "an architecture of open_clip, a config file, or minilm-efficientnet", first=True)
+    pretrained: str = setting("sample", "its weights: a tag of open_clip, a file, or a folder", first=True)
 
 
 class EvaluationSettings(Settings):
@@ -147,9 +147,10 @@ def _warn_of_unused(settings, data):
     if data.features and (unused := [m for m in own if own[m] and m not in data.features]):
         warnings.warn(f"Data set '{data.name}' brings ready-made features ({', '.join(data.features)}), and only they are "
                       f"used, not its own {' and '.join(unused)}. Move the .npy files away to encode these with a CLIP.")
-    if not data.features and settings.pretrained == "sample" and find_dataset(settings.dataset) != SAMPLE:
+    drawings = settings.clip_model == "tiny" and settings.pretrained == "sample"
+    if not data.features and drawings and find_dataset(settings.dataset) != SAMPLE:
         warnings.warn("The tiny CLIP has only seen drawings of the sample. For photographs use a CLIP that has seen some: "
-                      "clip_model ViT-B-32, pretrained openai.")
+                      "clip_model ViT-B-32, pretrained openai; or, without a model hub, clip_model minilm-efficientnet.")
 
 # %% ../nbs/04_stage1.ipynb #fcbb61e0
 def build_backbone(
