@@ -555,7 +555,7 @@ def package_file(name: str) -> Path:
     "A file or folder of an installed package, `package/path`; raises `DataError` if the package is missing."
     package, _, rest = name.partition("/")
     if (spec := importlib.util.find_spec(package)) is None:
-        raise DataError(f"The package {package.replace('_', '-')} with weights is not installed; it comes with {EXTRA}")
+        raise DataError(f"The weights in the package {package.replace('_', '-')} are not installed: {EXTRA}")
     return Path(spec.origin).parent / rest
 
 
@@ -582,6 +582,9 @@ def build_clip(config: dict, name: str) -> tuple[nn.Module, Callable]:
         model = open_clip.create_model(path.stem, None, pretrained_text=False)
         if by_hugging_face(text := getattr(model, "text", None)) and not hasattr(text, "proj"):
             raise ValueError(f"embed_dim has to be the width of the text tower, {text.config.hidden_size}")
+        size = getattr(getattr(getattr(model.visual, "trunk", None), "patch_embed", None), "img_size", None)
+        if size and tuple(size) != tuple(model.visual.image_size):
+            raise ValueError(f"image_size has to be that of the image tower, {size[0]}")
         return model, open_clip.get_tokenizer(path.stem)
     except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
         raise DataError(f"{name}: open_clip cannot build it ({type(e).__name__}: {e}).") from e
@@ -614,8 +617,7 @@ def load_tower(tower: nn.Module, weights: dict[str, Tensor], what: str) -> None:
                         f"weights are not there, or of another size ({', '.join(lacking[:3])}).")
     tower.load_state_dict(found, strict=False)
     if left := [n for n in weights if n.removeprefix(prefix) not in tower.state_dict()]:
-        warnings.warn(f"{what}: {len(left)} weights belong to no part of this tower and are left out "
-                      f"({', '.join(left[:3])}).")
+        warnings.warn(f"{what}: left out what belongs to no part of this tower, {len(left)} ({', '.join(left[:3])}).")
 
 # %% ../nbs/01_clip_prompting.ipynb #a2df57db
 def tower_files(pretrained: str) -> dict[str, Path]:
