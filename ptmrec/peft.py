@@ -104,10 +104,10 @@ class Prompt(Tuning):
     "Deep prompts, separate for image and text: see `DeepPrompts`."
 
     class Settings(Settings):
-        n_ctx: int = setting(8, "prompts per layer", ge=0, first=True)
-        prompt_depth: int = setting(3, "layers of each tower that get prompts", ge=1, first=True)
+        n_ctx: int = setting(8, "prompts per layer", ge=0, le=1024, first=True)
+        prompt_depth: int = setting(3, "layers of each tower that get prompts", ge=1, le=1000, first=True)
         prompt_position: str = setting("first", "the first or the last layers of a tower get them", choices=POSITIONS)
-        prompt_lr: float = setting(2e-2, "learning rate of the prompts", gt=0)
+        prompt_lr: float = setting(2e-2, "learning rate of the prompts", gt=0, le=10)
 
     def __init__(self, clip, towers, n_ctx, prompt_depth, prompt_position, prompt_lr):
         super().__init__(prompt_lr)
@@ -216,7 +216,7 @@ PARTS = {  # their modules in a block; the last of several returns what is added
 class LastLayers(Settings):
     "The setting that adapters and LoRA share."
 
-    last_layers: int | None = setting(None, "only so many last layers of each tower are changed; None: all", ge=1)
+    last_layers: int | None = setting(None, "only so many last layers of each tower are changed; None: all", ge=1, le=1000)
 
 # %% ../nbs/01a_peft.ipynb #0debf91b
 def linear_maps(module: nn.Module) -> dict[str, nn.Module]:
@@ -292,8 +292,8 @@ class Adapter(Tuning):
     "Bottlenecks after attention and MLP."
 
     class Settings(LastLayers):
-        adapter_size: int = setting(16, "width of the bottlenecks; 0 changes nothing", ge=0)
-        adapter_lr: float = setting(2e-3, "learning rate of the adapters", gt=0)
+        adapter_size: int = setting(16, "width of the bottlenecks; 0 changes nothing", ge=0, le=8192)
+        adapter_lr: float = setting(2e-3, "learning rate of the adapters", gt=0, le=10)
 
     def __init__(self, clip, towers, adapter_size, last_layers, adapter_lr):
         super().__init__(adapter_lr)
@@ -352,9 +352,9 @@ class Lora(Tuning):
 
     class Settings(LastLayers):
         lora_rank: int = setting(8, "rank of a weight's change; 0 changes nothing", ge=0, le=1024)
-        lora_alpha: float = setting(16, "the change is scaled by lora_alpha / lora_rank", gt=0)
+        lora_alpha: float = setting(16, "the change is scaled by lora_alpha / lora_rank", gt=0, le=1_000_000)
         lora_targets: str = setting("attention+mlp", "parts of a layer that are changed", choices=PARTS, joined=True)
-        lora_lr: float = setting(2e-3, "learning rate of LoRA", gt=0)
+        lora_lr: float = setting(2e-3, "learning rate of LoRA", gt=0, le=10)
 
     def __init__(self, clip, towers, lora_rank, lora_alpha, lora_targets, last_layers, lora_lr):
         super().__init__(lora_lr)
@@ -399,7 +399,7 @@ class Full(Tuning):
     combines = False
 
     class Settings(Settings):
-        full_lr: float = setting(1e-4, "learning rate of the towers' weights", gt=0)
+        full_lr: float = setting(1e-4, "learning rate of the towers' weights", gt=0, le=10)
 
     def __init__(self, clip, towers, full_lr):
         super().__init__(full_lr)

@@ -6,6 +6,7 @@
 __all__ = ['frozen_layers', 'ItemStore', 'embed_items', 'longest_text', 'PrefixEncoder']
 
 # %% ../nbs/01b_prefix.ipynb #29a27957
+import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -15,18 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptmrec.clip_prompting import (
-    ItemEncoder,
-    cut_tokens,
-    embed_text,
-    image_features,
-    image_tower,
-    run_blocks,
-    text_features,
-    text_module,
-    text_tower,
-)
-from .data import DataError, cache_dir
+from .clip_prompting import (ItemEncoder, cut_tokens, embed_text, image_features, image_tower, run_blocks,
+                                   text_features, text_module, text_tower)
+from .data import DataError
+from .files import cache_dir, reserve, writing
 
 # %% ../nbs/01b_prefix.ipynb #f9fc3d64
 def frozen_layers(
@@ -46,7 +39,10 @@ def frozen_layers(
 
 # %% ../nbs/01b_prefix.ipynb #ad8f1cf3
 class ItemStore:
-    "Tokens (I, N, w), or maps (I, c, h, w), of items on disk, computed when they are first asked for."
+    """Tokens (I, N, w), or maps (I, c, h, w), of items on disk, computed when they are first asked for.
+
+    Raises `DataError` if there is no room.
+    """
 
     def __init__(self, n_items: int, length: int):  # the most tokens of an item, where they differ
         self.rows, self.length, self.done = None, length, torch.zeros(n_items, dtype=torch.bool)
@@ -62,12 +58,18 @@ class ItemStore:
         if len(missing):
             made = compute(missing)
             self.dtype, made = made.dtype, made.float().cpu().numpy()
-            if self.rows is None:
-                shape = len(self.done), max(self.length, made.shape[1]), *made.shape[2:]
-                self.rows = np.memmap(tempfile.TemporaryFile(dir=cache_dir()), np.float32, "w+", shape=shape)
+            self.rows = self._room(made) if self.rows is None else self.rows
             self.rows[missing.numpy(), : made.shape[1]] = made
             self.done[missing] = True
         return torch.from_numpy(self.rows[items.numpy(), :length]).to(self.dtype)
+
+    def _room(self, made):
+        shape, folder = (len(self.done), max(self.length, made.shape[1]), *made.shape[2:]), cache_dir()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=folder)
+            reserve(file, 4 * math.prod(shape))
+        return np.memmap(file, np.float32, "r+", shape=shape)
 
 # %% ../nbs/01b_prefix.ipynb #a9243bf4
 def embed_items(encoder: ItemEncoder, modality: str, items: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -170,7 +170,7 @@ def test_a_config_that_cannot_be(mine, config, message, monkeypatch):
 @pytest.mark.parametrize("pretrained, error, message", [
     ("gone", SettingError, "gone is not there. Give a folder with image.safetensors and text.safetensors"),
     ("image=a.pth", SettingError, "Write image=<path>,text=<path>"),
-    ("words/vocab.txt", DataError, "cannot be read as tensors"),
+    ("words/vocab.txt", DataError, "cannot be used: it is damaged, cut, or holds more than tensors"),
     ("openai", SettingError, "openai is not there"), ("", DataError, "has no weights file")])
 def test_weights_that_cannot_be(mine, pretrained, error, message, monkeypatch):
     monkeypatch.chdir(mine)
@@ -191,7 +191,7 @@ def test_nothing_in_a_file_is_run(mine, tmp_path, monkeypatch):
     (tmp_path / "image.pth").write_bytes(pickle.dumps(Bomb()))
     torch.save({"state_dict": {"conv_stem.weight": Bomb()}}, tmp_path / "zip.pth")
     for name in ("image.pth", "zip.pth"):
-        with pytest.raises(DataError, match=f"{name} cannot be read as tensors by name, and nothing else is read"):
+        with pytest.raises(DataError, match=f"{name} cannot be used: it is damaged, cut, or holds more than tensors"):
             load_clip(str(mine / "mine.json"), f"image={name},text={mine / 'words'}")
     shutil.copytree(mine / "words", tmp_path / "coded")
     config = json.loads((tmp_path / "coded" / "config.json").read_text()) | {"auto_map": {"AutoModel": "mine.Model"}}
