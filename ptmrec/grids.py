@@ -7,7 +7,7 @@ __all__ = ['NOTEBOOKS', 'labelled_changes', 'combinations', 'Cell', 'plan', 'lig
            'claims', 'run_cells', 'outcome_of', 'forecast', 'how_many', 'time_left', 'status_table', 'Watch', 'run_row',
            'as_table', 'runs_table', 'grid_table', 'grid', 'find_result', 'run_left']
 
-# %% ../nbs/05c_grids.ipynb #4a494ed3
+# %% ../nbs/05c_grids.ipynb #897df69d
 import itertools
 import json
 import math
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import joblib
 import pandas as pd
@@ -295,24 +294,22 @@ def runs_table(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     readable = listed[listed.state != "damaged"] if len(listed) else listed
     return as_table([run_row(open_run(runs_dir() / r.experiment / r.dataset / r.key)) for r in readable.itertuples()])
 
-# %% ../nbs/05c_grids.ipynb #22e70c53
+# %% ../nbs/05c_grids.ipynb #9733ec3d
 def grid_table(cells: list[Cell]) -> pd.DataFrame:
     "A row per run of a grid, finished or not: cell, labels of the axes, seed, status, `run_row`, cost, error."
-    variants, by_cell = {}, {}
+    by_cell, rows = {}, []
     for cell in cells:
         by_cell.setdefault(cell.name, []).extend([cell.run] if cell.run else [])
     variants = {name: best_variant(runs) for name, runs in by_cell.items() if runs}
-    rows = []
     for cell in cells:
+        made = run_row(cell.run, variants[cell.name]) if cell.run else {"key": cell.expected.key, **cell.params}
         row = {"cell": cell.name, **cell.labels, "seed": cell.params["seed"], "status": cell.status,
                "reused": cell.run is not None and not cell.outcome}
-        made = run_row(cell.run, variants[cell.name]) if cell.run else {"key": cell.expected.key, **cell.params}
-        rows.append(row | {k: v for k, v in made.items() if k not in row} |
-                    {k: cell.outcome.get(k) for k in ("seconds", "peak_mb", "error")} |
-                    {"notebook": cell.output})
+        cost = {k: cell.outcome.get(k) for k in ("seconds", "peak_mb", "error")}
+        rows.append(row | made | cost | {"notebook": cell.output})  # an axis that is a setting has its value
     return as_table(rows)
 
-# %% ../nbs/05c_grids.ipynb #6c7c385c
+# %% ../nbs/05c_grids.ipynb #5c7f70a7
 def grid(
     notebook: str,  # 04_stage1 or 05_stage2
     base: dict,  # settings of every run
@@ -322,6 +319,7 @@ def grid(
     at_once: int | None = None,  # runs at a time; None: as many as memory and cores allow, or the cluster's threads
     threads: int = 1,  # that each run computes with
     client=None,  # a `dask.distributed.Client` whose workers see the same folders; None: this machine
+    with_test: bool = True,  # the table has test metrics; without, nobody chooses by them
 ) -> pd.DataFrame:
     """Run a notebook for every cell and seed; returns the table, also in runs/grids/<name>/table.parquet.
 
@@ -337,7 +335,7 @@ def grid(
     if left and at_once is None:
         at_once = sum(client.nthreads().values()) if client else how_many(notebook, left, threads)
     watch = Watch(cells, at_once or 1, cells[0].settings.metric)
-    run_left(notebook, cells, left, folder, watch, threads, client)
+    run_left(notebook, cells, left, folder, watch, threads, client, with_test)
     return pd.read_parquet(folder / "table.parquet")
 
 
@@ -349,8 +347,8 @@ def find_result(cell: Cell) -> None:
     elif cell.status == "finished":
         cell.status, cell.outcome["error"] = "failed", f"The notebook ended, but run {cell.expected.key} is not there."
 
-# %% ../nbs/05c_grids.ipynb #1ea7cf0a
-def run_left(notebook, cells, left, folder, watch, threads=1, client=None) -> None:
+# %% ../nbs/05c_grids.ipynb #0c9c5c62
+def run_left(notebook, cells, left, folder, watch, threads=1, client=None, with_test=True) -> None:
     "Run the cells `left` of a grid, and keep its table after each."
     stop, place = threading.Event(), {"PTMREC_RUNS": str(runs_dir()), "PTMREC_DATA": str(data_dir())}
     source = str(repo_root() / "nbs" / f"{notebook}.ipynb")
@@ -367,12 +365,17 @@ def run_left(notebook, cells, left, folder, watch, threads=1, client=None) -> No
         for cell in left:
             if cell.status == "finished" and cell.run is None:
                 find_result(cell)
-        write_atomically(folder / "table.parquet", grid_table(cells).to_parquet)
+        table = grid_table(cells)
+        table = table if with_test else table.loc[:, ~table.columns.str.contains("test ")]
+        write_atomically(folder / "table.parquet", table.to_parquet)
         watch.show()
 
     with ThreadPoolExecutor(max(1, watch.at_once)) as pool:
         try:
             run_cells(left, submit, partial(claims, notebook), watch.at_once, after_each)
+        except KeyboardInterrupt:
+            print(f"Stopped: {time_left(cells, watch.at_once)} The same call goes on.")
+            raise
         finally:
             stop.set()  # Ctrl-C and the Stop button end the processes, too
     after_each()

@@ -72,7 +72,7 @@ def comparisons(pairs: dict) -> pd.DataFrame:
     table["p_holm"] = multipletests(table.p, method="holm")[1] if len(table) else []
     return table.astype({"users": int, "seeds": int}) if len(table) else table
 
-# %% ../nbs/03g_significance.ipynb #b805a889
+# %% ../nbs/03g_significance.ipynb #76a258b9
 def in_words(name: str, row: pd.Series | dict, metric: str, against: str) -> str:
     "One sentence: a row of `comparisons`, what it says of `name` against `against`, and what it cannot say."
     gain = f" ({row['after'] / row['before'] - 1:+.1%})" if row["before"] else ""
@@ -84,9 +84,9 @@ def in_words(name: str, row: pd.Series | dict, metric: str, against: str) -> str
     smallest = row["smallest"]
     shows = (f"the smallest gain that this data could show is {smallest:.4f}" +
              (f" ({smallest / row['before']:.1%})" if row["before"] else "")) if smallest == smallest else "all are equal"
-    return f"{what}: cannot tell with {row['users']:,} users; {shows}."
+    return f"{what}: cannot tell with {int(row['users']):,} users; {shows}."
 
-# %% ../nbs/03g_significance.ipynb #e3cae297
+# %% ../nbs/03g_significance.ipynb #48a13e76
 def result_text(
     values: dict,  # {row: {column: [a value per seed]}}
     stars: Iterable[tuple] = (),  # (row, column) that differ significantly from the reference
@@ -103,7 +103,7 @@ def result_text(
             cell = f"{np.mean(seeds):.4f}{spread}" if len(seeds) else ""
             best = len(seeds) and means.loc[row, column] == means[column].max()
             text.loc[row, column] = (bold.format(cell) if best else cell) + star * ((row, column) in stars)
-    return text
+    return text.fillna("")
 
 # %% ../nbs/03g_significance.ipynb #22338372
 def to_markdown(text: pd.DataFrame, corner: str = "") -> str:
