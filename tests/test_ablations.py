@@ -60,20 +60,20 @@ def here(monkeypatch):
 
 def test_notebooks_through_papermill_a_failure_and_what_is_there(shop, runs):
     base = {"dataset": shop, "backbone": "bpr", **QUICK}
-    table = grid("04_stage1", base, {"lr": [1e-2, 1e30]}, [0], "first", at_once=2)
+    table = grid("04_stage1", base, {"eval_items": ["all", "cold"]}, [0], "first", at_once=2)  # there are no cold items
     assert table.status.tolist() == ["finished", "failed"] and not table.reused.any()
-    assert "FloatingPointError" in table.error[1] and pd.isna(table.error[0])
+    assert "DataError" in table.error[1] and "no positive" in table.error[1] and pd.isna(table.error[0])
     assert all(os.path.exists(output) for output in table.notebook) and (table.seconds > 0).all() and (table.peak_mb > 50).all()
     run = open_run(table.key[0])
-    assert table["test recall@20"][0] == run.metrics()["test"]["recall@20"] and table.lr.tolist() == [1e-2, 1e30]
+    assert table["test recall@20"][0] == run.metrics()["test"]["recall@20"] and table.eval_items.tolist() == ["all", "cold"]
     executed = json.loads(open(table.notebook[0]).read())
     assert any("injected-parameters" in cell["metadata"].get("tags", []) for cell in executed["cells"])
     pd.testing.assert_frame_equal(pd.read_parquet(runs / "grids" / "first" / "table.parquet"), table)
 
-    again = grid("04_stage1", base, {"lr": [1e-2]}, [0], "second", at_once=1)
+    again = grid("04_stage1", base, {"eval_items": ["all"]}, [0], "second", at_once=1)
     assert again.reused.tolist() == [True] and again.key[0] == run.key and pd.isna(again.seconds[0])
     everything = runs_table()
-    assert set(everything.key) == set(table.key) and everything.set_index("key").state[run.key] == "finished"
+    assert run.key in set(everything.key) <= set(table.key) and everything.set_index("key").state[run.key] == "finished"
 
 
 def alive(pid):
@@ -89,7 +89,7 @@ def below(pid):
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc, as on Linux")
 def test_killed_and_called_again(shop, runs):
     "SIGKILL: program and kernel end by themselves; what is finished stays, the rest is run."
-    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 400, "patience": 400}
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 100, "patience": 100}
     code = f"from ptmrec.grids import grid; grid('04_stage1', {base}, {{'emb_size': [8, 16]}}, [0], 'killed', at_once=1)"
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     while len(list((runs / "stage1").glob("*/*/run.json"))) < 2:
@@ -113,7 +113,7 @@ def test_killed_and_called_again(shop, runs):
 def test_a_cluster_whose_worker_dies(shop, runs):
     "Two worker processes; one is killed with its first run, and all runs are there at the end."
     distributed = pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
-    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 200, "patience": 200}
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 100, "patience": 100}
     with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, \
             distributed.Client(cluster) as client, ThreadPoolExecutor(1) as pool:
         table = pool.submit(grid, "04_stage1", base, {"emb_size": [8, 16, 32]}, [0], "cluster", client=client)
