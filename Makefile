@@ -33,7 +33,8 @@ lab: .venv/installed  ## JupyterLab, on the page where to start
 notebooks: .venv/installed  ## export, run, clean and stage all notebooks, so that stored outputs match the code
 	$(bin)/nbdev_export
 	$(bin)/python -m ptmrec.settings nbs/04_stage1.ipynb ptmrec.stage1.run_stage1 nbs/05_stage2.ipynb ptmrec.stage2.run_stage2
-	TQDM_DISABLE=1 $(bin)/jupyter nbconvert --to notebook --execute --inplace nbs/*.ipynb
+	TQDM_DISABLE=1 $(bin)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.store_widget_state=False \
+	  --inplace nbs/*.ipynb
 	$(bin)/nbdev_clean
 	@mkdir -p nbs/images && cp "$$(ls -t runs/stage2/sample/*/results.png | head -n 1)" nbs/images/stage2_sample.png
 	git -c filter.keep-outputs.clean= add --renormalize nbs

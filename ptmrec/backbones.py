@@ -22,10 +22,10 @@ BACKBONES = Registry("backbone")
 SHARED = {  # settings that several backbones have: what each does, and its limits
     "n_layers": ("layers of propagation over the user-item graph", {"ge": 0, "le": 10}),
     "n_item_layers": ("layers of smoothing over the item graph", {"ge": 0, "le": 10}),
-    "knn_k": ("neighbours per item in the item graph, itself included", {"ge": 1}),
-    "reg_weight": ("weight of the L2 loss on a batch's embeddings", {"ge": 0}),
-    "cl_weight": ("weight of the contrastive loss", {"ge": 0}),
-    "cl_tau": ("temperature of the contrastive loss", {"gt": 0}),
+    "knn_k": ("neighbours per item in the item graph, itself included", {"ge": 1, "le": 10_000}),
+    "reg_weight": ("weight of the L2 loss on a batch's embeddings", {"ge": 0, "le": 1_000_000}),
+    "cl_weight": ("weight of the contrastive loss", {"ge": 0, "le": 1_000_000}),
+    "cl_tau": ("temperature of the contrastive loss", {"ge": 1e-4, "le": 10_000}),
 }
 
 # %% ../nbs/02_backbones.ipynb #27cbca82
@@ -176,7 +176,8 @@ class FREEDOM(Backbone):
         knn_k: int = shared("knn_k", 10)
         image_weight: float = setting(0.1, "weight of the image graph; other modalities share the rest", ge=0, le=1)
         edge_dropout: float = setting(0.8, "share of user-item edges dropped per epoch", ge=0, lt=1, grid=[0.8, 0.9])
-        aux_weight: float = setting(1e-3, "weight of the BPR losses on projected features", ge=0, grid=[0, 1e-5, 1e-4, 1e-3])
+        aux_weight: float = setting(1e-3, "weight of the BPR losses on projected features", ge=0, le=1_000_000,
+                                    grid=[0, 1e-5, 1e-4, 1e-3])
 
     def __init__(self, *args, **how):
         super().__init__(*args, **how)
@@ -300,8 +301,9 @@ class SMORE(MultiView):
     class Settings(Settings):
         n_layers: int = shared("n_layers", 4, grid=[3, 4])
         n_item_layers: int = shared("n_item_layers", 1)
-        knn_k_image: int = setting(40, "neighbours per item in the image graph", ge=1, grid=[10, 40])
-        knn_k_text: int = setting(15, "neighbours per item in the graphs of all other modalities", ge=1, grid=[10, 15])
+        knn_k_image: int = setting(40, "neighbours per item in the image graph", ge=1, le=10_000, grid=[10, 40])
+        knn_k_text: int = setting(15, "neighbours per item in the graphs of all other modalities", ge=1, le=10_000,
+                                  grid=[10, 15])
         reg_weight: float = shared("reg_weight", 1e-4, grid=[1e-4, 1e-5])
         cl_weight: float = shared("cl_weight", 1e-2, grid=[1e-2, 3e-2])
         cl_tau: float = shared("cl_tau", 0.2)

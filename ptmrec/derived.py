@@ -6,7 +6,7 @@
 __all__ = ['with_interactions', 'thinned', 'with_cold_items', 'without', 'shuffled', 'random_features', 'miniature', 'write_data',
            'derive']
 
-# %% ../nbs/04d_derived.ipynb #eb4dbbf3
+# %% ../nbs/04d_derived.ipynb #04792f2d
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import MODALITIES, DataError, RecData, cache_dir, find_dataset, fingerprint, load_data, write_atomically
+from .data import MODALITIES, DataError, RecData, find_dataset, load_data, runs_dir, write_atomically
 
-# %% ../nbs/04d_derived.ipynb #758e10a3
+# %% ../nbs/04d_derived.ipynb #458eba68
 def with_interactions(data: RecData, kept: np.ndarray) -> RecData:
     "The data set with the interactions `kept` (n,) bool; users and items stay."
     inter = data.inter
-    return replace(data, inter=replace(inter, user=inter.user[kept], item=inter.item[kept], split=inter.split[kept]))
+    time = None if inter.time is None else inter.time[kept]
+    return replace(data, inter=replace(inter, user=inter.user[kept], item=inter.item[kept], split=inter.split[kept],
+                                       time=time))
 
 
 def thinned(data: RecData, share: float, seed: int = 0) -> RecData:
@@ -85,21 +87,22 @@ def random_features(data: RecData, sizes: dict, seed: int = 0) -> RecData:
     features = {m: rng.normal(size=(n, d)).astype(np.float32) for m, d in sizes.items()}
     return replace(data, texts=[""] * n, images=[None] * n, features=features)
 
-# %% ../nbs/04d_derived.ipynb #ddd4dd16
+# %% ../nbs/04d_derived.ipynb #d1caf603
 def miniature(data: RecData, n_users: int = 40) -> RecData:
     "The first `n_users` users with their items."
-    inter = data.inter
-    kept = inter.user < n_users
-    items, item = np.unique(inter.item[kept], return_inverse=True)
-    small = replace(inter, user=inter.user[kept], item=item, split=inter.split[kept], user_ids=inter.user_ids[:n_users],
-                    item_ids=inter.item_ids[items])
+    inter = with_interactions(data, data.inter.user < n_users).inter
+    items, item = np.unique(inter.item, return_inverse=True)
+    small = replace(inter, item=item, user_ids=inter.user_ids[:n_users], item_ids=inter.item_ids[items])
     return replace(data, inter=small, texts=[data.texts[i] for i in items], images=[data.images[i] for i in items],
                    features={m: f[items] for m, f in data.features.items()})
 
-# %% ../nbs/04d_derived.ipynb #a8c22097
+# %% ../nbs/04d_derived.ipynb #e08becee
 def write_data(data: RecData, folder: Path, defaults: Path | None = None) -> Path:
     "Write a data set into `folder`, with `defaults.toml` from the file `defaults` if it is there; returns the folder."
     inter = data.inter
+    if data.files:
+        raise DataError(f"'{data.name}' has files of {', '.join(data.files)}, which cannot be carried over yet. Put "
+                        f"ready-made features beside them: {', '.join(MODALITIES[m].feature_file for m in data.files)}.")
     folder.mkdir(parents=True, exist_ok=True)
     content = {"title": [text or None for text in data.texts],
                "image": [None if path is None else str(Path(path).resolve()) for path in data.images]}
@@ -114,17 +117,18 @@ def write_data(data: RecData, folder: Path, defaults: Path | None = None) -> Pat
     if defaults is not None and defaults.exists():
         shutil.copy(defaults, folder / "defaults.toml")
     table = pd.DataFrame({"user": inter.user_ids[inter.user], "item": inter.item_ids[inter.item], "x_label": inter.split})
+    table = table if inter.time is None else table.assign(timestamp=inter.time)
     write_atomically(folder / "interactions.csv", lambda path: table.to_csv(path, index=False))
     return folder
 
-# %% ../nbs/04d_derived.ipynb #5cb9753c
+# %% ../nbs/04d_derived.ipynb #f5a03c1f
 def derive(dataset: str, change: Callable[..., RecData], **how) -> Path:
     "Folder of the data set that `change(data, **how)` makes of `dataset`; made anew only if there is none."
     source = find_dataset(dataset)
     data = load_data(source)
     words = [source.name, change.__name__, *map(str, how.values())]
     name = "-".join(re.sub(r"[^\w.]+", "_", word).strip("_") for word in words)
-    folder = cache_dir() / "derived" / fingerprint(data.fingerprint()) / name
+    folder = runs_dir() / "derived" / data.fingerprint() / name
     if not (folder / "interactions.csv").exists():
         write_data(change(data, **how), folder, source / "defaults.toml")
     return folder

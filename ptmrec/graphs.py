@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import progress
+from .data import DataError, progress
 
 # %% ../nbs/00e_graphs.ipynb #52a6979d
 def _csr(row, col, value, shape):
@@ -226,10 +226,10 @@ def knn_graph(
     k: int,  # neighbours per item, itself included
     weighted: bool = False,  # normalised similarities (MGCN, Eq. 4-5) instead of 1/k (FREEDOM, Eq. 2-4)
 ) -> Graph:
-    "Item graph (I, I): the `k` nearest items by cosine. Raises `ValueError` for fewer than `k` items."
+    "Item graph (I, I): the `k` nearest items by cosine. Raises `DataError` for fewer than `k` items."
     if k > len(features):
-        raise ValueError(f"An item graph of {k} neighbours needs as many items, and there are {len(features)}. Lower knn_k "
-                         "(SMORE's knn_k_image and knn_k_text).")
+        raise DataError(f"An item graph of {k} neighbours needs as many items, and there are {len(features)}. Lower knn_k "
+                        "(SMORE's knn_k_image and knn_k_text).")
     value, item = _nearest(F.normalize(features.float(), dim=1), k)
     value = value.clamp(min=0)  # among hardly more than k items, the last ones point the other way
     row, col = torch.arange(len(features), device=features.device).repeat_interleave(k), item.flatten()

@@ -93,7 +93,7 @@ def plan(notebook: str, base: dict, axes: dict, seeds: Sequence[int]) -> list[Ce
             raise SettingError(f"Cell '{told}': {error}") from None
     return cells
 
-# %% ../nbs/05c_grids.ipynb #a0fcd9bc
+# %% ../nbs/05c_grids.ipynb #fb8c1a78
 def light_inputs(settings, known: dict) -> Inputs:
     "Data and encoder of a cell, without features; `known` keeps what is loaded."
     names = ("dataset", "min_rating", "core", "split", "split_seed", "clip_model", "pretrained", "device")
@@ -102,7 +102,7 @@ def light_inputs(settings, known: dict) -> Inputs:
     if key not in known:
         folder = NOTEBOOKS["04_stage1"].experiment.fetch(settings)
         data = load_data(folder, *(getattr(settings, name) for name in names[1:5]))
-        clip = load_clip(settings.clip_model, settings.pretrained) if uses_features and not data.features else None
+        clip = load_clip(settings.clip_model, settings.pretrained) if uses_features and data.needs_clip else None
         known[key] = Inputs(data, clip, {}, pick_device(settings.device))
     return known[key]
 

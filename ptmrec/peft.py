@@ -103,10 +103,10 @@ class Prompt(Tuning):
     "Deep prompts, separate for image and text: see `DeepPrompts`."
 
     class Settings(Settings):
-        n_ctx: int = setting(8, "prompts per layer", ge=0, first=True)
-        prompt_depth: int = setting(3, "layers of each tower that get prompts", ge=1, first=True)
+        n_ctx: int = setting(8, "prompts per layer", ge=0, le=1024, first=True)
+        prompt_depth: int = setting(3, "layers of each tower that get prompts", ge=1, le=1000, first=True)
         prompt_position: str = setting("first", "the first or the last layers of a tower get them", choices=POSITIONS)
-        prompt_lr: float = setting(2e-2, "learning rate of the prompts", gt=0)
+        prompt_lr: float = setting(2e-2, "learning rate of the prompts", gt=0, le=10)
 
     def __init__(self, clip, towers, n_ctx, prompt_depth, prompt_position, prompt_lr):
         super().__init__(prompt_lr)
@@ -212,7 +212,7 @@ PARTS = {"attention": ("attn", "token_mixer"), "mlp": ("mlp",)}  # their names i
 class LastLayers(Settings):
     "The setting that adapters and LoRA share."
 
-    last_layers: int | None = setting(None, "only so many last layers of each tower are changed; None: all", ge=1)
+    last_layers: int | None = setting(None, "only so many last layers of each tower are changed; None: all", ge=1, le=1000)
 
 # %% ../nbs/01a_peft.ipynb #0debf91b
 def linear_maps(module: nn.Module) -> dict[str, nn.Module]:
@@ -239,7 +239,10 @@ def sublayers(
     if not blocks:
         raise DataError(f"{clip.name}: no {' or '.join(parts)} layers are known in its {tower} tower, a "
                         f"{type(getattr(clip.model, prefix)).__name__}. tuning = full trains it whole.")
-    first = 0 if last_layers is None else max(0, len(blocks) - last_layers)
+    if last_layers is not None and last_layers > len(blocks):
+        raise DataError(f"last_layers={last_layers}: the {tower} tower of {clip.name} has {len(blocks)} layers. Set "
+                        f"last_layers to 1 ... {len(blocks)}.")
+    first = 0 if last_layers is None else len(blocks) - last_layers
     return {n: m for found in blocks[first:] for n, m in found.items()}
 
 # %% ../nbs/01a_peft.ipynb #662136a6
@@ -273,8 +276,8 @@ class Adapter(Tuning):
     "Bottlenecks after attention and MLP."
 
     class Settings(LastLayers):
-        adapter_size: int = setting(16, "width of the bottlenecks; 0 changes nothing", ge=0)
-        adapter_lr: float = setting(2e-3, "learning rate of the adapters", gt=0)
+        adapter_size: int = setting(16, "width of the bottlenecks; 0 changes nothing", ge=0, le=8192)
+        adapter_lr: float = setting(2e-3, "learning rate of the adapters", gt=0, le=10)
 
     def __init__(self, clip, towers, adapter_size, last_layers, adapter_lr):
         super().__init__(adapter_lr)
@@ -331,9 +334,9 @@ class Lora(Tuning):
 
     class Settings(LastLayers):
         lora_rank: int = setting(8, "rank of a weight's change; 0 changes nothing", ge=0, le=1024)
-        lora_alpha: float = setting(16, "the change is scaled by lora_alpha / lora_rank", gt=0)
+        lora_alpha: float = setting(16, "the change is scaled by lora_alpha / lora_rank", gt=0, le=1_000_000)
         lora_targets: str = setting("attention+mlp", "parts of a layer that are changed", choices=PARTS, joined=True)
-        lora_lr: float = setting(2e-3, "learning rate of LoRA", gt=0)
+        lora_lr: float = setting(2e-3, "learning rate of LoRA", gt=0, le=10)
 
     def __init__(self, clip, towers, lora_rank, lora_alpha, lora_targets, last_layers, lora_lr):
         super().__init__(lora_lr)
@@ -378,7 +381,7 @@ class Full(Tuning):
     combines = False
 
     class Settings(Settings):
-        full_lr: float = setting(1e-4, "learning rate of the towers' weights", gt=0)
+        full_lr: float = setting(1e-4, "learning rate of the towers' weights", gt=0, le=10)
 
     def __init__(self, clip, towers, full_lr):
         super().__init__(full_lr)

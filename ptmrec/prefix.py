@@ -6,6 +6,7 @@
 __all__ = ['frozen_layers', 'ItemStore', 'embed_items', 'PrefixEncoder']
 
 # %% ../nbs/01b_prefix.ipynb #29a27957
+import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -15,17 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptmrec.clip_prompting import (
-    ItemEncoder,
-    embed_text,
-    image_features,
-    image_tower,
-    run_blocks,
-    text_features,
-    text_module,
-    text_tower,
-)
-from .data import DataError, cache_dir
+from .clip_prompting import (ItemEncoder, embed_text, image_features, image_tower, run_blocks, text_features,
+                                   text_module, text_tower)
+from .data import DataError
+from .files import cache_dir, reserve, writing
 
 # %% ../nbs/01b_prefix.ipynb #f9fc3d64
 def frozen_layers(
@@ -45,10 +39,15 @@ def frozen_layers(
 
 # %% ../nbs/01b_prefix.ipynb #ad8f1cf3
 class ItemStore:
-    "Tokens (I, N, w) of items on disk, computed when they are first asked for."
+    "Tokens (I, N, w) of items on disk, computed when they are first asked for. Raises `DataError` if there is no room."
 
     def __init__(self, n_items: int, shape: tuple[int, int]):
-        self.rows = np.memmap(tempfile.TemporaryFile(dir=cache_dir()), np.float32, "w+", shape=(n_items, *shape))
+        shape, folder = (n_items, *shape), cache_dir()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=folder)
+            reserve(file, 4 * math.prod(shape))
+        self.rows = np.memmap(file, np.float32, "r+", shape=shape)
         self.done = torch.zeros(n_items, dtype=torch.bool)
 
     def __call__(

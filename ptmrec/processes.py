@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['exit_with_parent', 'execute', 'main', 'memory_in_use', 'wait_and_measure', 'run_notebook']
 
-# %% ../nbs/03f_processes.ipynb #74c72d5c
+# %% ../nbs/03f_processes.ipynb #e843fb15
 import contextlib
 import functools
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from .data import write_atomically
+from .files import write_atomically
 
 # %% ../nbs/03f_processes.ipynb #95a61992
 @functools.cache

@@ -218,11 +218,15 @@ class Evaluator:
             counts = counts_user[user] & counts_item[item]
             self.positives[split] = Pairs(user[counts], item[counts], inter.n_users, device)
 
-    def __call__(self, split: str, user_emb: Tensor, item_emb: Tensor) -> tuple[pd.DataFrame, np.ndarray]:
-        positives = self.positives[split]
-        users = torch.nonzero(positives.count).flatten()
+    def users(self, split: str) -> Tensor:
+        "Numbers (n,) of the users who have a positive in `split`; raises `DataError` if nobody has."
+        users = torch.nonzero(self.positives[split].count).flatten()
         if not len(users):
             raise DataError(f"The {split} split has no positive among {self.groups}.")
+        return users
+
+    def __call__(self, split: str, user_emb: Tensor, item_emb: Tensor) -> tuple[pd.DataFrame, np.ndarray]:
+        positives, users = self.positives[split], self.users(split)
         lists = rank_items(user_emb, item_emb, users, self.masked[split], max(CUTOFFS))
         table = user_metrics(find_hits(lists, users, positives, self.n_items).cpu(), positives.count[users].cpu())
         table.index = pd.Index(users.cpu().numpy(), name="user")

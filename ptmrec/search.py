@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import random
-import time
+import warnings
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -20,13 +20,16 @@ from joblib import Parallel, delayed, parallel_config
 from .backbones import BACKBONES, grid_of
 from .data import progress
 from .processes import exit_with_parent
-from .runs import Run, new_run
-from .settings import SettingError, check_settings, did_you_mean, resolve
-from .stage1 import TrainingSettings, label, load_inputs, one_per_seed, run_stage1, find_stage1_run, train_stage1
+from .runs import Run, heal, new_run
+from .settings import SettingError, check_settings, did_you_mean, resolve, shown
+from .stage1 import (Stage1Settings, TrainingSettings, check_inputs, find_stage1_run, label, load_inputs, one_per_seed,
+                           run_stage1, train_stage1)
 
 # %% ../nbs/04b_search.ipynb #6e0d9c4d
 def check_grid(backbone: str, grid: dict) -> None:
     "Raise `SettingError` for a setting that cannot be varied, or a value that it does not allow."
+    if not isinstance(grid, dict):
+        raise SettingError(f"grid={shown(grid)} is not allowed: it must be a dict of settings and the values to try.")
     own, training = BACKBONES[backbone].Settings, TrainingSettings
     allowed = [*own.model_fields, *training.model_fields, "emb_size"]
     for name, values in grid.items():
@@ -34,10 +37,12 @@ def check_grid(backbone: str, grid: dict) -> None:
             raise SettingError(f"The grid varies {name}, which a search with backbone '{backbone}' cannot."
                                f"{did_you_mean(name, allowed)} It may vary: {', '.join(allowed)}.")
         if not isinstance(values, list | tuple) or not values:
-            raise SettingError(f"The grid needs a list of values for {name}, and has {values!r}.")
+            raise SettingError(f"The grid needs a list of values for {name}, and has {shown(values)}.")
         for value in values:
-            cls = own if name in own.model_fields else training
-            check_settings(cls, {name: value} if name in cls.model_fields else {}, "The grid")
+            cls = next(c for c in (own, training, Stage1Settings) if name in c.model_fields)
+            check_settings(cls, {name: value}, "The grid")
+        if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+            raise SettingError(f"The grid has {name}={shown(twice[0])} twice. Name it once.")
 
 # %% ../nbs/04b_search.ipynb #7508808d
 def cells(grid: dict, n_trials: int | None = None, seed: int = 0) -> list[dict]:
@@ -62,7 +67,10 @@ def attempt_elsewhere(n: int, backbone: type, run: Run, settings, test: bool) ->
     os.environ["TQDM_DISABLE"] = "1"
     if settings.backbone not in BACKBONES:
         BACKBONES[settings.backbone] = backbone
-    return n, attempt(run, settings, load_inputs(settings), test)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the data, which the caller has said
+        inputs = load_inputs(settings)
+    return n, attempt(run, settings, inputs, test)
 
 # %% ../nbs/04b_search.ipynb #c3a992c2
 def finished_trials(runs: dict, trials: list, inputs, processes: int, test: bool):
@@ -72,7 +80,7 @@ def finished_trials(runs: dict, trials: list, inputs, processes: int, test: bool
     if processes == 1:
         yield from ((n, attempt(runs[n], trials[n], inputs, test)) for n in left)
         return
-    with parallel_config("loky", n_jobs=processes, inner_max_num_threads=1):
+    with parallel_config("loky", n_jobs=min(processes, len(left) or 1), inner_max_num_threads=1):
         yield from Parallel(return_as="generator_unordered")(
             delayed(attempt_elsewhere)(n, BACKBONES[trials[n].backbone], runs[n], trials[n], test) for n in left)
 
@@ -84,7 +92,7 @@ def run_all(trials: list, names: list, inputs, processes: int, test: bool, title
     failed, with their values of the settings `names`.
     """
     done, failed = {}, {}
-    runs = {n: find_stage1_run(settings, inputs) for n, settings in enumerate(trials)}
+    runs = {n: heal(find_stage1_run(settings, inputs)) for n, settings in enumerate(trials)}
     results = finished_trials(runs, trials, inputs, processes, test)
     for n, result in progress(results, total=len(trials), desc=title, unit="run"):
         if isinstance(result, Run):
@@ -111,7 +119,7 @@ def trial_table(trials: list, runs: dict, names: list, metric: str) -> pd.DataFr
             history = run.load_table("history.csv")
             best = history.loc[history[best_metric].idxmax()]
             rows[n] |= {best_metric: best[best_metric], "epoch": int(best.epoch), "epochs": len(history),
-                        "seconds": history.seconds.sum()}
+                        "seconds": history.seconds.sum()} | ({"by_hand": run.by_hand} if run.by_hand else {})
     table = pd.DataFrame(rows.values(), pd.Index(rows, name="trial"))
     return table.sort_values(best_metric, ascending=False, kind="stable")
 
@@ -132,14 +140,19 @@ def search(
     fail or no trial has a result.
     """
     for name, value in {"n_trials": n_trials, "processes": processes}.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise SettingError(f"{name}={value!r} is not allowed: it must be a whole number at least 1.")
-    params |= {"backbone": backbone, "dataset": str(dataset), "n_seeds": n_seeds}
+        if (type(value) is not int or value < 1) and (name, value) != ("n_trials", None):
+            raise SettingError(f"{name}={shown(value)} is not allowed: it must be a whole number at least 1.")
+    if "rerun" in params:
+        raise SettingError("A search has no rerun. To make a trial anew, call run_stage1 with its settings and rerun=True.")
+    params |= {"backbone": backbone, "dataset": dataset, "n_seeds": n_seeds}
     settings = resolve(run_stage1.experiment, params)
-    grid = {k: v for k, v in (grid_of(backbone) if grid is None else grid).items() if k not in params}
+    grid = grid_of(backbone) if grid is None else grid
     check_grid(backbone, grid)
+    grid = {k: v for k, v in grid.items() if k not in params}
     trials = [resolve(run_stage1.experiment, params | cell) for cell in cells(grid, n_trials, settings.seed)]
     inputs = load_inputs(settings)
+    for trial in trials:
+        check_inputs(trial, inputs)
     kept = new_run("search", inputs.data.name, settings.key_parameters | {"grid": grid, "n_trials": n_trials},
                    inputs.data.fingerprint()).begin()
     runs = run_all(trials, list(grid), inputs, processes, False, f"Search, {backbone}",

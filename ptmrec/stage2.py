@@ -4,21 +4,32 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_NAMES', 'TransferSettings',
-           'Stage2TrainingSettings', 'Stage2Settings', 'check_stage2', 'run_stage2', 'item_batches',
-           'interaction_batches', 'make_batches', 'teacher', 'attach_tuning', 'Stage2', 'transfer_terms',
-           'with_features', 'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned', 'tune', 'variants',
-           'joint_settings', 'parameter_table', 'find_stage2_run', 'make_encoder', 'check_encoder', 'stage1_of',
-           'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep', 'score_variants', 'projections_alone',
-           'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
+           'Stage2TrainingSettings', 'Stage2Settings', 'check_stage2', 'joint_values', 'check_joint', 'run_stage2',
+           'item_batches', 'interaction_batches', 'make_batches', 'teacher', 'attach_tuning', 'Stage2',
+           'transfer_terms', 'with_features', 'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned',
+           'tune', 'variants', 'joint_settings', 'parameter_table', 'find_stage2_run', 'make_encoder', 'check_encoder',
+           'stage1_of', 'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep', 'score_variants',
+           'projections_alone', 'check_gain', 'variant_name', 'results_table', 'verdict', 'report', 'plot_results',
+           'main']
+
+# %% ../nbs/05_stage2.ipynb #5ea8694e
+import os
+import signal
+
+if __name__ == "__main__" and "__file__" in globals():  # as a program, a stop during the imports below is one line
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (os.write(2, b"Stopped while starting.\n"), os._exit(128 + number)))
 
 # %% ../nbs/05_stage2.ipynb #fbc578ee
-from typing import Literal
+import math
+import warnings
+from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import PositiveInt
+from pydantic import Field
 from torch import nn
 
 from .backbones import BACKBONES
@@ -28,17 +39,18 @@ from .distributed import (all_reduce, barrier, broadcast, main_first, my_share, 
                                 world_size)
 from .losses import SIMILARITIES, kt_loss
 from .memory import encode_in_parts, fit_memory, free_bytes, memory_need
+from .monitor import watch
 from .peft import TUNINGS, attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs
-from .runs import (Run, best_variant, code_of, command_line, compare, new_run, own_code, per_user_values,
-                         recommendation_table, runs_to_do, set_seed, shown_path)
+from .runs import (Run, best_variant, code_of, command_line, compare, heal, new_run, own_code, per_user_values,
+                         recommendation_table, runs_to_do, set_seed, shown_path, stopped_by_hand)
 from .settings import SettingError, Settings, experiment, setting
 from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
                            locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
                            run_arguments, save_embeddings, stage1_code, find_stage1_run, train_stage1, train_with, validate)
-from .training import (Callback, Checkpoint, Health, KeepBest, Loop, Progress, TripleSampler, check_features,
-                             keep_freed_memory)
+from .training import (Callback, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_features,
+                             check_losses, how_it_ended, keep_freed_memory)
 
 # %% ../nbs/05_stage2.ipynb #ddb05c45
 SOURCES = ("id", "output")
@@ -51,22 +63,22 @@ class TransferSettings(Settings):
 
     kt_source: str = setting("id", "embeddings that teach: of the ID path alone, or the backbone's output", choices=SOURCES)
     similarity: str = setting("cosine", "s of P_id and P_m", choices=SIMILARITIES)
-    tau: float = setting(0.05, "temperature of P_id and P_m", gt=0)
-    kt_weight: float = setting(1.0, "lambda, weight of the KL loss", ge=0)
-    task_weight: float = setting(0.0, "mu, weight of the backbone's own loss", ge=0)
+    tau: float = setting(0.05, "temperature of P_id and P_m", ge=1e-4, le=10_000)
+    kt_weight: float = setting(1.0, "lambda, weight of the KL loss", ge=0, le=1_000_000)
+    task_weight: float = setting(0.0, "mu, weight of the backbone's own loss", ge=0, le=1_000_000)
 
 # %% ../nbs/05_stage2.ipynb #79c29e6f
 class Stage2TrainingSettings(Settings):
     "Training of Stage 2"
 
-    project_lr: float = setting(1e-2, "learning rate of the projections", gt=0)
+    project_lr: float = setting(1e-2, "learning rate of the projections", gt=0, le=10)
     tune_backbone: bool = setting(False, "the backbone moves as well, by its own loss")
     feature_space: str = setting("projected", "features for item graphs and the fresh backbone", choices=SPACES)
     batch_by: str = setting("items", "items with all their pairs, or interactions as in the paper", choices=BATCHES)
     stage2_batch_size: int = setting(128, "items, or interactions, per batch", ge=1, le=2**31 - 1)
-    accumulate: int = setting(1, "batches per optimiser step", ge=1)
-    stage2_epochs: int = setting(20, "epochs", ge=1)
-    validate_every: int = setting(5, "epochs between validations", ge=1)
+    accumulate: int = setting(1, "batches per optimiser step", ge=1, le=1_000_000)
+    stage2_epochs: int = setting(20, "epochs", ge=1, le=1_000_000)
+    validate_every: int = setting(5, "epochs between validations", ge=1, le=1_000_000)
 
 # %% ../nbs/05_stage2.ipynb #9d8d5b0d
 class Stage2Settings(TransferSettings, Stage2TrainingSettings, Stage1Settings):
@@ -74,7 +86,7 @@ class Stage2Settings(TransferSettings, Stage2TrainingSettings, Stage1Settings):
 
     tuning: str = setting("prompt", "how CLIP is tuned", choices=TUNINGS, joined=True, first=True)
     training: str = setting("two_stage", "in two stages, or all together", choices=("two_stage", "joint"), first=True)
-    micro_batch: PositiveInt | Literal["auto"] | None = setting(
+    micro_batch: Annotated[int, Field(ge=1, le=2**31 - 1)] | Literal["auto"] | None = setting(
         None, "items of a batch in memory at a time; None: all, auto: as many as fit", changes_result=False)
     precision: str = setting("float32", "of CLIP in Stage 2; bf16: mixed precision, for GPUs", choices=PRECISIONS)
     cache_prefix: bool = setting(False, "keep the frozen layers' output per item; for tunings of the last layers")
@@ -88,6 +100,27 @@ def check_stage2(settings) -> None:
                            f"{', '.join(name for name, cls in BACKBONES.items() if cls.uses_features)}.")
     if settings.training == "two_stage" and not settings.kt_weight and not settings.task_weight:
         raise SettingError("kt_weight=0 and task_weight=0 leave no loss to train by. Set one of them above 0.")
+    if settings.training == "two_stage" and settings.tune_backbone and not settings.task_weight:
+        raise SettingError("tune_backbone=True moves the backbone by its own loss, and task_weight=0 leaves that out. Set "
+                           "task_weight above 0, or leave tune_backbone out.")
+    if settings.training == "joint":
+        check_joint(settings)
+
+# %% ../nbs/05_stage2.ipynb #1477b6fc
+def joint_values(settings) -> dict:
+    "What joint training decides itself: the backbone learns, by its own loss, as long as Stage 1 may."
+    return {"kt_weight": 0.0, "task_weight": 1.0, "tune_backbone": True, "project_lr": settings.lr,
+            "stage2_epochs": settings.epochs}
+
+
+def check_joint(settings) -> None:
+    "Raise `SettingError` for a setting that somebody changed although joint training decides it, or does not use it."
+    decided = joint_values(settings)
+    for name in (*decided, *TransferSettings.model_fields):
+        value, own = getattr(settings, name), Stage2Settings.model_fields[name].default
+        if value not in (own, decided.get(name, own)):
+            why = f"sets {name} to {decided[name]} itself" if name in decided else f"does not use {name}"
+            raise SettingError(f"training='joint' {why}, and {name}={value} was given. Leave {name} out.")
 
 # %% ../nbs/05_stage2.ipynb #37a157fa
 @experiment(Stage2Settings, {"backbone": BACKBONES, "tuning": TUNINGS}, locate_dataset, fetch_dataset, check_stage2)
@@ -152,18 +185,20 @@ class Stage2(nn.Module):
         backbone.requires_grad_(tune_backbone)
         backbone.project.requires_grad_(True)
         self.live = encoder.tuning is not None and any(q.numel() for q in encoder.tuning.parameters())
+        self.fixed = {m: f.detach() for m, f in backbone.features.items() if m not in encoder.modalities}
         self.refresh()
 
     def refresh(self):
         "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, once is enough."
         if self.live or not self.bank:
-            self.bank = self.encoder.encode_all(self.micro_batch or ENCODE_BATCH)
+            self.bank = self.encoder.encode_all(self.micro_batch or ENCODE_BATCH) | self.fixed
 
     def live_features(self, items):
         "Features of `items` with gradients to the tuning; where nothing is tuned, those of the bank."
         if not self.live:
             return {m: f[items] for m, f in self.bank.items()}
-        return split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items)
+        live = split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items)
+        return live | {m: f[items] for m, f in self.fixed.items()}
 
     def losses(self, user, pos, neg, live=None):
         "Weighted terms {name: scalar} of triples (B,), of several ranks each its part; `live`: features of `pos.unique()`."
@@ -217,19 +252,25 @@ class MissingImages(Callback):
 
 # %% ../nbs/05_stage2.ipynb #ae9e7b0b
 def tune_one_epoch(model: Stage2, optimiser, sampler: TripleSampler, batches: list, accumulate: int) -> dict:
-    "One pass over `batches` of pairs, `accumulate` per step (the last step may have fewer); returns mean loss terms."
-    total = {}
+    """One pass over `batches` of pairs, `accumulate` per step (the last step may have fewer); returns mean loss terms.
+
+    Raises `Diverged`.
+    """
+    total, losses = {}, []
     for n in range(0, len(batches), accumulate):
         group = batches[n : n + accumulate]
         for batch in group:
             users, pos = (x.to(model.backbone.user.device) for x in batch)
             terms = model.losses(users, pos, sampler.negatives(users))
             (sum(terms.values()) / len(group)).backward()
-            total = {k: total.get(k, 0) + v.detach() for k, v in terms.items()}
+            losses.append({k: v.detach() for k, v in terms.items()})
+            total = {k: total.get(k, 0) + v for k, v in losses[-1].items()}
         sum_gradients(model.parameters())
         optimiser.step()
         optimiser.zero_grad()
     means = {k: float(v) / len(batches) for k, v in all_reduce(total).items()}
+    if not all(map(math.isfinite, means.values())):  # on all ranks, then, for they have the same means
+        check_losses([all_reduce(batch) for batch in losses], means)
     return {"loss": sum(means.values())} | means
 
 # %% ../nbs/05_stage2.ipynb #4383de85
@@ -259,32 +300,38 @@ def tune(
     name: str = "Stage 2",  # on the progress bar
     checkpoint=None,  # a file to go on from
     metric: str = "recall@20",  # the validated epoch where it is best is kept
+    on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
 ) -> pd.DataFrame:
     "Train a `Stage2` model and keep its best validated epoch; returns the history: losses and validation per epoch."
     backbone, optimiser = model.backbone, stage2_optimiser(model, project_lr)
     sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
     user, item = backbone.user.cpu(), backbone.item.cpu()
+    remedy = "Lower the learning rate of the tuning (prompt_lr, lora_lr, ...) or raise tau."
+    rates, rate = [group["lr"] for group in optimiser.param_groups], LowerRate(remedy, on_nan)
 
     def train_epoch(epoch):
         backbone.train()
         backbone.start_epoch()
         if model.task_weight:
             with_features(backbone, *model.tuned(), feature_space)
+        for group, lr in zip(optimiser.param_groups, rates):
+            group["lr"] = rate.factor * lr
         if model.tune_backbone:
-            optimiser.param_groups[0]["lr"] = project_lr * backbone.lr_decay ** ((epoch - 1) / 50)
+            optimiser.param_groups[0]["lr"] *= backbone.lr_decay ** ((epoch - 1) / 50)
         return tune_one_epoch(model, optimiser, sampler, list(make_batches(batch_by, user, item, batch_size)), accumulate)
 
     def validate_epoch(epoch):
-        due = epoch % validate_every == 0 or epoch == epochs
+        due = epoch % validate_every == 0 or epoch == epochs or loop.by_hand
         return validate_tuned(model, evaluator, feature_space, metric) if due else {}
 
     best = f"valid {metric}"
-    remedy = "Lower the learning rate of the tuning (prompt_lr, lora_lr, ...) or raise tau."
-    callbacks = [Progress(name, ["loss", best]), Health("loss", remedy), KeepBest(best, patience or epochs),
-                 MissingImages(model.encoder)]
-    if checkpoint:
-        callbacks.append(Checkpoint(checkpoint, seconds=0))
-    return Loop(model, optimiser, train_epoch, validate_epoch, callbacks).run(epochs)
+    callbacks = [watch(name, {c: label(c) for c in ("loss", best)}), Health("loss", remedy),
+                 KeepBest(best, patience or epochs), MissingImages(model.encoder), rate,
+                 *([Checkpoint(checkpoint, seconds=0)] if checkpoint else [])]
+    loop = Loop(model, optimiser, train_epoch, validate_epoch, callbacks)
+    history = loop.run(epochs)
+    history.attrs["ended"] = how_it_ended(loop)
+    return history
 
 # %% ../nbs/05_stage2.ipynb #9df52eba
 VARIANTS = ("as_is", "continued", "fresh")  # of two stages; joint training has one
@@ -300,18 +347,19 @@ def variants(backbone, features, projected, inputs: Inputs, evaluator, settings,
     yield "as_is", backbone
     backbone.requires_grad_(True)
     set_seed(settings.seed, inputs.device)
-    train_with(settings, backbone, evaluator, "continued", run.folder / "checkpoint_continued.pt")
+    history = train_with(settings, backbone, evaluator, "continued", run.folder / "checkpoint_continued.pt")
+    run.note_ended({"continued": history.attrs["ended"]})
     yield "continued", backbone
     set_seed(settings.seed, inputs.device)
     fresh = new_backbone(settings, inputs, projected if settings.feature_space == "projected" else features)
-    train_with(settings, fresh, evaluator, "fresh", run.folder / "checkpoint_fresh.pt")
+    history = train_with(settings, fresh, evaluator, "fresh", run.folder / "checkpoint_fresh.pt")
+    run.note_ended({"fresh": history.attrs["ended"]})
     yield "fresh", fresh
 
 # %% ../nbs/05_stage2.ipynb #14f4711f
 def joint_settings(settings):
-    "The settings that joint training decides replaced: the backbone learns, by its own loss, as long as Stage 1 may."
-    return settings.replace(kt_weight=0.0, task_weight=1.0, tune_backbone=True, project_lr=settings.lr,
-                            stage2_epochs=settings.epochs)
+    "The settings with those that joint training decides replaced."
+    return settings.replace(**joint_values(settings))
 
 # %% ../nbs/05_stage2.ipynb #bc2df531
 def parameter_table(model: Stage2) -> pd.DataFrame:
@@ -336,7 +384,7 @@ STAGE2_CODE = ("stage2.train_stage2",)
 def find_stage2_run(settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = settings.key_parameters | {"device": inputs.device.type, "stage1": find_stage1_run(settings, inputs).key}
-    code = stage1_code(settings) | code_of(*STAGE2_CODE)
+    code = stage1_code(settings, inputs.data) | code_of(*STAGE2_CODE)
     for method in tuning_methods(settings.tuning):
         code |= own_code(method)
     arguments = run_arguments(settings) | {"towers": list(inputs.features)}
@@ -367,13 +415,14 @@ def check_encoder(settings, inputs: Inputs) -> None:
 def stage1_of(settings, inputs: Inputs) -> Run:
     "The finished run of Stage 1 with these settings, trained if need be; of several processes, the first trains."
     with main_first():
-        run = find_stage1_run(settings, inputs)
+        run = heal(find_stage1_run(settings, inputs))
         return run if run.finished else train_stage1(run.begin(), settings, inputs)
 
 
 def train_stage2(run: Run, settings, inputs: Inputs) -> Run:
     "Do and finish a run of Stage 2, or of joint training; the CLIP is the stock one before and after."
     stage1, device = stage1_of(settings, inputs), inputs.device
+    run.note_ended(stage1.ended)
     evaluator = make_evaluator(settings, inputs)
     set_seed(settings.seed, device)
     if settings.training == "two_stage":
@@ -413,7 +462,7 @@ def tune_with(settings, model: Stage2, evaluator: Evaluator, checkpoint) -> pd.D
     patience = max(1, settings.patience // settings.validate_every) if settings.training == "joint" else None
     return tune(model, evaluator, settings.project_lr, settings.batch_by, settings.stage2_batch_size, settings.accumulate,
                 settings.stage2_epochs, settings.validate_every, patience, settings.feature_space,
-                f"Stage 2, seed {settings.seed}", checkpoint, settings.metric)
+                f"Stage 2, seed {settings.seed}", checkpoint, settings.metric, settings.on_nan)
 
 
 def tune_and_keep(run: Run, settings, backbone, encoder, evaluator: Evaluator) -> tuple[dict, dict]:
@@ -421,9 +470,10 @@ def tune_and_keep(run: Run, settings, backbone, encoder, evaluator: Evaluator) -
     model = new_model(settings, backbone, encoder)
     need = need_of(model, settings.batch_by, settings.stage2_batch_size, settings.accumulate)
     model.micro_batch, memory = fit_memory(need, settings.micro_batch, free_bytes(encoder.device))
+    history = tune_with(settings, model, evaluator, run.checkpoint)
     run.save_table("memory.csv", memory)
     run.save_table("parameters.csv", parameter_table(model))
-    history = tune_with(settings, model, evaluator, run.checkpoint)
+    run.note_ended({"Stage 2": history.attrs["ended"]})
     run.save_table("history.csv", history.reset_index())
     run.save_weights("tuning", dict(encoder.tuning.named_parameters()))
     tuned, projected = model.tuned()
@@ -435,6 +485,7 @@ def score_variants(run: Run, tuned_backbones, inter, evaluator: Evaluator, stage
     "Score variants (name, backbone) on both splits, keep weights, embeddings, users' values and lists; finish the run."
     metrics, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("topk.parquet")}
     per_user = {"stage1": stage1.load_table("per_user.parquet")}
+    run.save_weights("embeddings_stage1", stage1.embeddings())
     for name, backbone in tuned_backbones:
         run.save_weights(f"backbone_{name}", dict(backbone.named_parameters()))
         save_embeddings(run, f"embeddings_{name}", backbone)
@@ -453,6 +504,19 @@ def projections_alone(params: dict) -> list[Run]:
     "`run_stage2` with the same settings and no tuning of CLIP; settings of tuning methods are left out."
     methods = TUNINGS.settings()
     return run_stage2(**{k: v for k, v in params.items() if k not in methods} | {"tuning": "none"})
+
+# %% ../nbs/05_stage2.ipynb #16d93128
+def check_gain(runs: list[Run], control: list[Run]) -> dict:
+    "Warn if a tuned CLIP is not better on validation than projections alone (`control`). Returns both, means over seeds."
+    metric, found = runs[0].params["metric"], {}
+    for name, group in {"tuned": runs, "projections alone": control}.items():
+        variant = best_variant(group)
+        found[name] = float(np.mean([run.metrics()[variant]["valid"][metric] for run in group]))
+    if found["tuned"] <= found["projections alone"]:
+        warnings.warn(f"CLIP had nothing to learn here: the best validation {metric} is {found['tuned']:.4f} with a tuned "
+                      f"CLIP, and {found['projections alone']:.4f} with projections alone. Change n_ctx, prompt_depth or "
+                      "prompt_lr, or take another tuning.")
+    return found
 
 # %% ../nbs/05_stage2.ipynb #10b429b1
 VARIANT_NAMES = {"stage1": "Stage 1", "as_is": "as is"}
@@ -494,7 +558,7 @@ def verdict(runs: list[Run], metric: str = "recall@10", against: list[Run] = ())
 
 def report(runs: list[Run], control: list[Run] = ()) -> str:
     "Result table, verdicts and folder as text, for a terminal."
-    lines = [results_table(runs, control).to_string(), verdict(runs)]
+    lines = [results_table(runs, control).to_string(), *filter(None, [stopped_by_hand([*runs, *control])]), verdict(runs)]
     lines += [verdict(runs, against=control)] if control else []
     return "\n\n".join([*lines, "\n".join(shown_path(run.folder) for run in runs)])
 
@@ -530,4 +594,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and "__file__" in globals():
+    signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     main()

@@ -17,7 +17,8 @@ from small import make_shop
 
 import ptmrec.ablations as ablations
 import ptmrec.grids as grids
-from ptmrec.ablations import STUDIES, check_study, draw_trials, plot_study, run_study, study, tune_equally, verdicts, write_result
+from ptmrec.ablations import (METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study, tune_equally, verdicts,
+                              write_result)
 from ptmrec.data import DataError, load_data
 from ptmrec.derived import miniature, random_features, shuffled, thinned, with_cold_items, without, write_data
 from ptmrec.grids import Cell, Watch, grid, plan, run_cells, runs_table, time_left
@@ -25,7 +26,8 @@ from ptmrec.processes import run_notebook
 from ptmrec.ranking import Evaluator
 from ptmrec.runs import compare, open_run
 from ptmrec.settings import SettingError, resolve
-from ptmrec.significance import bootstrap_interval, comparisons, in_words, result_text, save_figure, save_result, smallest_gain
+from ptmrec.significance import (bootstrap_interval, comparisons, in_words, result_text, save_figure, save_result,
+                                 smallest_gain)
 from ptmrec.stage1 import run_stage1
 from ptmrec.yardsticks import YARDSTICKS, as_embeddings, ease, feature_knn, item_knn, popular, run_yardstick, training_matrix
 
@@ -63,7 +65,7 @@ def test_notebooks_through_papermill_a_failure_and_what_is_there(shop, runs):
     table = grid("04_stage1", base, {"eval_items": ["all", "cold"]}, [0], "first", at_once=2)  # there are no cold items
     assert table.status.tolist() == ["finished", "failed"] and not table.reused.any()
     assert "DataError" in table.error[1] and "no positive" in table.error[1] and pd.isna(table.error[0])
-    assert all(os.path.exists(output) for output in table.notebook) and (table.seconds > 0).all() and (table.peak_mb > 50).all()
+    assert all(map(os.path.exists, table.notebook)) and (table.seconds > 0).all() and (table.peak_mb > 50).all()
     run = open_run(table.key[0])
     assert table["test recall@20"][0] == run.metrics()["test"]["recall@20"] and table.eval_items.tolist() == ["all", "cold"]
     executed = json.loads(open(table.notebook[0]).read())
@@ -82,7 +84,8 @@ def alive(pid):
 
 def below(pid):
     "All processes below one."
-    found = [int(p) for task in os.listdir(f"/proc/{pid}/task") for p in open(f"/proc/{pid}/task/{task}/children").read().split()]
+    found = [int(p) for task in os.listdir(f"/proc/{pid}/task")
+             for p in open(f"/proc/{pid}/task/{task}/children").read().split()]
     return found + [p for child in found for p in below(child)]
 
 
@@ -160,7 +163,13 @@ def test_cells_that_make_the_same_run_wait(shop):
         assert cell.params["seed"] not in {c.params["seed"] for c in running} or stage1 >= {cell.params["seed"]}
         running.add(cell)
         most = max(most, len(running))
-        return pool.submit(lambda: time.sleep(0.02) or running.discard(cell) or stage1.add(cell.params["seed"]) or {"error": None})
+
+        def work():
+            time.sleep(0.02)
+            running.discard(cell), stage1.add(cell.params["seed"])
+            return {"error": None}
+
+        return pool.submit(work)
 
     stage1 = set()
     with ThreadPoolExecutor(4) as pool:
@@ -262,12 +271,15 @@ def test_verdicts_in_words(pairs):
 def test_tables_and_figures_in_all_formats(tmp_path):
     values = {"a_1": {"R@10 %": [0.1, 0.3]}, "b & c": {"R@10 %": [0.4, 0.2], "N": [0.5]}}
     assert result_text(values).loc["b & c"].tolist() == ["0.3000 ± 0.1414", "0.5000"] and result_text(values).N["a_1"] == ""
-    files = {p.suffix: p.read_text() for p in save_result(tmp_path / "sub" / "result.v1", values, [("b & c", "R@10 %")], "x|y")}
+    saved = save_result(tmp_path / "sub" / "result.v1", values, [("b & c", "R@10 %")], "x|y")
+    files = {path.suffix: path.read_text() for path in saved}
     assert r"b \& c & \textbf{0.3000 $\pm$ 0.1414}$^*$ & \textbf{0.5000} \\" in files[".tex"]
-    assert r"a\_1 & 0.2000 $\pm$ 0.1414 &  \\" in files[".tex"] and r"R@10 \%" in files[".tex"] and r"\toprule" in files[".tex"]
+    assert r"a\_1 & 0.2000 $\pm$ 0.1414 &  \\" in files[".tex"]
+    assert r"R@10 \%" in files[".tex"] and r"\toprule" in files[".tex"]
     assert files[".md"].splitlines()[0] == "| x\\|y | R@10 % | N |" and "**0.3000 ± 0.1414***" in files[".md"]
     table = pd.read_csv(tmp_path / "sub" / "result.v1.csv")
-    assert table.value.tolist() == [0.1, 0.3, 0.4, 0.2, 0.5] and table.significant.tolist() == [False, False, True, True, False]
+    assert table.value.tolist() == [0.1, 0.3, 0.4, 0.2, 0.5]
+    assert table.significant.tolist() == [False, False, True, True, False]
     figure, ax = ablations.plt.subplots()
     starts = [path.read_bytes()[:5] for path in save_figure(tmp_path / "figure", figure)]
     ablations.plt.close(figure)
@@ -336,7 +348,8 @@ def test_yardsticks_are_their_dense_formulas(R):
         lengths = np.linalg.norm(dense, axis=0)
         cosine = np.array([dense[:, i] @ dense[:, j] / (lengths[i] * lengths[j] + 2.0) for j in range(dense.shape[1])])
         cosine[i] = -1
-        assert np.allclose(np.sort(knn[i])[-4:], np.sort(cosine)[-4:], atol=1e-6) and (knn[i] != 0).sum() <= 4 and knn[i, i] == 0
+        assert np.allclose(np.sort(knn[i])[-4:], np.sort(cosine)[-4:], atol=1e-6)
+        assert (knn[i] != 0).sum() <= 4 and knn[i, i] == 0
 
     f = {m: torch.randn(R.shape[1], 6, generator=torch.Generator().manual_seed(n)) for n, m in enumerate(("image", "text"))}
     near = feature_knn(R, f, k=3)
@@ -372,14 +385,14 @@ def test_a_yardstick_is_a_run(shop, runs, monkeypatch):
 # ---------------------------------------------------------------- studies
 
 
-def test_every_study_asks_for_what_the_experiments_take():
+def test_every_study_asks_for_what_the_experiments_take(runs):
     "On the sample: all settings of all cells are right, and references are rows."
     for name, it in STUDIES.items():
         asked = it.axes("sample", {})
         if it.tuned:
             asked = {n: {"trial": {t: c for t, (_, c) in draw_trials(axes, 12).items()}} for n, axes in asked.items()}
         planned = [cell for notebook, axes in asked.items() for cell in plan(notebook, {"dataset": "sample"}, axes, [0])]
-        names = {cell.name for cell in planned} | ({"EASE"} if it.yardsticks else set()) | {m for m in ablations.METHODS if it.tuned}
+        names = {cell.name for cell in planned} | {*(["EASE"] if it.yardsticks else ()), *(METHODS if it.tuned else ())}
         assert len(planned) >= 2 and (it.reference is None or it.reference in names), name
 
 
@@ -414,10 +427,11 @@ def test_a_study_of_stage1_with_yardsticks(shop, runs, here, monkeypatch):
     against = write_result(result)
     assert list(result.rows) == [*(ablations.YARDSTICK_NAMES[y] for y in YARDSTICKS), "bpr", "lightgcn"]
     assert set(against.index) == set(result.rows) - {"bpr"} and (against.seeds == 2).all() and not len(result.failed())
-    by_hand = compare([open_run(k) for k in result.table[result.table.cell == "bpr"].key], result.rows["EASE"].runs, "recall@10")
+    by_hand = compare(result.rows["bpr"].runs, result.rows["EASE"].runs, "recall@10")
     assert np.isclose(against.difference["EASE"], by_hand["difference"]) and np.isclose(against.p["EASE"], by_hand["p"])
     assert "'EASE' against 'bpr', test Recall@10" in verdicts(result, against)
-    assert {"result.md", "result.tex", "result.csv", "runs.parquet", "comparisons.csv"} <= {p.name for p in result.folder.iterdir()}
+    written = {path.name for path in result.folder.iterdir()}
+    assert {"result.md", "result.tex", "result.csv", "runs.parquet", "comparisons.csv"} <= written
 
 
 def test_stage2_through_papermill_in_a_study(shop, runs, monkeypatch):

@@ -233,7 +233,8 @@ def test_a_kill_in_the_middle_loses_nothing(server, tmp_path):
         server.stopped, server.go_on = Event(), Event()
     done = read_manifest(tmp_path / "shop")
     assert 100 < len(done) < 300
-    (tmp_path / "shop" / "images" / ".99-B000000001.jpg").write_bytes(b"half")
+    (left := tmp_path / "shop" / "images" / ".99-B000000001.jpg").write_bytes(b"half")  # of an older version
+    os.utime(left, (1, 1))
     server.asked.clear()
     manifest = download_images(items, tmp_path / "shop", image_base=server.address)
     have = {f"/I/{int(item[1:])}.jpg" for item in done["item"]}
@@ -431,3 +432,96 @@ def test_half_made_folder_is_not_ready(home, monkeypatch):
 
 def test_check_image_names_what_it_keeps():
     assert [check_image(GOOD[kind])[0] for kind in GOOD] == [".jpg", ".png", ".png"]
+
+
+@pytest.mark.parametrize("where", ["the data", "a redirect"])
+def test_no_address_leads_inside(server, tmp_path, monkeypatch, where):
+    "The server is 127.0.0.1, which the data do not name as a mirror; a redirect leads to it by another name."
+    own = server.address.replace("127.0.0.1", "localhost")
+    items = some_items(1).assign(image_url=f"{own}/I/secret.jpg")
+    monkeypatch.setitem(BODY, "inside", GOOD["JPEG"])
+    server.way_of = lambda path: "JPEG" if "secret" in path else "inside"
+    if where == "a redirect":
+        items["image_url"] = "http://images.example/I/0.jpg"
+        monkeypatch.setattr(Handler, "do_GET", lambda self: redirect(self, f"{own}/I/secret.jpg"))
+    manifest = download_images(items, tmp_path, wait=0.01, image_base=server.address if where == "a redirect" else None)
+    assert manifest.error.tolist() == ["private address"] and "/I/secret.jpg" not in server.asked
+    whole(tmp_path, manifest)
+
+
+def redirect(handler, to):
+    handler.server.asked[handler.path] += 1
+    handler.send_response(302)
+    for header in (("Location", to), ("Content-Length", "0")):
+        handler.send_header(*header)
+    handler.end_headers()
+
+
+@pytest.mark.parametrize("to, said", [("http://localhost:9/a.gz", "redirects to localhost, an address of this machine"),
+                                      ("http://169.254.169.254/a.gz", "redirects to 169.254.169.254"),
+                                      ("file:///etc/passwd", "cannot be downloaded: .*UnsupportedProtocol")])
+def test_raw_files_come_from_the_web(server, home, monkeypatch, to, said):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: redirect(self, to))
+    with pytest.raises(DataError, match=said):
+        prepare("Toys", base_url=server.address)
+    assert not list(home.rglob("*.gz"))
+
+
+@pytest.mark.parametrize("category", ["../../x", "/tmp/x", "a/b", "..", "", "a\0b", "CON:", "x" * 10 + "\n"])
+def test_a_category_names_no_other_folder(home, category):
+    with pytest.raises(DataError, match="is no category: a name has letters, digits and _"):
+        prepare(category)
+    assert not list(home.iterdir())
+
+
+@pytest.mark.parametrize("item", ["../x", "a/b", "a\0b", "x" * 300])
+def test_ids_that_name_no_file(tmp_path, item):
+    with pytest.raises(DataError, match="cannot be the name of a file"):
+        download_images(pd.DataFrame({"item": [item], "image_url": ["http://x/1.jpg"]}), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"<html>", random.Random(0).randbytes(3000), "another table", "cut"])
+def test_a_damaged_manifest_is_made_anew(server, tmp_path, content):
+    server.way_of = lambda path: "page" if path.endswith("7.jpg") else "JPEG"
+    items, path = some_items(20), tmp_path / "manifest.parquet"
+    before = download_images(items, tmp_path, image_base=server.address)
+    (tmp_path / ".manifest.jsonl").write_bytes(b'{"item": 5}\n\xff\n[]\nnull\n{"item": "B", "bytes": 1e999}\n')
+    if content == "another table":
+        pd.DataFrame({"a": [1]}).to_parquet(path)
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if content == "cut" else content)
+    server.asked.clear()
+    with pytest.warns(UserWarning, match="manifest.parquet is damaged and is made anew"), \
+            pytest.warns(UserWarning, match="5 damaged lines are left out"):
+        after = download_images(items, tmp_path, image_base=server.address)
+    assert after[["item", "status", "sha256", "error"]].equals(before[["item", "status", "sha256", "error"]])
+    assert set(server.asked) == {"/I/7.jpg", "/I/17.jpg"}  # the others are there
+    whole(tmp_path, after)
+
+
+PREPARE = ("import sys; from ptmrec.amazon import prepare\n"
+           "prepare('Toys', base_url=sys.argv[1], image_base=sys.argv[2], wait=0.01)")
+
+
+def test_two_prepare_at_once_end_as_one(server, files, tmp_path):
+    "Each of four pairs starts with nothing; what they leave is what one process alone leaves."
+    server.way_of = lambda path: "page" if path.endswith("3.jpg") else "JPEG"
+    toys(tmp_path / "raw", meta=[{"asin": f"000000000{i}", "title": f"toy {i}", "imUrl": f"http://images.example/{i}.jpg"}
+                                 for i in range(6)])
+    files.content = {f"/{p.name}": p.read_bytes() for p in (tmp_path / "raw").iterdir()}
+
+    def folder_after(name, n):
+        home = tmp_path / name
+        environment = os.environ | {"PTMREC_DATA": str(home), "TQDM_DISABLE": "1"}
+        processes = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", PREPARE, files.address, server.address],
+                                      env=environment, stdout=subprocess.PIPE, text=True) for _ in range(n)]
+        said = [p.communicate(timeout=120)[0] for p in processes]
+        assert [p.returncode for p in processes] == [0] * n
+        assert n == 1 or sum("Another process is at it (data set Toys)" in out for out in said) <= n - 1
+        return {p.relative_to(home): p.read_bytes() for p in home.rglob("*") if p.is_file()}
+
+    alone = folder_after("alone", 1)
+    assert len(alone) == 9  # two raw files, two tables, the manifest, four images
+    for pair in range(4):
+        assert folder_after(f"pair{pair}", 2) == alone

@@ -101,16 +101,17 @@ def test_objects_show_themselves_in_one_line(home):
 
 def test_a_registered_modality_is_read(home, monkeypatch):
     monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "songs"))
-    folder_of(home, interactions__csv="user,item\n0,0\n1,1\n", audio_feat__npy=np.eye(2, dtype=np.float32))
+    folder_of(home, interactions__csv="user,item\n0,0\n0,1\n0,2\n", audio_feat__npy=np.eye(3, dtype=np.float32))
     data = load_data("shop")
-    assert np.array_equal(data.features["audio"], np.eye(2)) and "audio features 2-d" in repr(data)
+    assert np.array_equal(data.features["audio"], np.eye(3)) and "audio features 3-d" in repr(data)
     monkeypatch.delitem(MODALITIES, "audio")
     assert not load_data("shop").features
 
 
 # Formats
 
-PAIRS = pd.DataFrame({"user": ["007", "7", "ann"], "item": [3, 10, 3], "rating": [5.0, 4.0, 1.0], "time": [30, 10, 20]})
+PAIRS = pd.DataFrame({"user": ["007"] * 3 + ["7", "ann"], "item": [3, 10, 4, 10, 3], "rating": [5.0, 4.0, 3.0, 2.0, 1.0],
+                      "time": [30, 10, 20, 10, 20]})
 
 
 def as_text(table, separator, headers=None):
@@ -128,16 +129,17 @@ def as_text(table, separator, headers=None):
 def test_every_format_gives_the_same_data(home, file, content):
     folder_of(home, **{file: content})
     inter = load_data("shop", min_rating=2).inter
-    assert inter.user_ids.tolist() == ["007", "7"] and inter.item_ids.tolist() == [3, 10]
-    assert inter.user.tolist() == [0, 1] and inter.item.tolist() == [0, 1]
+    assert inter.user_ids.tolist() == ["007", "7"] and inter.item_ids.tolist() == [3, 4, 10]
+    assert inter.user.tolist() == [0, 0, 0, 1] and inter.item.tolist() == [0, 2, 1, 2]
+    assert inter.time.tolist() == [30, 10, 20, 10]
 
 
 def test_integer_ids_are_numbers_and_join_text_ids(home):
-    folder = folder_of(home, interactions__csv="user,item\n2,10\n10,9\n", shop__item="item_id:token\ttitle:token_seq\n"
-                       "9\tnine\n010\tother\n10\tten\n")
+    folder = folder_of(home, interactions__csv="user,item\n2,10\n10,9\n10,10\n10,11\n",
+                       shop__item="item_id:token\ttitle:token_seq\n9\tnine\n010\tother\n10\tten\n")
     data = load_data("shop")
-    assert data.inter.item_ids.tolist() == [9, 10] and data.inter.user_ids.tolist() == [2, 10]
-    assert data.texts == ["nine", "ten"] and read_table(folder / "shop.item").item.tolist() == ["9", "010", "10"]
+    assert data.inter.item_ids.tolist() == [9, 10, 11] and data.inter.user_ids.tolist() == [2, 10]
+    assert data.texts == ["nine", "ten", ""] and read_table(folder / "shop.item").item.tolist() == ["9", "010", "10"]
 
 
 def test_images_are_found_by_column_or_by_name(home):
@@ -222,7 +224,7 @@ def test_splits_are_saved_and_found_again(home, monkeypatch):
     monkeypatch.setattr("ptmrec.data.make_split", None)
     for rule, data in made.items():
         assert load_data("shop", split=rule).fingerprint() == data.fingerprint() != other.fingerprint()
-    assert len([p for p in cache_dir().iterdir() if p.name.startswith("split-")]) == len(SPLIT_RULES) + 1
+    assert len(list(cache_dir().glob("split-*.npy"))) == len(SPLIT_RULES) + 1
 
 
 def test_own_split_is_kept_unless_a_rule_is_named(home):
@@ -293,7 +295,9 @@ BAD = {  # files, load_data's arguments, the error
     "feature NaN": ({CSV: GOOD, TEXT: np.array([[0.0]] * 3 + [[np.nan]])}, {}, "text_feat.npy, row 3"),
     "feature shape": ({CSV: GOOD, TEXT: np.zeros(4)}, {}, "text_feat.npy must hold a table"),
     "feature file": ({CSV: GOOD, TEXT: "no array"}, {}, "text_feat.npy cannot be read"),
-    "features of text ids": ({CSV: "user,item\n1,a\n", TEXT: np.zeros((1, 2))}, {}, "has 1 rows"),
+    "features of text ids": ({CSV: "user,item\n1,a\n1,b\n1,c\n", TEXT: np.zeros((1, 2))}, {}, "has 1 rows"),
+    "single interactions": ({CSV: "user,item\n1,2\n2,3\n3,2\n"}, {}, "no user has three .* left for validation and test"),
+    "no validation": ({CSV: "user,item,x_label\n1,2,0\n1,3,2\n"}, {}, "its own split has no validation interaction"),
 }
 
 
@@ -309,7 +313,7 @@ def test_images_that_join_nothing(home):
     folder = folder_of(home, interactions__csv=GOOD)
     (folder / "images").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "images" / "hat.jpg")
-    with pytest.raises(DataError, match="images: none of its 1 images is named after an item .*hat.jpg"):
+    with pytest.raises(DataError, match="images: none of its 1 files is named after an item .*hat.jpg"):
         load_data("shop")
 
 
@@ -319,8 +323,10 @@ def test_repeated_rows_are_counted_once(home):
         data = load_data("shop")
     assert [str(w.message).split(": ")[1] for w in caught] == [
         "2 repeated user-item pairs (first in line 18); each pair is kept once.",
-        "1 repeated items (first in line 3); the first row of each counts."]
+        "1 of 4 items have a row (the first without",
+        "1 repeated items (first in line 3), 1 of them with several titles; the first row of each counts."]
     assert data.texts == ["", "a", "", ""] and data.left_out == {"repeated pairs": 2}
+    assert data.notes[0].startswith("interactions.csv: 2 repeated") and describe(data).loc["note 3", "shop"] == data.notes[2]
     assert describe(data).loc["left out: repeated pairs", "shop"] == "2"
 
 

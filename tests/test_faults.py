@@ -275,7 +275,7 @@ def test_no_training_interaction(small):
     ({"epochs": 0}, "epochs=0 is not allowed"), ({"stage2_epochs": 0}, "stage2_epochs=0 is not allowed"),
     ({"tuning": "lora", "lora_targets": "mpl", "n_ctx": None, "prompt_depth": None},
      "Did you mean mlp"), ({"cache_prefix": True}, "trained from its first layer on"),
-    ({"prompt_depth": 9}, "prompt_depth|layers"), ({"backbone": "smore"}, "Lower knn_k .*knn_k_image")])
+    ({"prompt_depth": 9}, "prompt_depth|layers"), ({"backbone": "smore"}, "knn_k_image=40 neighbours need as many items")])
 def test_what_cannot_work_is_refused_before_anything_is_trained(small, monkeypatch, changes, message):
     monkeypatch.setattr("ptmrec.stage1.train_backbone", lambda *args, **how: pytest.fail("Stage 1 has begun"))
     with pytest.raises((ValueError, DataError), match=message):

@@ -152,12 +152,19 @@ def test_what_is_opened_is_whole_or_refused(small):
         open_run("nowhere")
 
 
-def test_weights_of_another_run_are_refused(small):
-    run, = run_stage1("shop", backbone="vbpr", epochs=1, n_seeds=1)
-    other, = run_stage1("shop", backbone="bpr", epochs=1, n_seeds=1)
-    shutil.copy(other.folder / "backbone.safetensors", run.folder)
-    with pytest.raises(DataError, match="backbone.safetensors does not fit this VBPR"):
-        run_stage2("shop", **SHORT | {"epochs": 1}, backbone="vbpr")
+@pytest.mark.parametrize("other", [{"seed": 1}, {"lr": 0.5}, {"backbone": "bpr"}], ids=str)
+def test_weights_of_another_run_are_never_used(small, other):
+    "Of another seed, of another rate, of another backbone: Stage 2 says so, and trains Stage 1 once more."
+    settings = {"dataset": "shop", "backbone": "vbpr", "epochs": 1, "n_seeds": 1}
+    run, = run_stage1(**settings)
+    before = {name: w.clone() for name, w in run.load_weights("backbone").items()}  # not of the file, which is overwritten
+    wrong, = run_stage1(**settings | other)
+    shutil.copy(wrong.folder / "backbone.safetensors", run.folder)
+    with pytest.raises(DataError, match="backbone.safetensors .weights of the backbone. cannot be used: it has changed"):
+        open_run(run.key).load_weights("backbone")
+    with pytest.warns(UserWarning, match=f"backbone.safetensors .* of another run: run {run.key} is made anew"):
+        run_stage2(**settings | SHORT | {"epochs": 1})
+    assert all(torch.equal(before[n], w) for n, w in run.load_weights("backbone").items())
 
 
 def test_two_runs_are_compared_as_inside_one(small):

@@ -228,14 +228,15 @@ def test_a_backbone_of_ones_own_is_searched(shop, runs, trained, mine):
     assert len(trained) == 6
 
 
-def test_a_trial_that_diverges_loses(shop, runs):
-    grid = {"lr": [1e30, 1e-2]}
-    table, (winner,) = search("bpr", shop, grid, epochs=3)
-    assert list(table.lr) == [1e-2, 1e30] and list(table["valid recall@20"].isna()) == [False, True]
-    assert winner.params["lr"] == 1e-2 and scored(runs) == {winner.key}
-    assert kept_table(runs).lr.tolist() == table.lr.tolist()
+def test_a_trial_that_diverges_loses(shop, runs, mine):
+    mine(1)
+    grid = {"alpha": [1e39, 1.0]}  # the first makes an infinite loss
+    table, (winner,) = search("mine", shop, grid, epochs=3)
+    assert list(table.alpha) == [1.0, 1e39] and list(table["valid recall@20"].isna()) == [False, True]
+    assert winner.params["alpha"] == 1.0 and scored(runs) == {winner.key}
+    assert kept_table(runs).alpha.tolist() == table.alpha.tolist()
     with pytest.raises(RuntimeError, match="every trial diverged. Lower lr"):
-        search("bpr", shop, {"lr": [1e30]}, epochs=3)
+        search("mine", shop, {"alpha": [1e39]}, epochs=3)
 
 
 def test_lists_end_where_nothing_is_left(shop, runs):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from small import SHORT, make_shop
 
 from ptmrec.backbones import BACKBONES, Backbone
-from ptmrec.data import MODALITIES, Modality
+from ptmrec.data import MODALITIES, DataError, Modality
 from ptmrec.ranking import METRICS, register_metric
 from ptmrec.runs import list_runs, open_run
 from ptmrec.search import search
@@ -166,7 +166,7 @@ def test_a_tuning_method_and_a_metric_of_one_cell_as_a_program(extended):
     assert "--shift_lr" in call(extended, sys.executable, "-m", "ptmrec.stage2", "--help")
     said = call(extended, sys.executable, "-m", "ptmrec.stage2", *options(**OWN, shift_lr=0.2))
     shifted(extended, 0.2)
-    assert "valid first@10" in said
+    assert "validation first@10" in said
 
 
 def test_a_tuning_method_and_a_metric_of_one_cell_through_papermill(extended):
@@ -205,6 +205,47 @@ def test_a_third_modality_from_ready_made_features(tmp_path, monkeypatch, runs, 
     assert run.load_weights("backbone")["project.audio.weight"].shape == (64, 4)
 
 
+def loudness(files):
+    return np.stack([np.frombuffer(file.read_bytes(), np.uint8) / 255 for file in files])
+
+
+@pytest.fixture
+def sounds(small, monkeypatch):
+    "The data set with a sound for each item but the last, and the modality registered with `loudness`."
+    (small / "audio").mkdir()
+    for item in range(36):
+        (small / "audio" / f"{item}.raw").write_bytes(np.random.default_rng(item).bytes(8))
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",), loudness))
+    return small / "audio"
+
+
+def test_a_third_modality_from_files_goes_through_both_stages(sounds, capsys):
+    tuned, = run_stage2("shop", **SHORT, backbone="freedom", knn_k=5)
+    features = tuned.load_weights("features")
+    assert features.keys() == {name for m in ("image", "text", "audio") for name in (m, f"projected_{m}")}
+    assert np.allclose(features["audio"][:36], loudness([sounds / f"{item}.raw" for item in sorted(range(36))]))
+    assert np.allclose(features["audio"][36], features["audio"][:36].mean(0))
+    assert {"image", "text", "audio"} == set(open_run(tuned.params["stage1"]).item_features())
+    assert {"kt_image", "kt_text", "kt_audio"} < set(tuned.load_table("history.csv"))
+
+
+def test_files_and_encoder_of_a_modality_are_in_the_keys_of_caches_and_runs(sounds, monkeypatch):
+    short = dict(backbone="vbpr", epochs=1, n_seeds=1)
+    keys, cached = [], sounds.parent.parent / ".cache"
+
+    def louder(files):
+        return 2 * loudness(files)
+
+    for change in (lambda: None, lambda: (sounds / "3.raw").write_bytes(b"12345678"),
+                   lambda: monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",), louder))):
+        change()
+        keys.append((run_stage1("shop", **short)[0].key, len(list(cached.glob("features-audio-*")))))
+    assert len({key for key, _ in keys}) == 3 and [n for _, n in keys] == [1, 2, 3]
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",), lambda files: loudness(files)[:-1]))
+    with pytest.raises(DataError, match="a row for each of the 36 files; it has returned a table of shape \\(35, 8\\)"):
+        run_stage1("shop", **short)
+
+
 def test_a_data_set_called_sample_gets_no_other_defaults(tmp_path, runs, monkeypatch):
     make_shop(tmp_path / "sample")
     monkeypatch.chdir(tmp_path)
@@ -228,8 +269,8 @@ def test_defaults_of_the_data_set_count_unless_they_are_set(small):
 
 WRONG = [
     ({"n_seed": 1}, "has no parameter n_seed. Did you mean n_seeds"),
-    ({"tau": 0}, "tau=0 is not allowed: it must be a number above 0"),
-    ({"n_seeds": "one"}, "n_seeds='one' is not allowed: it must be a whole number at least 1"),
+    ({"tau": 0}, "tau=0 is not allowed: it must be a number at least 0.0001 and at most 10,000"),
+    ({"n_seeds": "one"}, "n_seeds='one' is not allowed: it must be a whole number at least 1 and at most 1,000"),
     ({"backbone": "freedm"}, "backbone='freedm' is not known. Did you mean freedom"),
     ({"dataset": "samples"}, "No data set 'samples'.*[Dd]id you mean.*sample"),
     ({"backbone": "vbpr", "knn_k": 5}, "knn_k is a setting of freedom, mgcn, and backbone='vbpr' does not use it"),
@@ -246,8 +287,8 @@ WRONG = [
     ({"train_features": "no"}, "train_features='no'"), ({"tuning": "lora", "lora_rank": 100000}, "lora_rank=100000"),
     ({"backbone": "bpr"}, "uses no features, so there is nothing to tune. Take one of vbpr, freedom"),
     ({"tuning": "prefix"}, "tuning='prefix' is not known"), ({"kt_weight": 0}, "kt_weight=0 and task_weight=0"),
-    ({"micro_batch": "all"}, "micro_batch='all' is not allowed: it must be a whole number above 0 or 'auto' or None"),
-    ({"device": "gpu"}, "device='gpu' cannot be used"),
+    ({"micro_batch": "all"}, "it must be a whole number at least 1 and at most 2,147,483,647 or 'auto' or None"),
+    ({"device": "gpu"}, "device='gpu' is not allowed"), ({"device": "cuda:987"}, "device='cuda:987' cannot be used"),
 ]
 
 

@@ -16,7 +16,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 import ptmrec.training
-from ptmrec.training import Checkpoint, Health, Loop, Stopped, sigterm_stops
+from ptmrec.training import (Checkpoint, Diverged, Health, Loop, LowerRate, Stopped, check_losses, read_snapshot,
+                             sigterm_stops, write_snapshot)
 
 TOY = '''
 import os, signal, sys, time
@@ -168,8 +169,15 @@ def test_checkpoints_are_written_by_the_clock(tmp_path, monkeypatch):
     assert written == [12, 24, 36]
 
 
-def change(path, **changes):
-    torch.save(torch.load(path) | changes, path)
+def change(path, *without, **changes):
+    "Write a checkpoint with other content, and the checksum that belongs to it."
+    write_snapshot(path, {k: v for k, v in (read_snapshot(path) | changes).items() if k not in without})
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.load(path)["weights"]["weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
 
 
 DAMAGE = {
@@ -177,9 +185,12 @@ DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("hello"),
     "a list": lambda path: torch.save([1, 2], path),
-    "no optimiser": lambda path: torch.save({k: v for k, v in torch.load(path).items() if k != "optimiser"}, path),
+    "no checksum": lambda path: torch.save({k: v for k, v in torch.load(path).items() if k != "checksum"}, path),
+    "a flipped bit": flip,
+    "another rate": lambda path: torch.save(torch.load(path) | {"stop": True}, path),
+    "no optimiser": lambda path: change(path, "optimiser"),
     "a weight is missing": lambda path: change(path, weights={"weight": torch.zeros(1, 4)}),
-    "a weight too many": lambda path: change(path, weights=torch.load(path)["weights"] | {"more": torch.zeros(1)}),
+    "a weight too many": lambda path: change(path, weights=read_snapshot(path)["weights"] | {"more": torch.zeros(1)}),
     "another shape": lambda path: change(path, weights={"weight": torch.zeros(1, 5), "bias": torch.zeros(1)}),
     "another optimiser": lambda path: change(path, optimiser={"state": {}, "param_groups": []}),
     "another callback": lambda path: change(path, callbacks=[{}]),
@@ -214,3 +225,98 @@ def test_a_spike_is_a_spike_below_zero_too():
         "Epoch 3: loss has risen to 1.51, and its lowest value was 0.5. Lower lr."]
     assert warned([1.0, -5.9, -6.1, -6.01]) == warned([-1.0, -0.9, -1.2, -1.1]) == warned([0.5, -0.01, 0.1]) == []
     assert len(warned([1.0, -6.0, 9.0])) == len(warned([-1.0, -2.0, 2.5])) == 1
+
+
+def test_a_checkpoint_of_another_run_or_another_training_is_not_used(tmp_path):
+    "Of another seed, whose folder is another one; or the one of `continued` in the place of `fresh`."
+    whole = toy().run(6)
+    for written, read in [("b/c.pt", "a/c.pt"), ("a/continued.pt", "a/fresh.pt")]:
+        toy(Checkpoint(tmp_path / written, seconds=0), seed=1).run(3)
+        (tmp_path / read).parent.mkdir(exist_ok=True)
+        (tmp_path / written).rename(tmp_path / read)
+        with pytest.warns(UserWarning, match=f"{read} is not used, .* it belongs to another run, {written}"):
+            assert toy(Checkpoint(tmp_path / read)).run(6).equals(whole)
+
+
+def test_checks_of_losses_find_the_batch_and_the_term():
+    losses = [{"bpr": torch.tensor(1.0), "reg": torch.tensor(x)} for x in (0.1, float("inf"), float("nan"))]
+    with pytest.raises(Diverged, match="^batch 2 of 3: the loss reg is inf$"):
+        check_losses(losses, {"bpr": 1.0, "reg": float("nan")})
+    with pytest.raises(Diverged, match="add up to more than a number can hold .bpr."):
+        check_losses(losses, {"bpr": float("inf"), "reg": 0.1})
+    check_losses(losses, {"bpr": 1.0, "reg": 0.1})
+
+
+def falling(on_nan, fails=(), weights_too=(), lr=0.05):
+    "A toy that is not a number in the epochs `fails` unless the rate is below 1/50; returns the loop and its `LowerRate`."
+    rate, tried = LowerRate("Lower lr.", on_nan), []
+    loop = toy(rate, patience=100)
+    train_epoch = loop.train_epoch
+
+    def train(epoch):
+        tried.append((epoch, rate.factor))
+        loop.optimiser.param_groups[0]["lr"] = lr * rate.factor
+        row = train_epoch(epoch)
+        if epoch in weights_too and lr * rate.factor > 0.02:
+            torch.nn.init.constant_(loop.module.bias, float("nan"))
+        if epoch in fails and lr * rate.factor > 0.02:
+            raise Diverged("batch 1 of 1: the loss bpr is nan")
+        return row
+
+    loop.train_epoch = train
+    return loop, rate, tried
+
+
+@pytest.mark.parametrize("how", ["fails", "weights_too"])
+def test_a_training_that_diverges_goes_on_from_the_last_good_epoch_if_asked(how):
+    with pytest.raises(Diverged, match="^Toy, seed 0, epoch 4, (batch 1 of 1: the loss bpr|.*bias) .*nan. Lower lr.$"):
+        falling("stop", **{how: (4,)})[0].run(8)
+    loop, rate, tried = falling("lower_lr", **{how: (4,)})
+    with pytest.warns(UserWarning, match="Going on from epoch 3 with 0.1 times the learning rate"):
+        history = loop.run(8)
+    assert [epoch for epoch, _ in tried] == [1, 2, 3, 4, 4, 5, 6, 7, 8] and rate.factor == 0.1
+    untroubled = falling("stop")[0].run(3)
+    assert history.iloc[:3].equals(untroubled) and history.notna().all(axis=None) and len(history) == 8
+    assert loop.callbacks[1].state["epoch"] == 8  # the best epoch so far was not forgotten
+
+
+def test_a_lowered_rate_is_lowered_three_times_at_most():
+    loop, rate, tried = falling("lower_lr", fails=(2,), lr=1e6)
+    with pytest.warns(UserWarning), pytest.raises(Diverged, match="epoch 2, batch 1 of 1: .* Lower lr."):
+        loop.run(5)
+    assert [factor for _, factor in tried] == pytest.approx([1, 1, 0.1, 0.01, 0.001])
+
+
+def test_a_lowered_rate_survives_a_stop(tmp_path):
+    def start(stops):
+        loop, rate, _ = falling("lower_lr", fails=(3,))
+        loop.callbacks.append(Checkpoint(tmp_path / ("stopped" if stops else "whole") / "c.pt", seconds=0))
+        train_epoch = loop.train_epoch
+        loop.train_epoch = lambda epoch: train_epoch(epoch) if epoch != stops else (_ for _ in ()).throw(KeyboardInterrupt)
+        return loop, rate
+
+    with pytest.warns(UserWarning, match="Going on"):
+        whole = start(None)[0].run(8)
+    with pytest.warns(UserWarning, match="Going on"), pytest.raises(Stopped):
+        start(6)[0].run(8)
+    loop, rate = start(None)
+    assert loop.run(8).equals(whole) and rate.factor == 0.1
+
+
+def test_two_warnings_that_are_equal_are_one_plain_line(tmp_path):
+    "In a program, whatever the filters of libraries are."
+    (tmp_path / "program.py").write_text("""
+import warnings
+import torch
+from ptmrec.training import check_features
+for n in range(3):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        check_features({"text": torch.ones(5, 3) + torch.eye(5, 3) / 1000})
+    warnings.warn("mine")
+""")
+    result = subprocess.run([sys.executable, tmp_path / "program.py"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                            capture_output=True, text=True)
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if "collapsed" in line] == [lines[0]] and lines[0].startswith("Warning: The text")
+    assert "program.py" in lines[1] and "mine" in lines[1]  # those of others are left alone

@@ -1,0 +1,241 @@
+"""The explorers' logic and handlers, without a browser; `test_browser.py` uses them as a person does."""
+import html
+import time
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import pytest
+from small import SHORT, make_shop
+
+from ptmrec import explorers
+from ptmrec.data import DataError, Interactions, RecData, load_data
+from ptmrec.runs import open_run
+from ptmrec.stage2 import run_stage2
+from ptmrec.visualisation import Catalogue
+
+EVIL = "<img src=x onerror=alert(1)> & $x_1$ </style><script>alert(2)</script>"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    "A small data set with one title that would do harm, and finished runs on it: folder, Stage 2 run, another seed."
+    folder = tmp_path_factory.mktemp("explorers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTMREC_RUNS", str(folder / "runs"))
+        make_shop(folder / "shop")
+        titles = pd.read_csv(folder / "shop" / "items.csv")
+        titles.loc[3, "title"] = EVIL
+        titles.to_csv(folder / "shop" / "items.csv", index=False)
+        run, = run_stage2(dataset=str(folder / "shop"), **SHORT, seed=0)
+        other, = run_stage2(dataset=str(folder / "shop"), **SHORT, seed=1)
+        yield folder / "shop", run, other
+
+
+def large(n=25_000):
+    "A data set of `n` items without pictures, and titles of random words."
+    rng = np.random.default_rng(0)
+    words = rng.choice([f"word{i}" for i in range(2000)], (n, 6))
+    user, item = rng.integers(0, 20_000, 250_000), rng.integers(0, n, 250_000)
+    inter = Interactions(user, item, rng.choice([0, 1, 2], 250_000, p=[0.8, 0.1, 0.1]), np.arange(20_000), np.arange(n))
+    return RecData("large", inter, [" ".join(row) for row in words], [None] * n)
+
+
+def shown(explorer):
+    "All HTML and texts that an explorer's widgets hold."
+    found, left = [], [explorer.box]
+    while left:
+        widget = left.pop()
+        left += getattr(widget, "children", ())
+        if isinstance(widget, widgets.HTML):
+            found.append(widget.value)
+    return "".join(found)
+
+
+def test_browser_filters_sorts_and_pages(shop):
+    browser = explorers.DataBrowser(load_data(shop[0]))
+    assert len(browser.found.items) == 37 and browser.found.buttons[0].description
+    counts = browser.table.interactions[browser.found.items]
+    assert counts.is_monotonic_decreasing and counts.max() > counts.min()
+    browser.words.value = "RED mug"
+    assert browser.found.items and all("red mug" in browser.table.title[i] for i in browser.found.items)
+    browser.words.value = ""
+    browser.only.value = "without a picture"
+    assert [browser.table["item"][i] for i in browser.found.items] == [5]
+    browser.only.value = "all items"
+    browser.range.value = (0, 3)
+    assert (browser.table.interactions[browser.found.items] <= 3).all()
+    browser.range.value = (0, browser.range.max)
+    browser.found.forth.click()
+    assert browser.found.first == 24 and browser.found.forth.disabled and not browser.found.back.disabled
+    item = browser.found.items[25]
+    browser.found.buttons[1].click()
+    assert html.escape(browser.catalogue.title(item, 200)) in browser.item.value
+    assert browser.message.value == ""
+
+
+def test_titles_cannot_do_harm(shop):
+    folder, run, _ = shop
+    opened = [explorers.DataBrowser(load_data(folder)), explorers.ItemExplorer(run, 3), explorers.EmbeddingMap(run)]
+    opened[0].open(3)
+    opened[2].open(3)
+    for explorer in opened:
+        assert "&lt;img src=x" in shown(explorer) and "$x_1$" in shown(explorer)
+        assert "<script" not in shown(explorer) and "onerror=alert(1)>" not in shown(explorer)
+    opened[0].words.value = "onerror"
+    assert opened[0].found.items == [3] and opened[0].found.buttons[0].description.startswith("<img src=x"), "shown as text"
+
+
+def test_user_explorer_shows_lists_moves_and_hits(shop):
+    run, other = shop[1:]
+    explorer = explorers.UserExplorer(run)
+    assert explorer.error is None and explorer.message.value == ""
+    user = int(explorer.picker.order[0])
+    inter = run.data().inter
+    mine = run.recommend([inter.user_ids[user]], 10, "stage1")["item"].tolist()
+    assert [inter.item_ids[i] for i in explorer.galleries[2].items] == mine
+    test = set(inter.item[(inter.user == user) & (inter.split == 2)].tolist())
+    assert explorer.galleries[3].framed == set(explorer.galleries[3].items) & test
+    for rule in explorers.RULES:
+        explorer.picker.rule.value = rule
+    explorer.picker.next.click()
+    explorer.picker.rule.value = "cold"  # everybody has training items here
+    assert explorer.message.value == "" or "No user of the test split is cold" in explorer.message.value
+    name = next(name for name, (r, _) in explorer.lists.choices.items() if r.key == other.key and name.startswith("fresh"))
+    explorer.picker.rule.value = "most improved"
+    explorer.after.value = name
+    user = int(explorer.picker.order[0])
+    theirs = other.recommend([inter.user_ids[user]], 10, "fresh")["item"].tolist()
+    assert [inter.item_ids[i] for i in explorer.galleries[3].items] == theirs
+    explorer.picker.id.value = "no such user"
+    assert "There is no user" in explorer.message.value
+
+
+def test_runs_of_stage_1_can_be_explored(shop):
+    stage1 = shop[1].stage1
+    for explorer in (explorers.UserExplorer(stage1), explorers.ItemExplorer(stage1), explorers.EmbeddingMap(stage1)):
+        assert explorer.error is None, explorer.error
+        assert explorer.still(), explorer
+
+
+def test_item_explorer_walks_and_tells(shop):
+    explorer = explorers.ItemExplorer(shop[1], 0)
+    first = explorer.galleries[0].items
+    explorer.galleries[2].buttons[0].click()
+    assert explorer.galleries[0].items != first
+    explorer.picker.back.click()
+    assert explorer.galleries[0].items == first and explorer.picker.past == [0]
+    before = [g.items for g in explorer.galleries[1:]]
+    explorer.modality.value = "text"
+    assert [g.items for g in explorer.galleries[1:]] != before and explorer.galleries[0].items == first
+    for aspect, sign in (("words", "mug"), ("attention", "data:image/jpeg"), ("facts", "popularity")):
+        explorer.aspect.value = aspect
+        assert sign in explorer.item.value and explorer.message.value == "", explorer.message.value
+
+
+def test_the_map_slides_and_paints(shop):
+    explorer = explorers.EmbeddingMap(shop[1])
+    points = explorer.map.scatter.widget.points.copy()
+    assert np.abs(points[:, :2]).max() <= 1
+    explorer.slider.value = 1
+    moved = explorer.map.scatter.widget.points
+    assert not np.allclose(points[:, :2], moved[:, :2])
+    assert np.allclose(moved[:, :2], explorer.ends[1], atol=1e-5)
+    for column in explorer.color.options:
+        explorer.color.value = column
+    assert explorer.message.value == "", explorer.message.value
+
+
+def test_the_map_without_its_extra_is_a_figure(shop, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "jscatter", None)
+    explorer = explorers.EmbeddingMap(shop[1])
+    hint, image = explorer.map.box.children
+    assert "ptmrec[maps]" in hint.value and bytes(image.value).startswith(b"\xff\xd8") and explorer.message.value == ""
+
+
+def test_run_explorer_compares_two(shop, monkeypatch):
+    folder, run, other = shop
+    monkeypatch.setenv("PTMREC_RUNS", str(folder.parent / "runs"))
+    explorer = explorers.RunExplorer()
+    assert len(explorer.table) == 4 and explorer.message.value == ""
+    explorer.test.click()
+    assert "Click two rows" in explorer.message.value
+    explorer.rows.selected_rows = [n for n, key in enumerate(explorer.table.key) if key in (run.key, other.key)]
+    assert ">seed<" in explorer.differences.value and ">lr<" not in explorer.differences.value
+    explorer.test.click()
+    assert "paired t-test over" in explorer.answer.value and explorer.message.value == ""
+    explorer.rows.selected_rows = [n for n, e in enumerate(explorer.table.experiment) if e == "stage1"]
+    assert "data:image/jpeg" in explorer.curves.value
+
+
+def test_what_is_missing_is_a_message(shop, monkeypatch, tmp_path):
+    folder, run, other = shop
+    explorer = explorers.UserExplorer(run)
+    weights = other.folder / "embeddings_fresh.safetensors"
+    kept = weights.read_bytes()
+    try:
+        weights.unlink()
+        name = next(n for n, (r, v) in explorer.lists.choices.items() if r.key == other.key and v == "fresh")
+        explorer.after.value = name
+        assert "embeddings_fresh.safetensors" in explorer.message.value
+        explorer.after.index = 1
+        assert explorer.message.value == ""
+    finally:
+        weights.write_bytes(kept)
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "none"))
+    assert "There is no run under" in explorers.explore().message.value
+    with pytest.raises(DataError, match="neither a run nor a data set"):
+        explorers.explore("no-such-thing")
+    data, damaged = load_data(folder), tmp_path / "0.png"
+    damaged.write_bytes(b"no picture")
+    data.images[0] = damaged
+    browser = explorers.DataBrowser(data)
+    browser.open(0)
+    assert "(no picture)" in browser.item.value and browser.message.value == ""
+
+
+def test_explore_opens_what_fits(shop, monkeypatch):
+    folder, run, _ = shop
+    monkeypatch.setenv("PTMREC_RUNS", str(folder.parent / "runs"))
+    data = load_data(folder)
+    kinds = {"RunExplorer": [None], "DataBrowser": [data, Catalogue(data), folder, str(folder)],
+             "UserExplorer": [run, run.key, str(run.folder), run.folder]}
+    for kind, things in kinds.items():
+        for thing in things:
+            assert type(explorers.explore(thing)).__name__ == kind, thing
+    unfinished = open_run(run.folder)
+    (run.folder / "metrics.json").rename(run.folder / "hidden")
+    try:
+        with pytest.raises(DataError, match="not finished"):
+            explorers.explore(unfinished.folder)
+    finally:
+        (run.folder / "hidden").rename(run.folder / "metrics.json")
+
+
+def test_without_a_page_that_draws_widgets_a_picture_is_shown(shop, monkeypatch):
+    browser = explorers.DataBrowser(load_data(shop[0]))
+    assert set(browser._repr_mimebundle_()) == {"image/jpeg", "text/plain"}
+    monkeypatch.setattr(explorers, "page_draws_widgets", lambda: True)
+    assert "application/vnd.jupyter.widget-view+json" in browser._repr_mimebundle_()
+
+
+def test_formulas_in_an_export_are_text():
+    table = pd.DataFrame({"=a": ["=HYPERLINK(1)", "+1", "-1", "@x", "\tx", "plain"], "n": [-1.0, 2, 3, 4, 5, 6]})
+    rows = explorers.safe_csv(table).splitlines()
+    assert rows[0] == "'=a,n" and [row[0] for row in rows[1:6]] == ["'"] * 5
+    assert rows[6] == "plain,6.0" and rows[1].endswith(",-1.0")
+
+
+def test_a_click_is_quick_with_25000_items():
+    "A tenth of a second here as a rule; the limit is generous, for a machine that is busy."
+    browser = explorers.DataBrowser(large())
+    clicks = [lambda: setattr(browser.words, "value", "word7 word1"), lambda: setattr(browser.words, "value", ""),
+              lambda: setattr(browser.order, "value", "fewest interactions first"), browser.found.forth.click,
+              browser.found.buttons[3].click, lambda: setattr(browser.only, "value", "without a picture")]
+    seconds = []
+    for click in clicks:
+        start = time.perf_counter()
+        click()
+        seconds.append(time.perf_counter() - start)
+    assert max(seconds) < 1.5, seconds
+    assert len(shown(browser)) < 60_000, "the page holds what is shown, not the data set"
