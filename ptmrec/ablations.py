@@ -6,10 +6,10 @@
 __all__ = ['STUDIES', 'LR', 'METHODS', 'SHOWN', 'COSTS', 'Study', 'study', 'stage1_settings', 'main_table', 'methods',
            'knowledge_transfer', 'transfer_settings', 'prompts', 'batch_size', 'sparsity', 'cold_items', 'null_content',
            'missing_modality', 'controls', 'yardsticks', 'check_study', 'draw_trials', 'tune_equally', 'Row', 'rows_of',
-           'compared', 'StudyResult', 'run_study', 'yardstick_rows', 'result_values', 'write_result', 'verdicts',
+           'compared', 'yardstick_rows', 'StudyResult', 'run_study', 'result_values', 'write_result', 'verdicts',
            'cost_table', 'plot_study']
 
-# %% ../nbs/06_ablations.ipynb #906ea6cb
+# %% ../nbs/06_ablations.ipynb #aaf8fbbc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .data import find_dataset, runs_dir, write_atomically
+from .data import DataError, find_dataset, runs_dir, write_atomically
 from .derived import derive, random_features, shuffled, thinned, with_cold_items, without
 from .grids import grid
 from .ranking import check_metric
@@ -29,7 +29,7 @@ from .significance import comparisons, in_words, save_figure, save_result
 from .stage1 import label, load_inputs, run_stage1
 from .yardsticks import YARDSTICK_NAMES, YARDSTICKS, run_yardstick
 
-# %% ../nbs/06_ablations.ipynb #3923b274
+# %% ../nbs/06_ablations.ipynb #f1b32fd2
 STUDIES = {}  # {name: Study}
 
 
@@ -54,19 +54,19 @@ def study(question: str, **how) -> Callable:
         return function
     return add
 
-# %% ../nbs/06_ablations.ipynb #275bac6f
+# %% ../nbs/06_ablations.ipynb #2cae2011
 def stage1_settings(base: dict) -> dict:
     "Those of `base` that Stage 1 has."
     return {k: v for k, v in base.items() if k in run_stage1.experiment.defaults()}
 
-# %% ../nbs/06_ablations.ipynb #443c05eb
+# %% ../nbs/06_ablations.ipynb #e3de8f70
 @study("What do two stages gain over frozen features?", yardsticks=True)
 def main_table(dataset: str, base: dict) -> dict:
     "Table 1: backbones, in two stages and jointly, beside frozen features and the yardsticks."
     return {"05_stage2": {"backbone": ["vbpr", "freedom", "mgcn", "smore"],
                           "training": {"two stages": {}, "joint": {"training": "joint"}}}}
 
-# %% ../nbs/06_ablations.ipynb #d9ad1370
+# %% ../nbs/06_ablations.ipynb #13354ab6
 LR = (0.25, 0.5, 1.0, 2.0)  # times the default learning rate of a method
 METHODS = {
     "prompts": ("prompt", {"prompt_lr": [2e-2 * f for f in LR], "n_ctx": [4, 8, 16]}),
@@ -82,7 +82,7 @@ def methods(dataset: str, base: dict) -> dict:
     "Table 2: ways of tuning CLIP with equal budgets."
     return {"05_stage2": {name: ({"tuning": tuning}, space) for name, (tuning, space) in METHODS.items()}}
 
-# %% ../nbs/06_ablations.ipynb #433299c3
+# %% ../nbs/06_ablations.ipynb #bd9cdc34
 @study("What does knowledge transfer add?", reference="task loss alone")
 def knowledge_transfer(dataset: str, base: dict) -> dict:
     "Fig. 3: Stage 2 with and without the KL loss."
@@ -99,7 +99,7 @@ def transfer_settings(dataset: str, base: dict) -> dict:
     changes |= {f"lambda {w}, with task loss": {"kt_weight": w, "task_weight": 1.0} for w in (0.1, 1.0, 10.0)}
     return {"05_stage2": {"change": changes}}
 
-# %% ../nbs/06_ablations.ipynb #3848719c
+# %% ../nbs/06_ablations.ipynb #1289e549
 @study("Which prompts?", reference="defaults")
 def prompts(dataset: str, base: dict) -> dict:
     "Number, depth, position and coupling of prompts, one at a time."
@@ -114,7 +114,7 @@ def batch_size(dataset: str, base: dict) -> dict:
     "Items per batch of Stage 2: the candidates that P_id and P_m are distributions over."
     return {"05_stage2": {"items per batch": {f"{n} items": {"stage2_batch_size": n} for n in (8, 16, 32, 64, 128, 256)}}}
 
-# %% ../nbs/06_ablations.ipynb #e7031597
+# %% ../nbs/06_ablations.ipynb #8fcead29
 @study("Does the gain survive sparse data?")
 def sparsity(dataset: str, base: dict) -> dict:
     "Training interactions thinned to 75, 50 and 25 per cent."
@@ -130,7 +130,7 @@ def cold_items(dataset: str, base: dict) -> dict:
     return {"05_stage2": {"backbone": {name: {"backbone": name, "dataset": folder, "eval_items": "cold"}
                                        for name in ("vbpr", "freedom")}}}
 
-# %% ../nbs/06_ablations.ipynb #e9426680
+# %% ../nbs/06_ablations.ipynb #6b890c7d
 @study("Does the gain need the content?")
 def null_content(dataset: str, base: dict) -> dict:
     "Images and texts shuffled among items: what is gained then is not gained from the content."
@@ -149,7 +149,7 @@ def missing_modality(dataset: str, base: dict) -> dict:
                for name, (m, share) in gone.items()}
     return {"05_stage2": {"content": {"as it is": {}} | changes}}
 
-# %% ../nbs/06_ablations.ipynb #cf9a4738
+# %% ../nbs/06_ablations.ipynb #916c208d
 @study("Is it the tuning of CLIP?", reference="Stage 1")
 def controls(dataset: str, base: dict) -> dict:
     "Both stages beside projections alone, more patience in Stage 1, and Stage 1 on random features."
@@ -159,13 +159,13 @@ def controls(dataset: str, base: dict) -> dict:
     return {"04_stage1": {"control": {"Stage 1": {}, "Stage 1, patience 100": longer, "Stage 1, random features": random}},
             "05_stage2": {"control": {"projections alone": {"tuning": "none"}, "prompts": {}}}}
 
-# %% ../nbs/06_ablations.ipynb #e5c87edc
+# %% ../nbs/06_ablations.ipynb #7fe9ae44
 @study("Do the backbones beat what is simple?", yardsticks=True, reference="EASE")
 def yardsticks(dataset: str, base: dict) -> dict:
     "Stage 1 of every backbone beside the yardsticks."
     return {"04_stage1": {"backbone": ["bpr", "lightgcn", "vbpr", "freedom", "mgcn", "smore"]}}
 
-# %% ../nbs/06_ablations.ipynb #c1d465d3
+# %% ../nbs/06_ablations.ipynb #4e72c459
 def check_study(experiment: str, dataset: str, metric: str) -> Study:
     "The `Study` of a name; raises `SettingError` or `DataError` for what is wrong, before anything is made."
     if experiment not in STUDIES:
@@ -175,7 +175,7 @@ def check_study(experiment: str, dataset: str, metric: str) -> Study:
     find_dataset(dataset)
     return STUDIES[experiment]
 
-# %% ../nbs/06_ablations.ipynb #73d85a25
+# %% ../nbs/06_ablations.ipynb #0f9cedde
 def draw_trials(spaces: dict, budget: int) -> dict:
     "{label: (method, settings)}: `budget` cells of each method's space, `spaces`: {method: (fixed settings, space)}."
     trials = {}
@@ -189,7 +189,7 @@ def draw_trials(spaces: dict, budget: int) -> dict:
             trials[f"{method}: {told}"] = method, fixed | cell
     return trials
 
-# %% ../nbs/06_ablations.ipynb #becc58a1
+# %% ../nbs/06_ablations.ipynb #55b96bf2
 def tune_equally(
     notebook: str,
     base: dict,
@@ -209,7 +209,7 @@ def tune_equally(
         best[method] = trials[rows.trial[rows[f"valid {rows.metric.iloc[0]}"].idxmax()]][1]
     return table, grid(notebook, base, {"method": best}, seeds, name, **how)
 
-# %% ../nbs/06_ablations.ipynb #4103b08a
+# %% ../nbs/06_ablations.ipynb #a3c700f0
 @dataclass
 class Row:
     "One row of a result: a finished run per seed, and the variant of them that counts."
@@ -238,7 +238,7 @@ def rows_of(table: pd.DataFrame) -> dict[str, Row]:
         rows[cell] = Row(runs, best_variant(runs))
     return rows
 
-# %% ../nbs/06_ablations.ipynb #0fbb0c1e
+# %% ../nbs/06_ablations.ipynb #d74d6278
 def compared(rows: dict[str, Row], reference: str | None, metric: str) -> pd.DataFrame:
     "`comparisons` of the rows with the `reference` row, or each with its own Stage 1; Holm over all of them."
     pairs = {}
@@ -259,7 +259,15 @@ def _same_seeds(a, b, metric):
     both = sorted(by_seed[0].keys() & by_seed[1].keys(), key=str)
     return tuple([values[seed] for seed in both] for values in by_seed)
 
-# %% ../nbs/06_ablations.ipynb #7232e370
+# %% ../nbs/06_ablations.ipynb #b7d4c4a0
+def yardstick_rows(dataset: str, base: dict) -> dict[str, Row]:
+    "A row per yardstick, with the settings of `base` about data, encoder and evaluation."
+    used = ("min_rating", "core", "split", "split_seed", "clip_model", "pretrained", "metric", "eval_users", "eval_items",
+            "mask_valid")
+    how = {k: v for k, v in base.items() if k in used}
+    return {YARDSTICK_NAMES[name]: Row([run_yardstick(name, dataset=dataset, **how)], "") for name in YARDSTICKS}
+
+# %% ../nbs/06_ablations.ipynb #f9dd9655
 @dataclass
 class StudyResult:
     "What came of a study: the table of all runs (and of trials), its rows, and where it is written."
@@ -298,18 +306,12 @@ def run_study(
             table = grid(*arguments, seeds, f"{place}/{notebook}", **how)
         tables.append(table)
     table = pd.concat(tables, ignore_index=True)
+    if not (table.status == "finished").any():
+        raise DataError(f"None of the {len(table)} runs has finished. The first error: {table.error.dropna().iloc[0]}")
     rows = (yardstick_rows(dataset, base) if it.yardsticks else {}) | rows_of(table)
     return StudyResult(it, folder.name, runs_dir() / "grids" / place, table, rows, trials)
 
-# %% ../nbs/06_ablations.ipynb #9b8fa39e
-def yardstick_rows(dataset: str, base: dict) -> dict[str, Row]:
-    "A row per yardstick, with the settings of `base` about data, encoder and evaluation."
-    used = ("min_rating", "core", "split", "split_seed", "clip_model", "pretrained", "metric", "eval_users", "eval_items",
-            "mask_valid")
-    how = {k: v for k, v in base.items() if k in used}
-    return {YARDSTICK_NAMES[name]: Row([run_yardstick(name, dataset=dataset, **how)], "") for name in YARDSTICKS}
-
-# %% ../nbs/06_ablations.ipynb #c794cac6
+# %% ../nbs/06_ablations.ipynb #d29e1a18
 SHOWN = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 
 
@@ -335,13 +337,13 @@ def write_result(result: StudyResult, metric: str = "recall@10") -> pd.DataFrame
     write_atomically(result.folder / "comparisons.csv", table.to_csv)
     return table
 
-# %% ../nbs/06_ablations.ipynb #5d8dbf9c
+# %% ../nbs/06_ablations.ipynb #6e990d49
 def verdicts(result: StudyResult, against: pd.DataFrame, metric: str = "recall@10") -> str:
     "A sentence per comparison of `compared`."
     other = f"'{result.study.reference}'" if result.study.reference else "its Stage 1"
     return "\n\n".join(in_words(f"'{name}'", row, f"test {label(metric)}", other) for name, row in against.iterrows())
 
-# %% ../nbs/06_ablations.ipynb #8d27de2b
+# %% ../nbs/06_ablations.ipynb #7b32cbed
 COSTS = {"tuned_parameters": "tuned parameters in CLIP", "run_seconds": "seconds", "forecast_mb": "forecast memory, MB",
          "peak_mb": "peak of the whole process, MB"}
 
@@ -351,7 +353,7 @@ def cost_table(table: pd.DataFrame) -> pd.DataFrame:
     there = [c for c in COSTS if c in table and table[c].notna().any()]
     return table.groupby("cell", sort=False)[there].mean().rename(columns=COSTS)
 
-# %% ../nbs/06_ablations.ipynb #b8dad2a0
+# %% ../nbs/06_ablations.ipynb #e329b2d4
 def plot_study(result: StudyResult, metric: str = "recall@10"):
     "Test metric per row with 95 % intervals over users, strokes for seeds; grey: the Stage 1 it starts from."
     rows = result.rows

@@ -6,7 +6,8 @@
 __all__ = ['with_interactions', 'thinned', 'with_cold_items', 'without', 'shuffled', 'random_features', 'miniature', 'write_data',
            'derive']
 
-# %% ../nbs/04d_derived.ipynb #04792f2d
+# %% ../nbs/04d_derived.ipynb #4789e27f
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -96,7 +97,21 @@ def miniature(data: RecData, n_users: int = 40) -> RecData:
     return replace(data, inter=small, texts=[data.texts[i] for i in items], images=[data.images[i] for i in items],
                    features={m: f[items] for m, f in data.features.items()})
 
-# %% ../nbs/04d_derived.ipynb #e08becee
+# %% ../nbs/04d_derived.ipynb #9e6f113e
+def _link_images(images, folder):
+    "Put pictures into `folder`/images, as hard links where the disk allows; returns their names, None where there is none."
+    if any(images):
+        (folder / "images").mkdir(exist_ok=True)
+    names = [None if path is None else f"images/{n}{Path(path).suffix}" for n, path in enumerate(images)]
+    for path, name in zip(images, names):
+        if name and not (folder / name).exists():
+            try:
+                os.link(path, folder / name)
+            except OSError:  # another disk
+                shutil.copy(path, folder / name)
+    return names
+
+
 def write_data(data: RecData, folder: Path, defaults: Path | None = None) -> Path:
     "Write a data set into `folder`, with `defaults.toml` from the file `defaults` if it is there; returns the folder."
     inter = data.inter
@@ -104,8 +119,7 @@ def write_data(data: RecData, folder: Path, defaults: Path | None = None) -> Pat
         raise DataError(f"'{data.name}' has files of {', '.join(data.files)}, which cannot be carried over yet. Put "
                         f"ready-made features beside them: {', '.join(MODALITIES[m].feature_file for m in data.files)}.")
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"title": [text or None for text in data.texts],
-               "image": [None if path is None else str(Path(path).resolve()) for path in data.images]}
+    content = {"title": [text or None for text in data.texts], "image": _link_images(data.images, folder)}
     if data.has_content:
         pd.DataFrame({"item": inter.item_ids} | content).dropna(axis=1, how="all").to_csv(folder / "items.csv", index=False)
     if data.features and not np.issubdtype(inter.item_ids.dtype, np.integer):

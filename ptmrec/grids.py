@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'labelled_changes', 'combinations', 'Cell', 'plan', 'light_inputs', 'expected_run', 'finished_run',
            'claims', 'run_cells', 'outcome_of', 'forecast', 'how_many', 'time_left', 'status_table', 'Watch', 'run_row',
-           'as_table', 'runs_table', 'grid_table', 'grid', 'find_result', 'run_left']
+           'as_table', 'runs_table', 'grid_table', 'find_result', 'run_left', 'grid']
 
 # %% ../nbs/05c_grids.ipynb #897df69d
 import itertools
@@ -309,36 +309,7 @@ def grid_table(cells: list[Cell]) -> pd.DataFrame:
         rows.append(row | made | cost | {"notebook": cell.output})  # an axis that is a setting has its value
     return as_table(rows)
 
-# %% ../nbs/05c_grids.ipynb #5c7f70a7
-def grid(
-    notebook: str,  # 04_stage1 or 05_stage2
-    base: dict,  # settings of every run
-    axes: dict,  # {setting: values}, or {name: {label: {setting: value}}}
-    seeds: Sequence[int] = (0,),
-    name: str = "grid",  # of its folder, runs/grids/<name>
-    at_once: int | None = None,  # runs at a time; None: as many as memory and cores allow, or the cluster's threads
-    threads: int = 1,  # that each run computes with
-    client=None,  # a `dask.distributed.Client` whose workers see the same folders; None: this machine
-    with_test: bool = True,  # the table has test metrics; without, nobody chooses by them
-) -> pd.DataFrame:
-    """Run a notebook for every cell and seed; returns the table, also in runs/grids/<name>/table.parquet.
-
-    A finished run is used again, so a grid that was stopped goes on. A run that fails keeps its error, and the rest goes
-    on. Raises `SettingError` for any wrong setting before anything starts.
-    """
-    cells, folder, known = plan(notebook, base, axes, seeds), runs_dir() / "grids" / name, {}
-    for cell in cells:
-        cell.expected = expected_run(notebook, cell.settings, known)
-        cell.params["dataset"] = str(find_dataset(cell.settings.dataset))  # workers may be in another folder
-        find_result(cell)
-    left = [cell for cell in cells if cell.run is None]
-    if left and at_once is None:
-        at_once = sum(client.nthreads().values()) if client else how_many(notebook, left, threads)
-    watch = Watch(cells, at_once or 1, cells[0].settings.metric)
-    run_left(notebook, cells, left, folder, watch, threads, client, with_test)
-    return pd.read_parquet(folder / "table.parquet")
-
-
+# %% ../nbs/05c_grids.ipynb #2bc6b695
 def find_result(cell: Cell) -> None:
     "Look for the finished run of a cell; a process that ended well without it is a failure."
     cell.run = finished_run(cell.expected)
@@ -379,3 +350,32 @@ def run_left(notebook, cells, left, folder, watch, threads=1, client=None, with_
         finally:
             stop.set()  # Ctrl-C and the Stop button end the processes, too
     after_each()
+
+# %% ../nbs/05c_grids.ipynb #8dda1938
+def grid(
+    notebook: str,  # 04_stage1 or 05_stage2
+    base: dict,  # settings of every run
+    axes: dict,  # {setting: values}, or {name: {label: {setting: value}}}
+    seeds: Sequence[int] = (0,),
+    name: str = "grid",  # of its folder, runs/grids/<name>
+    at_once: int | None = None,  # runs at a time; None: as many as memory and cores allow, or the cluster's threads
+    threads: int = 1,  # that each run computes with
+    client=None,  # a `dask.distributed.Client` whose workers see the same folders; None: this machine
+    with_test: bool = True,  # the table has test metrics; without, nobody chooses by them
+) -> pd.DataFrame:
+    """Run a notebook for every cell and seed; returns the table, also in runs/grids/<name>/table.parquet.
+
+    A finished run is used again, so a grid that was stopped goes on. A run that fails keeps its error, and the rest goes
+    on. Raises `SettingError` for any wrong setting before anything starts.
+    """
+    cells, folder, known = plan(notebook, base, axes, seeds), runs_dir() / "grids" / name, {}
+    for cell in cells:
+        cell.expected = expected_run(notebook, cell.settings, known)
+        cell.params["dataset"] = str(find_dataset(cell.settings.dataset))  # workers may be in another folder
+        find_result(cell)
+    left = [cell for cell in cells if cell.run is None]
+    if left and at_once is None:
+        at_once = sum(client.nthreads().values()) if client else how_many(notebook, left, threads)
+    watch = Watch(cells, at_once or 1, cells[0].settings.metric)
+    run_left(notebook, cells, left, folder, watch, threads, client, with_test)
+    return pd.read_parquet(folder / "table.parquet")

@@ -17,8 +17,8 @@ from small import make_shop
 
 import ptmrec.ablations as ablations
 import ptmrec.grids as grids
-from ptmrec.ablations import (METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study, tune_equally, verdicts,
-                              write_result)
+from ptmrec.ablations import (METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study, tune_equally,
+                              verdicts, write_result)
 from ptmrec.data import DataError, load_data
 from ptmrec.derived import miniature, random_features, shuffled, thinned, with_cold_items, without, write_data
 from ptmrec.grids import Cell, Watch, grid, plan, run_cells, runs_table, time_left
@@ -401,6 +401,12 @@ def test_wrong_studies():
         check_study("promts", "sample", "recall@10")
     with pytest.raises(DataError, match="No data set 'sampel'"):
         check_study("prompts", "sampel", "recall@10")
+
+
+def test_a_study_without_a_result_says_why(shop, runs, monkeypatch):
+    monkeypatch.setattr(grids, "run_notebook", lambda *_: {"seconds": 1.0, "peak_mb": 1.0, "error": "OSError: no space left"})
+    with pytest.raises(DataError, match="None of the 3 runs has finished. The first error: OSError: no space left"):
+        run_study("knowledge_transfer", shop, [0], QUICK, at_once=1)
 
 
 def test_equal_budgets_choose_on_validation_and_hide_the_test(shop, runs, here):
