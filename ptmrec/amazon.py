@@ -36,6 +36,7 @@ import numpy as np
 import pandas as pd
 from anyio.from_thread import start_blocking_portal
 from PIL import Image
+from pyarrow import parquet
 from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from .data import (IMAGE_ENDINGS, MAX_RATING, TEXT_FIELDS, DataError, find_dataset, has_interactions, k_core,
@@ -499,7 +500,9 @@ def read_manifest(folder: str | Path) -> pd.DataFrame:
     """
     path, journal, rows = Path(folder) / "manifest.parquet", Path(folder) / ".manifest.jsonl", []
     try:
-        table = pd.read_parquet(path)[list(MANIFEST)].astype(MANIFEST)
+        table = parquet.read_table(path)
+        table.validate(full=True)  # characters as well
+        table = table.to_pandas()[list(MANIFEST)].astype(MANIFEST)
     except Exception as e:  # pyarrow raises almost anything for a damaged file
         if path.exists():
             warnings.warn(f"{path} is damaged and is made anew ({type(e).__name__}): images that are there are kept, and "

@@ -8,13 +8,14 @@ __all__ = ['SPLITS', 'SPLIT_NAMES', 'MAX_RATING', 'SPLIT_RULES', 'TIMED_RULES', 
            'LONGEST', 'checked_path', 'search_places', 'find_path', 'split_files', 'interaction_files',
            'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings', 'progress', 'read_interactions',
            'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values',
-           'noting', 'load_data', 'data_of_frames', 'PictureError', 'load_image', 'image_map', 'describe', 'show_items',
-           'show_statistics']
+           'noting', 'load_data', 'data_of_frames', 'PictureError', 'open_picture', 'upright', 'as_rgb', 'load_image',
+           'image_map', 'describe', 'show_items', 'show_statistics']
 
 # %% ../nbs/00_data.ipynb #5cd4bdd3
 import difflib
 import html
 import inspect
+import math
 import os
 import re
 import stat
@@ -506,16 +507,21 @@ class RecData:
         "Whether a CLIP has to make features: neither images nor texts have ready-made ones."
         return not self.features.keys() & {"image", "text"} and (self.has_content or not (self.features or self.files))
 
-    def fingerprint(self) -> str:
-        "Key of everything in the data set: interactions with their split, texts, image files, features."
-        files = [part for name, paths in self.files.items() for part in (name, *_content(paths))]
-        return fingerprint(self.inter.user, self.inter.item, self.inter.split, self.inter.user_ids, self.inter.item_ids,
-                           self.texts, *_content(self.images), list(self.features), *self.features.values(), *files)
 
-
+# %% ../nbs/00_data.ipynb #1d21da65
 def _content(paths):
     "What `fingerprint` takes of files, None where there is none."
     return [p is not None for p in paths], *[p for p in paths if p]
+
+
+def _fingerprint_of(data) -> str:
+    "Key of everything in the data set: interactions with their split, texts, image files, features, other files."
+    inter, files = data.inter, [part for name, paths in data.files.items() for part in (name, *_content(paths))]
+    return fingerprint(inter.user, inter.item, inter.split, inter.user_ids, inter.item_ids, data.texts,
+                       *_content(data.images), list(data.features), *data.features.values(), *files)
+
+
+RecData.fingerprint = _fingerprint_of
 
 # %% ../nbs/00_data.ipynb #f722b009
 def _warn_of_few(source, what, names, known):
@@ -602,11 +608,12 @@ PICTURE_BYTES = 100_000_000  # a larger file is no item picture
 OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_IMAGES)"
 
 
-def _picture_check(folder):
-    "A function that says why a file is no picture of the data set in `folder`; empty if it is one."
+def _file_check(folder, most):
+    "A function that says why a file is no content of the data set in `folder`; empty if it is. `most`: its bytes."
     more = filter(None, os.environ.get("PTMREC_IMAGES", "").split(os.pathsep))
     real = cache(os.path.realpath)
-    roots = tuple(os.path.join(real(place), "") for place in (folder, folder / "images", folder / "posters", *more))
+    places = (folder, *(folder / name for name in ("images", "posters", *MODALITIES)), *more)
+    roots = tuple(os.path.join(real(place), "") for place in places)
 
     def refusal(path):
         if not os.path.isfile(path):
@@ -614,9 +621,20 @@ def _picture_check(folder):
         where = real(path) if os.path.islink(path) else os.path.join(real(os.path.dirname(path)), "")
         if not where.startswith(roots):
             return OUTSIDE
-        return "" if os.path.getsize(path) <= PICTURE_BYTES else f"have more than {PICTURE_BYTES / 1e6:.0f} MB"
+        return "" if os.path.getsize(path) <= most else f"have more than {most / 1e6:.0f} MB"
 
     return refusal
+
+# %% ../nbs/00_data.ipynb #e58ec55a
+def _usable_files(folder, choices, most=math.inf):
+    "The first file of each item's `choices` (I lists) that can be used, or None; a warning counts those that cannot."
+    check, refused = _file_check(folder, most), {}
+    found = [next((p for p in paths if not refused.setdefault(p, check(p))), None) for paths in choices]
+    for reason, n in Counter(refused.values()).items():
+        if reason not in ("", "are not there"):
+            first = next(path for path, why in refused.items() if why == reason)
+            warnings.warn(f"{folder}: {n:,} files are not used, they {reason}. The first is {first}.")
+    return found
 
 # %% ../nbs/00_data.ipynb #8354f565
 def _images_by_column(folder, table):
@@ -630,13 +648,9 @@ def _images_by_column(folder, table):
 def _item_images(folder, table):
     "One image file per item, or None: the file in its `image` column if it can be used, else the one with its id."
     files = {k: v for name in ("images", "posters") for k, v in _files_by_name(folder / name, IMAGE_ENDINGS, table).items()}
-    named, check, refused = _images_by_column(folder, table), _picture_check(folder), {}
-    images = [next((p for p in (by_column, files.get(i)) if p and not refused.setdefault(p, check(p))), None)
-              for i, by_column in zip(table.index, named)]
-    for reason, n in Counter(refused.values()).items():
-        if reason not in ("", "are not there"):
-            first = next(path for path, why in refused.items() if why == reason)
-            warnings.warn(f"{folder}: {n:,} image files are not used, they {reason}. The first is {first}.")
+    named = _images_by_column(folder, table)
+    choices = [[p for p in (by_column, files.get(i)) if p] for i, by_column in zip(table.index, named)]
+    images = _usable_files(folder, choices, PICTURE_BYTES)
     if files and not any(used and used == by_column for used, by_column in zip(images, named)):
         _warn_of_few(folder, "picture", table.index, list(files))
     return images
@@ -675,7 +689,8 @@ def _item_files(folder, table, features):
     for name, files in found.items():
         if files:
             _warn_of_few(folder / name, "file", table.index, list(files))
-    return {name: [files.get(item) for item in table.index] for name, files in found.items() if files}
+    return {name: _usable_files(folder, [[files[item]] if item in files else [] for item in table.index])
+            for name, files in found.items() if files}
 
 # %% ../nbs/00_data.ipynb #d6b5a4e4
 def _odd_times(time):
@@ -764,7 +779,7 @@ def _rec_data(name, source, table, content, min_rating=None, core=0, split=None,
     _check_parts(source, inter, own="split" in table)
     return RecData(name, inter, left_out=left_out, **content(inter.item_ids))
 
-# %% ../nbs/00_data.ipynb #b4f01f11
+# %% ../nbs/00_data.ipynb #357e6470
 def load_data(
     dataset: str | Path,  # a name, or the path of a folder
     min_rating: float | None = None,  # keep interactions rated at least this
@@ -785,7 +800,7 @@ def load_data(
     with noting(notes):
         path, table = _read_checked(folder, timed=split in TIMED_RULES)
         data = _rec_data(folder.name, path, table, content, min_rating, core, split, split_seed)
-    data.notes = [note.replace(f"{folder}{os.sep}", "") for note in notes]
+    data.notes = [note.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name) for note in notes]
     return data
 
 # %% ../nbs/00_data.ipynb #49c10669
@@ -847,7 +862,7 @@ class PictureError(DataError):
 
 # %% ../nbs/00_data.ipynb #edd28297
 @contextmanager
-def _opened(path) -> Iterator[Image.Image]:
+def open_picture(path) -> Iterator[Image.Image]:
     "A picture file, opened and decoded. Whatever goes wrong with it, in the block too, is a `PictureError`."
     try:
         status = os.stat(path)
@@ -874,7 +889,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation
 
 
-def _upright(image):
+def upright(image):
     "A picture as its EXIF data says it should be seen."
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -883,7 +898,7 @@ def _upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def _as_rgb(image):
+def as_rgb(image):
     "A picture in RGB, 8 bits: of 16 bits the upper ones, transparent parts on white."
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -915,8 +930,8 @@ def load_image(
     interpolation: str = "bicubic",  # or "bilinear"
 ) -> np.ndarray:
     "One image (size, size, 3) uint8, as open_clip feeds it to a CLIP. Raises `PictureError`."
-    with _opened(path) as image:
-        image = _as_rgb(_upright(image if resize_mode == "squash" else _middle(image)))
+    with open_picture(path) as image:
+        image = as_rgb(upright(image if resize_mode == "squash" else _middle(image)))
         width, height = (size if resize_mode == "squash" else int(size * side / min(image.size)) for side in image.size)
         left, top = (round((side - size) / 2) for side in (width, height))
         image = image.resize((width, height), INTERPOLATIONS[interpolation]).crop((left, top, left + size, top + size))

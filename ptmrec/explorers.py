@@ -12,7 +12,7 @@ __all__ = ['CARD_LAYOUT', 'ONLY', 'ORDERS', 'FAR', 'GAIN', 'RULES', 'ASPECTS', '
            'ItemExplorer', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'EmbeddingMap', 'different_parameters',
            'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer', 'explore']
 
-# %% ../nbs/07a_explorers.ipynb #4e2fc786
+# %% ../nbs/07a_explorers.ipynb #23ad5d20
 import base64
 import html
 import io
@@ -29,7 +29,7 @@ from itables.widget import ITable
 from PIL import Image
 
 from .clip_prompting import encode_text
-from .data import DataError, RecData, load_data, runs_dir
+from .data import TEXT_FIELDS, DataError, RecData, load_data, runs_dir
 from .ranking import metric_names
 from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, per_user_values
 from .stage1 import label
@@ -206,7 +206,7 @@ def searchable(catalogue: Catalogue) -> pd.DataFrame:
     table = catalogue.table
     return table.assign(words=(table.item.astype(str) + " " + table.title + " " + table.text).str.lower())
 
-# %% ../nbs/07a_explorers.ipynb #9e556f41
+# %% ../nbs/07a_explorers.ipynb #41e1ec02
 def buyers(inter, item: int) -> np.ndarray:
     "Numbers of the users who have `item`, in any split."
     return np.unique(inter.user[inter.item == item])
@@ -230,16 +230,17 @@ def item_facts(catalogue: Catalogue, item: int) -> dict[str, str]:
     facts = {"id": row["item"], "interactions": f"{n[0]:,} train, {n[1]:,} validation, {n[2]:,} test",
              "popularity": "cold" if row.cold else f"number {rank:,} of {len(catalogue):,}",
              "users": ", ".join(map(str, inter.user_ids[who[:9]])) + ", ..." * (len(who) > 9)}
-    own = row.drop(["item", "title", "text", "interactions", "cold", "picture"])
+    shown = ["item", "title", "text", "interactions", "cold", "picture", *TEXT_FIELDS]
+    own = row.drop(shown, errors="ignore")
     return {name: str(value) for name, value in (facts | own.to_dict()).items() if not pd.isna(value)}
 
-# %% ../nbs/07a_explorers.ipynb #7bd1d08a
+# %% ../nbs/07a_explorers.ipynb #1248a464
 def plain_table(rows: Iterable[Sequence]) -> str:
     "Rows of values as a table: the first of each is its name."
     cells = ([html.escape(str(value)) for value in row] for row in rows)
-    lines = (f'<tr style="vertical-align: top"><td style="opacity: .7">{name}</td><td>{"</td><td>".join(values)}</td></tr>'
-             for name, *values in cells)
-    return f'<table style="line-height: 1.4; border-spacing: 8px 1px">{"".join(lines)}</table>'
+    between = '</td><td style="padding-left: 10px">'
+    lines = (f'<tr style="vertical-align: top"><td style="opacity: .7">{between.join(row)}</td></tr>' for row in cells)
+    return f'<table style="line-height: 1.4">{"".join(lines)}</table>'
 
 
 def item_html(catalogue: Catalogue, item: int, size: int = 180, text: int = 400) -> str:
@@ -478,8 +479,8 @@ class UserExplorer(Explorer):
         catalogue = self.lists.seen.catalogue
         self.item.value = item_html(catalogue, item) + plain_table(item_facts(catalogue, item).items())
 
-# %% ../nbs/07a_explorers.ipynb #eb87f3b4
-def neighbour_rows(tables: dict, item: int, modality: str, k: int = 8) -> pd.DataFrame:
+# %% ../nbs/07a_explorers.ipynb #6fd5fd79
+def neighbour_rows(tables: dict, item: int, modality: str, k: int = 7) -> pd.DataFrame:
     "The `k` nearest items under ID, frozen and tuned features of a modality: columns space, item, cosine, in_id."
     rows, ids = [], set()
     for space in ("ID", f"frozen {modality}", f"tuned {modality}"):
@@ -571,7 +572,7 @@ class ItemPicker:
             self.past.pop()
             self.pick(self.past.pop())
 
-# %% ../nbs/07a_explorers.ipynb #9988d1f3
+# %% ../nbs/07a_explorers.ipynb #09f6dd2c
 class ItemExplorer(Explorer):
     "An item's neighbours under ID, frozen and tuned features; those that are ID neighbours, too, are framed."
 
@@ -581,7 +582,7 @@ class ItemExplorer(Explorer):
         self.picker = ItemPicker(self.seen.catalogue, lambda _: self.draw())
         self.modality, self.aspect = (widgets.ToggleButtons(options=options, style={"button_width": "80px"})
                                       for options in (list(self.seen.inputs.features), ASPECTS))
-        self.galleries = [Gallery(self.seen.catalogue, 8, self.safely(self.picker.pick), 84) for _ in self.kinds]
+        self.galleries = [Gallery(self.seen.catalogue, 7, self.safely(self.picker.pick), 84) for _ in self.kinds]
         right = widgets.VBox([self.modality, *(gallery.box for gallery in self.galleries)])
         super().__init__(self.picker.box, side_by_side(widgets.VBox([self.aspect, self.item]), right, shares=(2, 5)))
         self.when(self.picker.find, self.picker.words)
@@ -654,7 +655,7 @@ class StillMap:
         "Draw the figure anew."
         self.box.children[1].value = base64.b64decode(as_jpeg(self.draw(), 200))
 
-# %% ../nbs/07a_explorers.ipynb #eed70efe
+# %% ../nbs/07a_explorers.ipynb #a0dafb83
 class EmbeddingMap(Explorer):
     "All items on a map that slides from one table of features to another: hover to see an item, select to list them."
 
@@ -664,12 +665,12 @@ class EmbeddingMap(Explorer):
         self.before, self.after = (widgets.Dropdown(options=names, value=name, description=text, layout={"width": "220px"})
                                    for text, name in zip(("from", "to"), ends))
         columns = self.catalogue.table.columns.drop(["item", "title", "text"])
-        self.color = widgets.Dropdown(options=columns, value=color, description="colour", layout={"width": "250px"})
+        self.color = widgets.Dropdown(options=columns, value=color, description="colour")
         self.slider = widgets.FloatSlider(max=1, step=0.02, readout=False, layout={"width": "250px"})
         self.item, self.chosen = widgets.HTML(), Gallery(self.catalogue, 12, self.safely(self.open), 70)
         try:
             self.map = ScatterMap(len(self.catalogue), self.safely(lambda change: self.open(change["new"])),
-                                  self.safely(lambda change: self.chosen.show("selected", change["new"])))
+                                  self.safely(lambda change: self.list(change["new"])))
         except ImportError:
             self.map = StillMap(self.figure)
         super().__init__(widgets.HBox([self.before, self.slider, self.after, self.color]),
@@ -695,6 +696,10 @@ class EmbeddingMap(Explorer):
         if item is not None:
             facts = item_facts(self.catalogue, item).items()
             self.item.value = item_html(self.catalogue, item, 140) + plain_table(facts)
+
+    def list(self, items: Sequence[int]):
+        "List the items in the lasso."
+        self.chosen.show(f"{len(items):,} selected" if len(items) else "", items)
 
     def figure(self):
         "Both ends of the slider as a figure."
@@ -748,7 +753,7 @@ def run_rows(table: pd.DataFrame) -> pd.DataFrame:
         shown[column] = shown[column].map(formats[column], na_action="ignore")
     return shown.fillna("")
 
-# %% ../nbs/07a_explorers.ipynb #3d43160f
+# %% ../nbs/07a_explorers.ipynb #3cbb893c
 class RunExplorer(Explorer):
     "All runs as a table: sort and filter it; click rows to see what differs, and compare two."
 
@@ -778,8 +783,8 @@ class RunExplorer(Explorer):
         "Show what differs between the selected runs, and their curves."
         runs, self.answer.value = open_rows(self.table.iloc[self.rows.selected_rows]), ""
         self.curves.value = figure_html(validation_curves(runs)) if runs else ""
-        differ = different_parameters(runs).reset_index().T.reset_index().T if len(runs) > 1 else pd.DataFrame()
-        self.differences.value = plain_table(differ.values.tolist())
+        differ = different_parameters(runs) if len(runs) > 1 else pd.DataFrame()
+        self.differences.value = plain_table([["", *differ.columns], *differ.itertuples()])
 
     def compare(self):
         "Test the two selected runs."

@@ -72,6 +72,12 @@ def _error_number(error):
     told = re.search(r"os error (\d+)", str(error))
     return getattr(error, "errno", None) or (int(told[1]) if told else errno.ENOSPC)
 
+
+def _is_of_another_file(error, path):
+    "Whether an error names a file that has nothing to do with writing `path`."
+    name = getattr(error, "filename", None)
+    return isinstance(name, str) and not (Path(name).is_relative_to(path.parent) or path.is_relative_to(name))
+
 # %% ../nbs/00i_files.ipynb #68eea2f1
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
@@ -80,6 +86,8 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save raises that
+            raise
+        if _is_of_another_file(error, Path(path)):
             raise
         number = _error_number(error)
         full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -212,10 +212,9 @@ def panel(on_stop) -> tuple:
 
 
 def leave(place, box, still: Still) -> None:
-    "Show `still` where `box` is, and close its widgets."
+    "Show `still` where `box` is. Its widgets stay open: the page may be about to draw them, and would complain."
     place.update(still)
-    for widget in (box, *box.children, *box.children[1].children):
-        widget.close()
+    box.children[1].children[0].disabled = True
 
 # %% ../nbs/03d_monitor.ipynb #22b9ce51
 def words(loop: Loop, name: str, seconds: float, waited: float, deaf: bool) -> str:

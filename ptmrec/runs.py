@@ -6,9 +6,10 @@
 __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 'NOT_CODE', 'RUN_FIELDS', 'CONTENT', 'TRAINED',
            'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
            'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
-           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'runs_to_do', 'stopped_by_hand',
-           'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder', 'list_runs',
-           'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser', 'command_line']
+           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'alone', 'train_alone', 'runs_to_do',
+           'stopped_by_hand', 'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder',
+           'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser',
+           'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -31,6 +32,8 @@ import textwrap
 import time
 import types
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -41,9 +44,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
-from .data import (MODALITIES, DataError, RecData, cached, fingerprint, load_data, load_image, repo_root, runs_dir,
-                         write_atomically)
+from .data import MODALITIES, DataError, RecData, load_data, load_image
 from .distributed import broadcast, main_first, rank
+from .files import cached, fingerprint, locked, repo_root, runs_dir, sweep, write_atomically
 from .peft import attach
 from .ranking import Evaluator, paired_test, rank_items
 from .settings import SettingError, described, did_you_mean, resolve, shown
@@ -121,9 +124,10 @@ def definitions(module: str) -> tuple[dict, dict]:
 
 # %% ../nbs/03c_runs.ipynb #27a9d85d
 # these show or keep what was computed; nor do settings count, whose values are parameters
-NO_EFFECT = {"data.progress", "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "monitor.watch", "runs.Run",
-             "runs.RunFolder", "runs.own_code", "stage2.stage1_of", "training.Progress", "training.Stopped",
-             "training.best_so_far", "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
+NO_EFFECT = {"data.progress", "files.cache_dir", "files.cached", "files.find_cached", "files.locked", "files.new_array",
+             "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "monitor.watch", "runs.Run", "runs.RunFolder",
+             "runs.own_code", "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far",
+             "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
 
 
 def code_of(*roots: str) -> dict[str, str]:
@@ -605,6 +609,20 @@ def why_new(run: Run) -> str | None:
         return f"Run {path.parent.name} has the same settings and is not used: its {' and '.join(changed)} changed since."
     return None
 
+# %% ../nbs/03c_runs.ipynb #8fa74841
+@contextmanager
+def alone(run: Run) -> Iterator[None]:
+    "No other process works on the run in this block. Of several ranks, the first one sees to that."
+    with nullcontext() if rank() else locked(run.target, f"{run.about['experiment']}, run {run.key}"):
+        yield
+
+
+def train_alone(run: Run, train: Callable, *arguments) -> None:
+    "`train(run, *arguments)`, unless another process, which it waits for, has finished the run. All ranks agree."
+    with alone(run):
+        if not broadcast({"finished": run.finished})["finished"]:
+            train(run.begin(), *arguments)
+
 # %% ../nbs/03c_runs.ipynb #828a3aae
 def runs_to_do(
     runs: list[Run],  # those of one call
@@ -612,8 +630,10 @@ def runs_to_do(
 ) -> list[Run]:
     "Those of `runs` that are not finished, each begun; says which are used again, and why others are not. All ranks agree."
     for run in runs if not rank() else ():
-        settle(run.target)
-        heal(run)
+        with alone(run):
+            settle(run.target)
+            sweep(run.folder)
+            heal(run)
     if rerun:
         started = [r.target.with_name(f"{r.key}.rerun") for r in runs]
         stopped = any(path.exists() for path in started)

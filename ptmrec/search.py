@@ -20,7 +20,7 @@ from joblib import Parallel, delayed, parallel_config
 from .backbones import BACKBONES, grid_of
 from .data import progress
 from .processes import exit_with_parent
-from .runs import Run, heal, new_run
+from .runs import Run, alone, heal, new_run
 from .settings import SettingError, check_settings, did_you_mean, resolve, shown
 from .stage1 import (Stage1Settings, TrainingSettings, check_inputs, find_stage1_run, label, load_inputs, one_per_seed,
                            run_stage1, train_stage1)
@@ -56,7 +56,8 @@ def cells(grid: dict, n_trials: int | None = None, seed: int = 0) -> list[dict]:
 def attempt(run: Run, settings, inputs, test: bool):
     "The trained run (scored, with `test`), or the exception that it raised."
     try:
-        return train_stage1(run.begin(), settings, inputs, test)
+        with alone(run):
+            return run if run.finished else train_stage1(run.begin(), settings, inputs, test)
     except Exception as error:
         return error
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE', 'LARGEST', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'EncoderSettings', 'EvaluationSettings',
            'TrainingSettings', 'Stage1Settings', 'locate_dataset', 'fetch_dataset', 'run_stage1', 'one_per_seed',
-           'check_tables', 'check_inputs', 'Inputs', 'load_inputs', 'build_backbone', 'new_backbone', 'label',
+           'check_tables', 'Inputs', 'check_inputs', 'load_inputs', 'build_backbone', 'new_backbone', 'label',
            'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_one_epoch', 'validate', 'train_backbone',
            'train_with', 'check_fit', 'stage1_parameters', 'stage1_code', 'find_stage1_run', 'run_arguments',
            'train_stage1', 'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table', 'plot_history']
@@ -29,7 +29,7 @@ from .memory import free_bytes
 from .monitor import watch
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
 from .runs import (DEVICES, Run, code_of, first_features, load_parameters, new_run, own_code, pick_device,
-                         recommendation_table, runs_to_do, set_seed)
+                         recommendation_table, runs_to_do, set_seed, train_alone)
 from .settings import SettingError, Settings, experiment, setting
 from .sources import PUBLIC_SETS, find_or_prepare
 from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_losses,
@@ -115,7 +115,7 @@ def run_stage1(settings) -> list[Run]:
     inputs = load_inputs(settings)
     runs = [find_stage1_run(seed, inputs) for seed in one_per_seed(settings)]
     for run in runs_to_do(runs, settings.rerun):
-        train_stage1(run, settings.replace(seed=run.params["seed"]), inputs)
+        train_alone(run, train_stage1, settings.replace(seed=run.params["seed"]), inputs)
     return runs
 
 
@@ -156,7 +156,17 @@ def check_tables(data: RecData, features: dict) -> None:
             warnings.warn(f"{where} are 0 for {n:,} of {len(table):,} items: these items look alike.")
 
 # %% ../nbs/04_stage1.ipynb #18f36da9
-def check_inputs(settings, inputs: "Inputs") -> None:
+@dataclass
+class Inputs:
+    "What a run reads: `features` {modality: (I, d_m)}; `clip` is None if the features are ready-made or not needed."
+
+    data: RecData
+    clip: Clip | None
+    features: dict
+    device: torch.device
+
+
+def check_inputs(settings, inputs: Inputs) -> None:
     "Raise `SettingError` or `DataError` if settings do not go with the size of a data set, before anything is trained."
     data, inter = inputs.data, inputs.data.inter
     counts = np.bincount(inter.part("train")[0], minlength=inter.n_users)
@@ -173,16 +183,6 @@ def check_inputs(settings, inputs: "Inputs") -> None:
                            f"{inter.n_items:,} items, and {free / 1e9:.2g} GB is free. Lower emb_size.")
 
 # %% ../nbs/04_stage1.ipynb #75bf1a09
-@dataclass
-class Inputs:
-    "What a run reads: `features` {modality: (I, d_m)}; `clip` is None if the features are ready-made or not needed."
-
-    data: RecData
-    clip: Clip | None
-    features: dict
-    device: torch.device
-
-
 def load_inputs(settings) -> Inputs:
     "The inputs for these settings; raises `DataError` for data that cannot be used."
     device = pick_device(settings.device)

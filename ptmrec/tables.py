@@ -275,15 +275,15 @@ def _read_parquet(path):
     except (OSError, ValueError) as e:
         raise DataError(f"{path} cannot be read as Parquet: {e}") from e
 
-# %% ../nbs/00f_tables.ipynb #5f03574a
+# %% ../nbs/00f_tables.ipynb #3a507441
 def _read_excel(path):
     "The first sheet of an Excel file; ids and texts keep their characters."
     try:
         with pd.ExcelFile(path) as book:
             if len(book.sheet_names) > 1:
                 warnings.warn(f"{path} has {len(book.sheet_names)} sheets; the first, '{book.sheet_names[0]}', is read.")
-            types = {h: str for h in book.parse(nrows=0).columns if _plain(h) in TEXT_HEADERS}
-            return book.parse(dtype=types, keep_default_na=False, na_values=["", "nan", "NaN"])
+            types = {h: str for h in pd.read_excel(book, nrows=0).columns if _plain(h) in TEXT_HEADERS}
+            return pd.read_excel(book, dtype=types, keep_default_na=False, na_values=["", "nan", "NaN"])
     except ImportError:
         raise DataError(f"{path} needs openpyxl: pip install 'ptmrec[excel]', or save the sheet as CSV UTF-8.") from None
     except (OSError, ValueError, KeyError, zlib.error) as e:

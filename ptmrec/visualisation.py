@@ -35,11 +35,11 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 from .clip_prompting import Clip, DeepPrompts, encode_image, image_tower, text_module, text_tower
-from .data import SPLITS, UNREADABLE, DataError, RecData, load_image
+from .data import SPLITS, DataError, PictureError, RecData, as_rgb, load_image, open_picture, upright
 from .losses import log_distribution
 from .ranking import Evaluator, rank_items, stable_topk
 from .runs import Run, check_variant, first_features, open_run, per_user_values
@@ -61,14 +61,9 @@ def cut(text: str, width: int, lines: int = 1) -> str:
 
 # %% ../nbs/07_visualisation.ipynb #911d1cd1
 def letterbox(path: str | Path, size: int) -> np.ndarray:
-    "A whole picture on a white square (size, size, 3) uint8. Raises one of `UNREADABLE`."
-    with Image.open(path) as image:
-        image.draft("RGB", (size, size))  # a JPEG is read at the next larger scale
-        image = ImageOps.exif_transpose(image).convert("RGBA")
-        image = ImageOps.contain(image, (size, size))
-        square = Image.new("RGBA", (size, size), "white")
-        square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
-    return np.asarray(square.convert("RGB"))
+    "A whole picture on a white square (size, size, 3) uint8. Raises `PictureError`."
+    with open_picture(path) as image:
+        return np.asarray(ImageOps.pad(as_rgb(upright(image)), (size, size), color="white"))
 
 # %% ../nbs/07_visualisation.ipynb #1e02eda1
 def item_statistics(data: RecData) -> pd.DataFrame:
@@ -102,7 +97,7 @@ class Catalogue:
         path = self.data.images[item]
         try:
             return None if path is None else letterbox(path, size)
-        except UNREADABLE:
+        except PictureError:
             return None
 
 # %% ../nbs/07_visualisation.ipynb #ff54fd36
@@ -264,7 +259,7 @@ class SheetRow(NamedTuple):
     marked: Iterable[int] = ()
     notes: Sequence[str] = ()
 
-# %% ../nbs/07_visualisation.ipynb #3b49725a
+# %% ../nbs/07_visualisation.ipynb #b6aaae0c
 def _draw_item(ax, x, y, side, catalogue, item, marked, note):
     "One item with its left upper corner at (x, y), in inches."
     picture, width = catalogue.picture(item, 128), int(20 * side)  # characters of 0.05 inches
@@ -281,7 +276,7 @@ def _draw_item(ax, x, y, side, catalogue, item, marked, note):
         ax.text(x + side - 0.05, y + 0.04, "✓", size=8, color="white", ha="right", va="top", weight="bold",
                 bbox={"boxstyle": "circle,pad=0.1", "color": ORANGE})
 
-# %% ../nbs/07_visualisation.ipynb #9128eaeb
+# %% ../nbs/07_visualisation.ipynb #55915085
 @in_style
 def sheet(
     catalogue: Catalogue,
@@ -306,7 +301,7 @@ def sheet(
     ax.axis("off")
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #eb5b9a1a
+# %% ../nbs/07_visualisation.ipynb #159158c5
 def neighbour_sheet(
     run: Run | RunView,
     item: int,  # its number
@@ -324,13 +319,13 @@ def neighbour_sheet(
                              [f"{c:.2f}" for c in cosines]))
     return sheet(catalogue, rows, k)
 
-# %% ../nbs/07_visualisation.ipynb #95697ed3
+# %% ../nbs/07_visualisation.ipynb #6cf25294
 def user_gains(run: Run, metric: str = "recall@10", variants: Sequence = ("stage1", None)) -> pd.Series:
     "What each test user gained, in `metric`, from the first of `variants` to the second (None: the best); index: number."
     before, after = (per_user_values([run], check_variant(run, v), metric)[0] for v in variants)
     return (after - before).dropna()
 
-# %% ../nbs/07_visualisation.ipynb #6eb8790b
+# %% ../nbs/07_visualisation.ipynb #f35884df
 def _lists(seen, user: int, variants, k: int) -> list[SheetRow]:
     "Rows for user number `user`: training and test items (five at most), and the list of each variant with its hits."
     inter, found = seen.data.inter, {}
@@ -349,7 +344,7 @@ def _lists(seen, user: int, variants, k: int) -> list[SheetRow]:
         rows.append(SheetRow(f"{name}: {len(hits)} of {len(found['test'])} found in the first {k}", items, hits))
     return rows
 
-# %% ../nbs/07_visualisation.ipynb #4164475f
+# %% ../nbs/07_visualisation.ipynb #bbe46730
 def recommendation_sheet(
     run: Run | RunView,
     user,  # original id
@@ -361,7 +356,7 @@ def recommendation_sheet(
     variants = variants if "tuning" in seen.run.params else [None]
     return sheet(seen.catalogue, _lists(seen, user_number(seen.data, user), variants, k))
 
-# %% ../nbs/07_visualisation.ipynb #e1a0b3a6
+# %% ../nbs/07_visualisation.ipynb #023c568a
 def show_what_changed(run: Run | RunView) -> Figure:
     "Lists before and after of the user who gained most, and the neighbours before and after of an item that was found."
     seen = view(run)
@@ -372,13 +367,13 @@ def show_what_changed(run: Run | RunView) -> Figure:
     rows = [history._replace(name=f"{who}; {history.name}"), wanted, before, after]
     new = [item for item in after.items if item in after.marked - before.marked]
     item, what = (new[0], "the item found") if new else (after.items[0], "the first item")
-    modality = next(iter(seen.inputs.features))
+    modality = next(m for m in seen.inputs.features if f"tuned {m}" in tables)
     for when in ("frozen", "tuned"):
         near = neighbours(tables[f"{when} {modality}"], item, 4)[0].tolist()
         rows.append(SheetRow(f"{what}, and its nearest by {when} {modality} features", [item, *near]))
     return sheet(seen.catalogue, rows)
 
-# %% ../nbs/07_visualisation.ipynb #2165e8fa
+# %% ../nbs/07_visualisation.ipynb #45f57360
 def _stage_curves(axes, stage: Run, name: str, start: int, color) -> int:
     "Draw the history of one stage from epoch `start` on; returns its last epoch."
     history, metric = stage.load_table("history.csv"), f"valid {stage.params['metric']}"
@@ -393,7 +388,7 @@ def _stage_curves(axes, stage: Run, name: str, start: int, color) -> int:
                      ha="center", size=7, color=color)
     return start + int(history.epoch.max())
 
-# %% ../nbs/07_visualisation.ipynb #cfcb7eae
+# %% ../nbs/07_visualisation.ipynb #a4446629
 @in_style
 def training_curves(run: Run) -> Figure:
     "Loss and validation metric over the epochs of Stage 1 and then Stage 2; circles: the epochs that are kept."
@@ -413,7 +408,7 @@ def training_curves(run: Run) -> Figure:
     axes[0].legend()
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #14685541
+# %% ../nbs/07_visualisation.ipynb #e03a5587
 def principal_plane(features: Tensor) -> Tensor:
     "The rows of `features` (I, d) on their two main directions, centred, with a spread of 1: (I, 2)."
     centred = features.float() - features.float().mean(0)
@@ -427,7 +422,7 @@ def turned_onto(layout: Tensor, target: Tensor) -> Tensor:
     left, _, right = torch.linalg.svd(layout.T @ target)
     return layout @ left @ right
 
-# %% ../nbs/07_visualisation.ipynb #7c5821a5
+# %% ../nbs/07_visualisation.ipynb #d5097225
 MAP_METHODS = ("pca", "tsne", "umap")
 
 
@@ -448,7 +443,7 @@ def _refined(features, start, method):
     layout = layout - layout.mean(0)
     return layout / layout.square().sum(1).mean().sqrt()
 
-# %% ../nbs/07_visualisation.ipynb #acaaac13
+# %% ../nbs/07_visualisation.ipynb #b1d90690
 def aligned_maps(
     before: Tensor,  # (I, d)
     after: Tensor,  # (I, d'): the same items
@@ -464,7 +459,7 @@ def aligned_maps(
         first, second = (_refined(table, start, method) for table, start in ((before, first), (after, second)))
     return first, turned_onto(second, first)
 
-# %% ../nbs/07_visualisation.ipynb #fb9e42be
+# %% ../nbs/07_visualisation.ipynb #1599f803
 def most_frequent(values: pd.Series, most: int = 7) -> pd.Series:
     "Values as text: the `most` frequent ones, the others as `other (n more)`, missing ones as `none`; a categorical."
     missing, text = values.isna() | (values.astype(str) == ""), values.astype(str)
@@ -475,7 +470,7 @@ def most_frequent(values: pd.Series, most: int = 7) -> pd.Series:
     kept = [*names[:most], *[other] * (len(names) > most), *["none"] * bool(missing.any())]
     return pd.Series(pd.Categorical(text, kept), values.index)
 
-
+# %% ../nbs/07_visualisation.ipynb #cd7d4af1
 def _scatter(ax, points, values, size):
     "Points (I, 2) coloured by `values`; returns what a colour bar needs, or None."
     ax.set(xticks=[], yticks=[], aspect="equal")
@@ -491,7 +486,7 @@ def _scatter(ax, points, values, size):
         ax.scatter(*points[values == name].T, color=color, label=printable(cut(name, 20)), **how)
     return None
 
-# %% ../nbs/07_visualisation.ipynb #6163b703
+# %% ../nbs/07_visualisation.ipynb #0e438e58
 @in_style
 def embedding_map(
     before: Tensor,  # (I, d) features, as a rule frozen ones
@@ -523,7 +518,7 @@ def embedding_map(
             handle.set_sizes([18])
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #183f5784
+# %% ../nbs/07_visualisation.ipynb #31fde2a5
 def random_cosines(table: Tensor, n: int = 20_000, seed: int = 0) -> np.ndarray:
     "Cosines of `n` random pairs of different rows of a table (I, d): (n,)."
     draw = torch.Generator().manual_seed(seed)
@@ -531,7 +526,7 @@ def random_cosines(table: Tensor, n: int = 20_000, seed: int = 0) -> np.ndarray:
     b = (a + torch.randint(1, len(table), (n,), generator=draw)) % len(table)
     return F.cosine_similarity(table[a].float(), table[b].float()).numpy()
 
-# %% ../nbs/07_visualisation.ipynb #dfa96f3b
+# %% ../nbs/07_visualisation.ipynb #59ceb33b
 @torch.no_grad()
 def batch_distributions(run: Run | RunView, modality: str, n: int = 24, seed: int = 0) -> dict[str, Tensor]:
     "P_id, and P_m before and after Stage 2, of `n` training pairs with distinct users and items: {name: (n, n)}."
@@ -541,13 +536,14 @@ def batch_distributions(run: Run | RunView, modality: str, n: int = 24, seed: in
     users, items = torch.tensor(batch.user.tolist()), torch.tensor(batch["item"].tolist())
     id_user, id_item, modal_user = seen.teacher
     projected = {"frozen": seen.backbone.project[modality](seen.inputs.features[modality][items])}
-    if "tuning" in seen.run.params:
-        projected["tuned"] = seen.run.load_weights("features")[f"projected_{modality}"][items]
+    tuned = seen.run.load_weights("features") if "tuning" in seen.run.params else {}
+    if f"projected_{modality}" in tuned:
+        projected["tuned"] = tuned[f"projected_{modality}"][items]
     how = getattr(seen.settings, "tau", 0.05), getattr(seen.settings, "similarity", "cosine")
     return {"ID": log_distribution(id_user[users], id_item[items], *how).exp()} | {
         name: log_distribution(modal_user[users], table, *how).exp() for name, table in projected.items()}
 
-# %% ../nbs/07_visualisation.ipynb #f3e258fa
+# %% ../nbs/07_visualisation.ipynb #de2a88f9
 def _gap_panels(figure, tables, parts, modality):
     "Distributions of cosines, and under them the heat maps of a batch, in a (sub)figure."
     axes = figure.subplot_mosaic([["cosines"] * len(parts), list(parts)], height_ratios=(1, 1.1))
@@ -565,7 +561,7 @@ def _gap_panels(figure, tables, parts, modality):
     axes["ID"].set(ylabel="user")
     figure.colorbar(heat, ax=[axes[name] for name in parts], label="probability", shrink=0.8)
 
-# %% ../nbs/07_visualisation.ipynb #5f312f0c
+# %% ../nbs/07_visualisation.ipynb #5a164836
 @in_style
 def domain_gap(run: Run | RunView) -> Figure:
     "Per modality: cosines of random items by ID, frozen, tuned features; P_id and P_m of a batch before and after."
@@ -576,7 +572,7 @@ def domain_gap(run: Run | RunView) -> Figure:
         _gap_panels(part, own, batch_distributions(run, modality), modality)
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #7b4621bc
+# %% ../nbs/07_visualisation.ipynb #92c7e5a3
 @torch.no_grad()
 def class_attention(
     clip: Clip,
@@ -604,7 +600,7 @@ def class_attention(
         hook.remove()
     return found[0]
 
-# %% ../nbs/07_visualisation.ipynb #a1050a56
+# %% ../nbs/07_visualisation.ipynb #d91b77ba
 def _overlay(ax, pixels, weights, top):
     "A picture in pale grey under attention weights (rows, columns), in even shares; returns what a colour bar needs."
     ax.imshow(96 + pixels.mean(-1) * 5 / 8, cmap="gray", vmin=0, vmax=255)
@@ -621,7 +617,7 @@ def attention_shares(run: Run | RunView, pixels: Tensor, layer: int = -1) -> dic
         weights["tuned"] = class_attention(encoder.clip, pixels, encoder.prompts, layer)
     return {name: w * w[0].numel() / w.sum((1, 2), keepdim=True) for name, w in weights.items()}
 
-# %% ../nbs/07_visualisation.ipynb #4df8c169
+# %% ../nbs/07_visualisation.ipynb #4b621cf3
 @in_style
 def attention_maps(
     run: Run | RunView,
@@ -652,7 +648,7 @@ def attention_maps(
     figure.colorbar(scale, ax=axes, label="attention (1 = even share)", shrink=0.7)
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #1edd78ba
+# %% ../nbs/07_visualisation.ipynb #8f24fd5f
 def nearest_tokens(clip: Clip, vectors: Tensor, k: int = 3) -> pd.DataFrame:
     "The `k` tokens of the vocabulary nearest to each of `vectors` (n, w) by cosine: columns prompt, token, cosine."
     table = text_module(clip).token_embedding.weight.detach()
@@ -662,7 +658,7 @@ def nearest_tokens(clip: Clip, vectors: Tensor, k: int = 3) -> pd.DataFrame:
     rows = [(n + 1, decode([int(t)]).strip(), float(v)) for n in range(len(vectors)) for t, v in zip(tokens[n], values[n])]
     return pd.DataFrame(rows, columns=["prompt", "token", "cosine"])
 
-# %% ../nbs/07_visualisation.ipynb #7aa529fc
+# %% ../nbs/07_visualisation.ipynb #a6f74487
 def _token_list(ax, tokens):
     "The nearest tokens of each prompt, a line per prompt."
     lines = [f"{n}: " + ", ".join(printable(cut(t, 10)) for t in of.token) for n, of in tokens.groupby("prompt")]
@@ -670,7 +666,7 @@ def _token_list(ax, tokens):
     ax.set(title="tokens nearest to the\ntext prompts of layer 1")
     ax.axis("off")
 
-# %% ../nbs/07_visualisation.ipynb #512c730b
+# %% ../nbs/07_visualisation.ipynb #ff41778e
 @in_style
 def prompt_norms(run: Run | RunView) -> Figure:
     "Norms of the learnt prompts by layer and tower, and the tokens nearest to the text prompts. Raises `DataError`."
@@ -695,7 +691,7 @@ def prompt_norms(run: Run | RunView) -> Figure:
         _token_list(axes[0, 1], nearest_tokens(encoder.clip, words))
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #3202bb22
+# %% ../nbs/07_visualisation.ipynb #76d5146f
 def on_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     "Which of n pairs are on the Pareto front, i.e. none costs at most as much and is better, or costs less and is as good."
     cost, quality = np.asarray(cost, float), np.asarray(quality, float)
@@ -703,7 +699,7 @@ def on_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     strictly = (cost[:, None] > cost) | (quality[:, None] < quality)
     return ~(cheaper & better & strictly).any(1)
 
-# %% ../nbs/07_visualisation.ipynb #2186e686
+# %% ../nbs/07_visualisation.ipynb #74252ca5
 def _name_points(ax, points, names):
     "Write names (n,) beside points (n, 2), each in the first place where it covers no other name, or in the first one."
     taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in ax.transData.transform(points)]
@@ -717,7 +713,7 @@ def _name_points(ax, points, names):
                 break
         taken.append(box)
 
-# %% ../nbs/07_visualisation.ipynb #f3c13696
+# %% ../nbs/07_visualisation.ipynb #7c821a5d
 @in_style
 def cost_against_quality(
     table: pd.DataFrame,  # a row per setting
@@ -742,7 +738,7 @@ def cost_against_quality(
     _name_points(ax, table[[cost, quality]].to_numpy(), [printable(cut(str(text), 24)) for text in table[name]])
     return figure
 
-# %% ../nbs/07_visualisation.ipynb #6b36554b
+# %% ../nbs/07_visualisation.ipynb #7f505428
 POPULARITY = {"cold": 0, "1–2": 2, "3–5": 5, "6–10": 10, "11–20": 20, "21–50": 50, "> 50": np.inf}  # {group: its most}
 
 
@@ -761,7 +757,7 @@ def hits_by_popularity(run: Run | RunView, variants: Sequence = ("stage1", None)
         table[name] = pd.MultiIndex.from_frame(table[["user", "item"]]).isin(pairs)
     return table
 
-# %% ../nbs/07_visualisation.ipynb #7f5f2015
+# %% ../nbs/07_visualisation.ipynb #2df68c68
 def _gain_histogram(ax, gains, metric):
     "Users by what they gained, on a logarithmic scale."
     edges = np.arange(-1.05, 1.06, 0.1)
@@ -782,7 +778,7 @@ def _gain_by_group(ax, table, k):
     ax.set_xticks(range(len(mean)), [f"{group}\n({count:,})" for group, count in n.items()])
     ax.set(xlabel="training interactions of the item (test pairs)", ylabel=f"gain in the share of\npairs in the first {k}")
 
-# %% ../nbs/07_visualisation.ipynb #38424164
+# %% ../nbs/07_visualisation.ipynb #288e3040
 @in_style
 def who_gains(run: Run | RunView, variants: Sequence = ("stage1", None), k: int = 20) -> Figure:
     "Gain in Recall@`k` per user as a histogram, and in found test pairs by the popularity of the item."

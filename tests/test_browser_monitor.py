@@ -114,6 +114,7 @@ def test_the_stop_of_the_toolbar_interrupts_as_before(lab):
         notebook.start()
         wait_until_it_moves(notebook, 3333)
         notebook.page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
+        notebook.page.wait_for_function("() => window.heard.some(text => text.includes('stopped during epoch'))")
         notebook.settle()
         text = saved(notebook)
         assert "My training, interrupted during epoch" in text

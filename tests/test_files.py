@@ -80,13 +80,13 @@ def test_no_path_leads_out_of_the_data_set(shop, private, monkeypatch, how):
         (shop / "images" / "5.png").symlink_to(private)
     else:
         (shop / "items.csv").write_text(f"item,title,image\n5,a hat,{named}\n7,a mug,images/9.png\n")
-    with pytest.warns(UserWarning, match="1 image files are not used, they lead outside the data set .*PTMREC_IMAGES"):
+    with pytest.warns(UserWarning, match="1 files are not used, they lead outside the data set .*PTMREC_IMAGES"):
         images = load_data("shop").images
     assert images[5] is None and images[7].name == ("7.png" if how == "link in images" else "9.png")
     if how != "kernel messages":
         monkeypatch.setenv("PTMREC_IMAGES", str(private.parent))
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.filterwarnings("error", ".*files are not used")
             assert os.path.realpath(load_data("shop").images[5]) == str(private)
 
 
@@ -101,7 +101,7 @@ def test_folders_of_images_may_be_links_and_pipes_are_not_read(shop, tmp_path):
 def test_a_file_too_large_for_a_picture_is_counted(shop):
     with open(shop / "images" / "3.png", "wb") as file:
         file.truncate(10**12)  # a hole; reading it would take an hour
-    with pytest.warns(UserWarning, match="1 image files are not used, they have more than 100 MB.*3.png"):
+    with pytest.warns(UserWarning, match="1 files are not used, they have more than 100 MB.*3.png"):
         data = load_data("shop")
     assert data.images[3] is None and data.fingerprint()
     with pytest.raises(PictureError, match="not a file of at most 100 MB"):
@@ -604,3 +604,47 @@ def test_each_fault_in_the_lesson_has_its_test():
     everything = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
     for name in named:
         assert (ROOT / "tests" / name).exists() if name.endswith(".py") else f"def {name}(" in everything, name
+
+
+RUN = """
+import sys, time
+import ptmrec.stage1 as stage1
+import ptmrec.{stage} as module
+from ptmrec.search import search
+trained, train = [], stage1.train_backbone
+def slow(*args, **more):
+    trained.append(1)
+    print("training", flush=True)
+    time.sleep(1)
+    return train(*args, **more)
+stage1.train_backbone = slow
+{call}
+print(len(trained), [run.metrics() for run in found])
+"""
+CALLS = {
+    "stage1": "found = stage1.run_stage1('shop', epochs=3, n_seeds=2)",
+    "stage2": "from small import SHORT; found = module.run_stage2('shop', **SHORT)",
+    "search": "table, found = search('vbpr', 'shop', {'lr': [1e-2, 1e-3]}, epochs=3, patience=3)",
+}
+
+
+@pytest.mark.parametrize("what", ["stage1", "stage2", pytest.param("search", marks=pytest.mark.slow)])
+def test_two_that_want_the_same_run_train_it_once(shop, tmp_path, monkeypatch, what):
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})" + RUN.format(
+        stage="stage2" if what == "stage2" else "stage1", call=CALLS[what])
+    alone = python(code)
+    expected, trained = results_of(alone)
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "both"))
+    both = [python(code) for _ in range(2)]
+    found = [results_of(process) for process in both]
+    assert [metrics for metrics, _ in found] == [expected] * 2
+    assert sum(n for _, n in found) == trained
+    assert not list((tmp_path / "both").rglob("*.lock")) and not list((tmp_path / "both").rglob(".tmp*"))
+
+
+def results_of(process):
+    "The metrics that a process of `RUN` prints, and how often it has trained."
+    out, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    n, _, metrics = out.splitlines()[-1].partition(" ")
+    return metrics, int(n)

@@ -127,7 +127,7 @@ def test_what_ends_otherwise_leaves_a_picture_too(places, error, words):
     with pytest.raises(Stopped if error is KeyboardInterrupt else error):
         loop_of([0.1] * 9, watcher, train_epoch=train_epoch).run(9)
     assert len(places.shown) == 2 and repr(places.shown[-1]) == f"Toy, {words}"
-    assert words in places.shown[-1]._repr_svg_() and watcher.stop.comm is None  # the button is gone
+    assert words in places.shown[-1]._repr_svg_() and watcher.stop.disabled
 
 
 def test_an_error_before_the_first_epoch_is_the_one_that_is_seen():

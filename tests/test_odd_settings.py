@@ -1,12 +1,17 @@
 """Every setting, set to what nobody should set it to: one sentence, at once, that names it and says what is allowed."""
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 import typing
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from small import SHORT, make_shop
 
 from ptmrec.backbones import BACKBONES, BPRMF, Backbone
@@ -304,3 +309,16 @@ def test_photographs_are_not_mentioned_where_there_are_none(small, recwarn):
         path.unlink()
     load_inputs(resolve(run_stage1.experiment, {"dataset": small}))
     assert not [w for w in recwarn if "photographs" in str(w.message)]
+
+
+def test_a_program_that_is_stopped_while_it_starts_says_one_line(tmp_path):
+    "At several moments of its imports; later, the house's own line."
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PTMREC_RUNS": str(tmp_path)}
+    for seconds in (0.7, 1.5, 2.5):
+        program = subprocess.Popen([sys.executable, "-m", "ptmrec.stage2", "--help"], env=environment, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        program.send_signal(signal.SIGTERM)
+        _, said = program.communicate(timeout=120)
+        assert program.returncode in (143, 0, -15), program.returncode  # -15: before Python ran a line of it
+        assert said in ("", "Stopped while starting.\n"), said
