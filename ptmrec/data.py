@@ -8,8 +8,8 @@ __all__ = ['SPLITS', 'SPLIT_NAMES', 'MAX_RATING', 'SPLIT_RULES', 'TIMED_RULES', 
            'LONGEST', 'checked_path', 'search_places', 'find_path', 'split_files', 'interaction_files',
            'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings', 'progress', 'read_interactions',
            'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values',
-           'noting', 'load_data', 'data_of_frames', 'PictureError', 'load_image', 'image_map', 'describe', 'show_items',
-           'show_statistics']
+           'noting', 'load_data', 'data_of_frames', 'PictureError', 'open_picture', 'upright', 'as_rgb', 'load_image',
+           'image_map', 'describe', 'show_items', 'show_statistics']
 
 # %% ../nbs/00_data.ipynb #5cd4bdd3
 import difflib
@@ -507,16 +507,20 @@ class RecData:
         "Whether a CLIP has to make features: neither images nor texts have ready-made ones."
         return not self.features.keys() & {"image", "text"} and (self.has_content or not (self.features or self.files))
 
-    def fingerprint(self) -> str:
-        "Key of everything in the data set: interactions with their split, texts, image files, features."
-        files = [part for name, paths in self.files.items() for part in (name, *_content(paths))]
-        return fingerprint(self.inter.user, self.inter.item, self.inter.split, self.inter.user_ids, self.inter.item_ids,
-                           self.texts, *_content(self.images), list(self.features), *self.features.values(), *files)
-
-
+# %% ../nbs/00_data.ipynb #1d21da65
 def _content(paths):
     "What `fingerprint` takes of files, None where there is none."
     return [p is not None for p in paths], *[p for p in paths if p]
+
+
+def _fingerprint_of(data) -> str:
+    "Key of everything in the data set: interactions with their split, texts, image files, features, other files."
+    inter, files = data.inter, [part for name, paths in data.files.items() for part in (name, *_content(paths))]
+    return fingerprint(inter.user, inter.item, inter.split, inter.user_ids, inter.item_ids, data.texts,
+                       *_content(data.images), list(data.features), *data.features.values(), *files)
+
+
+RecData.fingerprint = _fingerprint_of
 
 # %% ../nbs/00_data.ipynb #f722b009
 def _warn_of_few(source, what, names, known):
@@ -867,7 +871,7 @@ class PictureError(DataError):
 
 # %% ../nbs/00_data.ipynb #edd28297
 @contextmanager
-def _opened(path) -> Iterator[Image.Image]:
+def open_picture(path) -> Iterator[Image.Image]:
     "A picture file, opened and decoded. Whatever goes wrong with it, in the block too, is a `PictureError`."
     try:
         status = os.stat(path)
@@ -894,7 +898,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation
 
 
-def _upright(image):
+def upright(image):
     "A picture as its EXIF data says it should be seen."
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -903,7 +907,7 @@ def _upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def _as_rgb(image):
+def as_rgb(image):
     "A picture in RGB, 8 bits: of 16 bits the upper ones, transparent parts on white."
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -935,8 +939,8 @@ def load_image(
     interpolation: str = "bicubic",  # or "bilinear"
 ) -> np.ndarray:
     "One image (size, size, 3) uint8, as open_clip feeds it to a CLIP. Raises `PictureError`."
-    with _opened(path) as image:
-        image = _as_rgb(_upright(image if resize_mode == "squash" else _middle(image)))
+    with open_picture(path) as image:
+        image = as_rgb(upright(image if resize_mode == "squash" else _middle(image)))
         width, height = (size if resize_mode == "squash" else int(size * side / min(image.size)) for side in image.size)
         left, top = (round((side - size) / 2) for side in (width, height))
         image = image.resize((width, height), INTERPOLATIONS[interpolation]).crop((left, top, left + size, top + size))

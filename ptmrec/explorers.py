@@ -206,7 +206,7 @@ def searchable(catalogue: Catalogue) -> pd.DataFrame:
     table = catalogue.table
     return table.assign(words=(table.item.astype(str) + " " + table.title + " " + table.text).str.lower())
 
-# %% ../nbs/07a_explorers.ipynb #cea25d06
+# %% ../nbs/07a_explorers.ipynb #41e1ec02
 def buyers(inter, item: int) -> np.ndarray:
     "Numbers of the users who have `item`, in any split."
     return np.unique(inter.user[inter.item == item])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE', 'LARGEST', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'EncoderSettings', 'EvaluationSettings',
            'TrainingSettings', 'Stage1Settings', 'locate_dataset', 'fetch_dataset', 'run_stage1', 'one_per_seed',
-           'check_tables', 'check_inputs', 'Inputs', 'load_inputs', 'build_backbone', 'new_backbone', 'label',
+           'check_tables', 'Inputs', 'check_inputs', 'load_inputs', 'build_backbone', 'new_backbone', 'label',
            'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_one_epoch', 'validate', 'train_backbone',
            'train_with', 'check_fit', 'stage1_parameters', 'stage1_code', 'find_stage1_run', 'run_arguments',
            'train_stage1', 'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table', 'plot_history']
@@ -50,8 +50,9 @@ class DataSettings(Settings):
 class EncoderSettings(Settings):
     "The encoder"
 
-    clip_model: str = setting("tiny", "an architecture of open_clip", first=True, min_length=1)
-    pretrained: str = setting("sample", "its weights: a tag of open_clip, or a file", first=True, min_length=1)
+    clip_model: str = setting("tiny", "an architecture of open_clip, a config file, or minilm-efficientnet", first=True,
+                              min_length=1)
+    pretrained: str = setting("sample", "its weights: a tag of open_clip, a file, or a folder", first=True, min_length=1)
 
 
 class EvaluationSettings(Settings):
@@ -133,9 +134,10 @@ def _warn_of_unused(settings, data):
     if unused and not data.needs_clip:
         warnings.warn(f"Data set '{data.name}' brings ready-made features ({', '.join(data.features)}), and only they are "
                       f"used, not its own {' and '.join(unused)}. Move the .npy files away to encode these with a CLIP.")
-    if own["image"] and data.needs_clip and settings.pretrained == "sample" and find_dataset(settings.dataset) != SAMPLE:
+    drawings = settings.clip_model == "tiny" and settings.pretrained == "sample"
+    if own["image"] and data.needs_clip and drawings and find_dataset(settings.dataset) != SAMPLE:
         warnings.warn("The tiny CLIP has only seen drawings of the sample. For photographs use a CLIP that has seen some: "
-                      "clip_model ViT-B-32, pretrained openai.")
+                      "clip_model ViT-B-32, pretrained openai; or, without a model hub, clip_model minilm-efficientnet.")
 
 # %% ../nbs/04_stage1.ipynb #29af3547
 LARGEST = 1e9  # of a feature; squares of much larger ones are no longer numbers
@@ -156,7 +158,17 @@ def check_tables(data: RecData, features: dict) -> None:
             warnings.warn(f"{where} are 0 for {n:,} of {len(table):,} items: these items look alike.")
 
 # %% ../nbs/04_stage1.ipynb #18f36da9
-def check_inputs(settings, inputs: "Inputs") -> None:
+@dataclass
+class Inputs:
+    "What a run reads: `features` {modality: (I, d_m)}; `clip` is None if the features are ready-made or not needed."
+
+    data: RecData
+    clip: Clip | None
+    features: dict
+    device: torch.device
+
+
+def check_inputs(settings, inputs: Inputs) -> None:
     "Raise `SettingError` or `DataError` if settings do not go with the size of a data set, before anything is trained."
     data, inter = inputs.data, inputs.data.inter
     counts = np.bincount(inter.part("train")[0], minlength=inter.n_users)
@@ -173,16 +185,6 @@ def check_inputs(settings, inputs: "Inputs") -> None:
                            f"{inter.n_items:,} items, and {free / 1e9:.2g} GB is free. Lower emb_size.")
 
 # %% ../nbs/04_stage1.ipynb #75bf1a09
-@dataclass
-class Inputs:
-    "What a run reads: `features` {modality: (I, d_m)}; `clip` is None if the features are ready-made or not needed."
-
-    data: RecData
-    clip: Clip | None
-    features: dict
-    device: torch.device
-
-
 def load_inputs(settings) -> Inputs:
     "The inputs for these settings; raises `DataError` for data that cannot be used."
     device = pick_device(settings.device)

@@ -182,8 +182,7 @@ class Stage2(nn.Module):
         self.similarity, self.tau, self.kt_weight, self.task_weight = similarity, tau, kt_weight, task_weight
         self.tune_backbone, self.micro_batch, self.bank = tune_backbone, micro_batch, {}
         self.teacher = teacher(backbone, kt_source)
-        backbone.requires_grad_(tune_backbone)
-        backbone.project.requires_grad_(True)
+        backbone.requires_grad_(tune_backbone).project.requires_grad_(True)
         self.live = encoder.tuning is not None and any(q.numel() for q in encoder.tuning.parameters())
         self.fixed = {m: f.detach() for m, f in backbone.features.items() if m not in encoder.modalities}
         self.refresh()
@@ -207,8 +206,7 @@ class Stage2(nn.Module):
         terms = transfer_terms(self, user, items, live) if self.kt_weight else {}
         if self.task_weight:
             tables = {m: self.bank[m].index_copy(0, items, f) for m, f in live.items()}
-            task = self.backbone.loss(user, pos, neg, tables)
-            terms |= {k: self.task_weight * term / world_size() for k, term in task.items()}
+            terms |= {k: self.task_weight * t / world_size() for k, t in self.backbone.loss(user, pos, neg, tables).items()}
         for m, f in live.items():
             self.bank[m][items] = f.detach()
         return terms
@@ -287,14 +285,11 @@ def validate_tuned(model: Stage2, evaluator: Evaluator, feature_space: str, metr
 
 # %% ../nbs/05_stage2.ipynb #411006f3
 def tune(
-    model: Stage2,
-    evaluator: Evaluator,
+    model: Stage2, evaluator: Evaluator,
     project_lr: float = 1e-2,
     batch_by: str = "items",  # or "interactions"
-    batch_size: int = 128,
-    accumulate: int = 1,  # batches per optimiser step
-    epochs: int = 20,
-    validate_every: int = 5,  # epochs
+    batch_size: int = 128, accumulate: int = 1,  # batches per optimiser step
+    epochs: int = 20, validate_every: int = 5,  # epochs
     patience: int | None = None,  # validations without a better one that end the training; None: never
     feature_space: str = "projected",  # of the item graphs
     name: str = "Stage 2",  # on the progress bar

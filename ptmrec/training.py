@@ -92,6 +92,11 @@ class Callback:
     def failed(self, loop):
         "Called when the training ends with an error."
 
+
+def _notify(loop, moment):
+    "Call the method `moment` of all callbacks of `loop`; returns what they return."
+    return [getattr(callback, moment)(loop) for callback in loop.callbacks]
+
 # %% ../nbs/03b_training.ipynb #c73adfa5
 def keep_freed_memory(limit: int = 0) -> None:
     "Have the C library (glibc; elsewhere nothing happens) keep freed blocks, only those up to `limit` bytes unless it is 0."
@@ -153,8 +158,7 @@ class Loop:
 
     def __init__(
         self,
-        module: torch.nn.Module,
-        optimiser: torch.optim.Optimizer,
+        module: torch.nn.Module, optimiser: torch.optim.Optimizer,
         train_epoch: Callable,  # train_epoch(epoch) returns {name: number}
         validate: Callable,  # validate(epoch) returns {name: number}; {} where nothing is validated
         callbacks: Iterable[Callback] = (),
@@ -163,9 +167,6 @@ class Loop:
         self.train_epoch, self.validate = train_epoch, validate
         self.history, self.stop, self.asked, self.by_hand = [], False, False, False
 
-    def _call(self, moment):
-        return [getattr(callback, moment)(self) for callback in self.callbacks]
-
     def _epochs(self):
         while len(self.history) < self.epochs and not self.stop:
             self.epoch = len(self.history) + 1
@@ -173,7 +174,7 @@ class Loop:
                 row = {"epoch": self.epoch} | self.train_epoch(self.epoch)
                 self.stop = self.by_hand = self.asked
                 self.history.append(row | self.validate(self.epoch))
-                self._call("after_epoch")
+                _notify(self, "after_epoch")
             except FloatingPointError as error:
                 if not any([callback.recovers(self, error) for callback in self.callbacks]):
                     raise
@@ -183,16 +184,15 @@ class Loop:
         self.epochs, self.epoch = epochs, 1
         try:
             with sigterm_stops():
-                for moment in ("resume", "before"):
-                    self._call(moment)
+                _notify(self, "resume"), _notify(self, "before")
                 self._epochs()
-                self._call("after")
+                _notify(self, "after")
         except KeyboardInterrupt as stop:
-            kept = " ".join(filter(None, self._call("interrupted"))) or "Nothing is kept."
+            kept = " ".join(filter(None, _notify(self, "interrupted"))) or "Nothing is kept."
             raise Stopped(f"{self.name}: stopped during epoch {self.epoch}. {kept}",
                           getattr(stop, "signal", signal.SIGINT)) from None
         except Exception:
-            self._call("failed")
+            _notify(self, "failed")
             raise
         return pd.DataFrame(self.history).set_index("epoch")
 
@@ -457,7 +457,7 @@ class LowerRate(Callback):
     def recovers(self, loop, error):
         said = f"{loop.name}, epoch {loop.epoch}, {error}."
         if self.good is None or self.state["lowered"] == self.times:
-            loop._call("interrupted")
+            _notify(loop, "interrupted")
             raise Diverged(f"{said} {self.remedy}") from None
         lowered = self.state["lowered"] + 1
         restore(loop, copy.deepcopy(self.good))

@@ -35,11 +35,11 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 from .clip_prompting import Clip, DeepPrompts, encode_image, image_tower, text_module, text_tower
-from .data import SPLITS, UNREADABLE, DataError, RecData, load_image
+from .data import SPLITS, DataError, PictureError, RecData, as_rgb, load_image, open_picture, upright
 from .losses import log_distribution
 from .ranking import Evaluator, rank_items, stable_topk
 from .runs import Run, check_variant, first_features, open_run, per_user_values
@@ -61,14 +61,9 @@ def cut(text: str, width: int, lines: int = 1) -> str:
 
 # %% ../nbs/07_visualisation.ipynb #911d1cd1
 def letterbox(path: str | Path, size: int) -> np.ndarray:
-    "A whole picture on a white square (size, size, 3) uint8. Raises one of `UNREADABLE`."
-    with Image.open(path) as image:
-        image.draft("RGB", (size, size))  # a JPEG is read at the next larger scale
-        image = ImageOps.exif_transpose(image).convert("RGBA")
-        image = ImageOps.contain(image, (size, size))
-        square = Image.new("RGBA", (size, size), "white")
-        square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
-    return np.asarray(square.convert("RGB"))
+    "A whole picture on a white square (size, size, 3) uint8. Raises `PictureError`."
+    with open_picture(path) as image:
+        return np.asarray(ImageOps.pad(as_rgb(upright(image)), (size, size), color="white"))
 
 # %% ../nbs/07_visualisation.ipynb #1e02eda1
 def item_statistics(data: RecData) -> pd.DataFrame:
@@ -102,7 +97,7 @@ class Catalogue:
         path = self.data.images[item]
         try:
             return None if path is None else letterbox(path, size)
-        except UNREADABLE:
+        except PictureError:
             return None
 
 # %% ../nbs/07_visualisation.ipynb #ff54fd36
