@@ -596,7 +596,7 @@ def _walk(folder):
         seen.update(real.values())
         yield root, names
 
-
+# %% ../nbs/00_data.ipynb #336cb2fd
 def _files_by_name(folder, endings, table):
     "{item id: file} of a folder and the folders in it. Raises `DataError` if no file is named after an item."
     if not folder.is_dir():
