@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'LR', 'METHODS', 'SHOWN', 'COSTS', 'Study', 'study', 'stag
            'compared', 'yardstick_rows', 'StudyResult', 'run_study', 'result_values', 'write_result', 'verdicts',
            'cost_table', 'plot_study']
 
-# %% ../nbs/06_ablations.ipynb #aaf8fbbc
+# %% ../nbs/06_ablations.ipynb #240f1227
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,10 @@ from .data import DataError, find_dataset, runs_dir, write_atomically
 from .derived import derive, random_features, shuffled, thinned, with_cold_items, without
 from .grids import grid
 from .ranking import check_metric
-from .runs import Run, best_variant, open_run, per_user_values, shown_path
+from .runs import Run, best_variant, open_run, per_user_values
 from .search import cells
 from .settings import SettingError, did_you_mean, resolve
-from .significance import comparisons, in_words, save_figure, save_result
+from .significance import comparisons, in_words, save_result
 from .stage1 import label, load_inputs, run_stage1
 from .yardsticks import YARDSTICK_NAMES, YARDSTICKS, run_yardstick
 

@@ -7,14 +7,13 @@ __all__ = ['NOTEBOOKS', 'labelled_changes', 'combinations', 'Cell', 'plan', 'lig
            'claims', 'run_cells', 'outcome_of', 'forecast', 'how_many', 'time_left', 'status_table', 'Watch', 'run_row',
            'as_table', 'runs_table', 'grid_table', 'find_result', 'run_left', 'grid']
 
-# %% ../nbs/05c_grids.ipynb #897df69d
+# %% ../nbs/05c_grids.ipynb #24b9e21e
 import itertools
 import json
 import math
 import queue
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field

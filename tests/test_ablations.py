@@ -404,7 +404,8 @@ def test_wrong_studies():
 
 
 def test_a_study_without_a_result_says_why(shop, runs, monkeypatch):
-    monkeypatch.setattr(grids, "run_notebook", lambda *_: {"seconds": 1.0, "peak_mb": 1.0, "error": "OSError: no space left"})
+    outcome = {"seconds": 1.0, "peak_mb": 1.0, "error": "OSError: no space left"}
+    monkeypatch.setattr(grids, "run_notebook", lambda *_: outcome.copy())
     with pytest.raises(DataError, match="None of the 3 runs has finished. The first error: OSError: no space left"):
         run_study("knowledge_transfer", shop, [0], QUICK, at_once=1)
 
