@@ -145,19 +145,19 @@ class Notebook:
 
 
 @contextmanager
-def jupyter_lab(folder: Path, **environment: str):
+def jupyter_lab(folder: Path, options=(), **environment: str):
     "JupyterLab on 127.0.0.1 over `folder`/notebooks, and a browser for it: a `Lab`. `environment` is set for its kernels."
     from playwright.sync_api import sync_playwright
 
     home, notebooks, token = folder / "home", folder / "notebooks", secrets.token_hex(16)
-    notebooks.mkdir(parents=True)
+    notebooks.mkdir(parents=True, exist_ok=True)
     for name, text in SETTINGS.items():
         path = home / "jupyter_config_dir" / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     port, log = _free_port(), folder / "server.log"
     command = [Path(sys.executable).parent / "jupyter", "lab", *OPTIONS, f"--port={port}", "--port-retries=0",
-               f"--IdentityProvider.token={token}", f"--notebook-dir={notebooks}"]
+               f"--IdentityProvider.token={token}", f"--notebook-dir={notebooks}", *options]
     with log.open("w") as stderr:
         server = subprocess.Popen(command, cwd=notebooks, env=_environment(home, environment), stdout=stderr, stderr=stderr)
     try:

@@ -291,7 +291,7 @@ def test_escaped_quotes_of_bookcrossing(home):
 
 
 @pytest.mark.parametrize("file, content, message", [
-    ("interactions.csv.gz", gzip.compress(b"user,item\n1,2\n")[:-3], "is damaged or cut"),
+    ("interactions.csv.gz", gzip.compress(b"user,item\n1,2\n", mtime=0)[:-3], "is damaged or cut"),
     ("interactions.jsonl", '{"user": 1, "item": 2}\n{"user": \n', "line 2, cannot be read as JSON"),
     ("interactions.json", "[1, 2]", "record 1: expected {name: value}"),
     ("interactions.json", "[{", "cannot be read as JSON"),
