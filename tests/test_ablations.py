@@ -1,0 +1,458 @@
+"""Grids of notebook runs, their statistics and tables, derived data sets, yardsticks, and the studies made of them."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from scipy import stats
+from small import make_shop
+
+import ptmrec.ablations as ablations
+import ptmrec.grids as grids
+from ptmrec.ablations import (METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study, tune_equally,
+                              verdicts, write_result)
+from ptmrec.data import DataError, load_data
+from ptmrec.derived import miniature, random_features, shuffled, thinned, with_cold_items, without, write_data
+from ptmrec.grids import Cell, Watch, grid, plan, run_cells, runs_table, time_left
+from ptmrec.processes import run_notebook
+from ptmrec.ranking import Evaluator
+from ptmrec.runs import compare, open_run
+from ptmrec.settings import SettingError, resolve
+from ptmrec.significance import (bootstrap_interval, comparisons, in_words, result_text, save_figure, save_result,
+                                 smallest_gain)
+from ptmrec.stage1 import run_stage1
+from ptmrec.yardsticks import YARDSTICKS, as_embeddings, ease, feature_knn, item_knn, popular, run_yardstick, training_matrix
+
+QUICK = {"epochs": 2, "batch_size": 64, "device": "cpu"}
+
+
+@pytest.fixture
+def shop(tmp_path):
+    make_shop(tmp_path / "shop")
+    return str(tmp_path / "shop")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    "Runs of a grid in this process, one after the other; the parameters of each."
+    done = []
+
+    def run(notebook, output, parameters, *more):
+        done.append(parameters)
+        try:
+            grids.NOTEBOOKS[os.path.basename(notebook).removesuffix(".ipynb")](**parameters)
+        except FloatingPointError as error:
+            return {"seconds": 1.0, "peak_mb": 1.0, "error": f"{type(error).__name__}: {error}"}
+        return {"seconds": 1.0, "peak_mb": 1.0, "error": None}
+
+    monkeypatch.setattr(grids, "run_notebook", run)
+    return done
+
+
+# ---------------------------------------------------------------- the engine, with real processes
+
+
+def test_notebooks_through_papermill_a_failure_and_what_is_there(shop, runs):
+    base = {"dataset": shop, "backbone": "bpr", **QUICK}
+    table = grid("04_stage1", base, {"eval_items": ["all", "cold"]}, [0], "first", at_once=2)  # there are no cold items
+    assert table.status.tolist() == ["finished", "failed"] and not table.reused.any()
+    assert "DataError" in table.error[1] and "no positive" in table.error[1] and pd.isna(table.error[0])
+    assert all(map(os.path.exists, table.notebook)) and (table.seconds > 0).all() and (table.peak_mb > 50).all()
+    run = open_run(table.key[0])
+    assert table["test recall@20"][0] == run.metrics()["test"]["recall@20"] and table.eval_items.tolist() == ["all", "cold"]
+    executed = json.loads(open(table.notebook[0]).read())
+    assert any("injected-parameters" in cell["metadata"].get("tags", []) for cell in executed["cells"])
+    pd.testing.assert_frame_equal(pd.read_parquet(runs / "grids" / "first" / "table.parquet"), table)
+
+    again = grid("04_stage1", base, {"eval_items": ["all"]}, [0], "second", at_once=1)
+    assert again.reused.tolist() == [True] and again.key[0] == run.key and pd.isna(again.seconds[0])
+    everything = runs_table()
+    assert run.key in set(everything.key) <= set(table.key) and everything.set_index("key").state[run.key] == "finished"
+
+
+def alive(pid):
+    return os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().rsplit(")")[1].split()[0] != "Z"
+
+
+def below(pid):
+    "All processes below one."
+    found = [int(p) for task in os.listdir(f"/proc/{pid}/task")
+             for p in open(f"/proc/{pid}/task/{task}/children").read().split()]
+    return found + [p for child in found for p in below(child)]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc, as on Linux")
+def test_killed_and_called_again(shop, runs):
+    "SIGKILL: program and kernel end by themselves; what is finished stays, the rest is run."
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 100, "patience": 100}
+    code = f"from ptmrec.grids import grid; grid('04_stage1', {base}, {{'emb_size': [8, 16]}}, [0], 'killed', at_once=1)"
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while len(list((runs / "stage1").glob("*/*/run.json"))) < 2:
+        assert first.poll() is None, "the grid ended before it could be killed"
+        time.sleep(0.05)
+    started = below(first.pid)
+    first.kill()
+    first.wait()
+    for _ in range(600):
+        if not any(map(alive, started)):
+            break
+        time.sleep(0.05)
+    assert len(started) >= 2 and not any(map(alive, started))
+    done = {path: path.stat().st_mtime_ns for path in (runs / "stage1").rglob("metrics.json")}
+    assert len(done) == 1
+    table = grid("04_stage1", base, {"emb_size": [8, 16]}, [0], "killed", at_once=1)
+    assert table.reused.tolist() == [True, False] and (table.status == "finished").all()
+    assert done == {path: path.stat().st_mtime_ns for path in done}
+
+
+def test_a_cluster_whose_worker_dies(shop, runs):
+    "Two worker processes; one is killed with its first run, and all runs are there at the end."
+    distributed = pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 100, "patience": 100}
+    with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, \
+            distributed.Client(cluster) as client, ThreadPoolExecutor(1) as pool:
+        table = pool.submit(grid, "04_stage1", base, {"emb_size": [8, 16, 32]}, [0], "cluster", client=client)
+        while not list((runs / "stage1").glob("*/*/run.json")):
+            assert not table.done(), table.result()
+            time.sleep(0.05)
+        pids = client.run(os.getpid)
+        busy = next(worker for worker, tasks in client.processing().items() if tasks)
+        os.kill(pids[busy], signal.SIGKILL)
+        table = table.result()
+    assert (table.status == "finished").all(), table.error.tolist()
+    assert len(pids) == 2 and table.key.nunique() == 3 and not table.reused.any()
+
+
+def test_a_process_that_dies_says_so(tmp_path):
+    outcome = run_notebook(str(tmp_path / "none.ipynb"), str(tmp_path / "out.ipynb"), {})
+    assert "ended with status 1" in outcome["error"] and "none.ipynb" in outcome["error"]
+
+
+# ---------------------------------------------------------------- the engine, without
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("05_stage3", {}, {}, [0]), "cannot be run by a grid. Did you mean 05_stage2"),
+    (("05_stage2", {"seed": 3}, {}, [0]), "A grid sets seed itself"),
+    (("05_stage2", {}, {"n_ctx": []}, [0]), "n_ctx has no values"),
+    (("05_stage2", {}, {"n_ctx": [2]}, []), "seeds has no values"),
+    (("05_stage2", {}, {"n_ctx": [2, -1]}, [0]), "Cell 'n_ctx -1': n_ctx=-1 is not allowed"),
+    (("05_stage2", {}, {"method": {"LoRA": {"tuning": "lora", "n_ctx": 2}}}, [0]), "Cell 'method LoRA': n_ctx is a setting"),
+    (("04_stage1", {"tau": 1.0}, {}, [0]), "run_stage1 has no parameter tau"),
+])
+def test_wrong_grids_stop_before_anything_starts(runs, here, arguments, message):
+    with pytest.raises(SettingError, match=message):
+        grid(*arguments)
+    assert not here and not runs.exists()
+
+
+def test_cells_that_make_the_same_run_wait(shop):
+    cells = plan("05_stage2", {"dataset": shop}, {"kt_weight": [1.0, 2.0]}, [0, 1])
+    running, most = set(), 0
+
+    def submit(cell):
+        nonlocal most
+        assert cell.params["seed"] not in {c.params["seed"] for c in running} or stage1 >= {cell.params["seed"]}
+        running.add(cell)
+        most = max(most, len(running))
+
+        def work():
+            time.sleep(0.02)
+            running.discard(cell), stage1.add(cell.params["seed"])
+            return {"error": None}
+
+        return pool.submit(work)
+
+    stage1 = set()
+    with ThreadPoolExecutor(4) as pool:
+        run_cells(cells, submit, lambda cell: grids.claims("05_stage2", cell), at_once=4)
+    assert {cell.status for cell in cells} == {"finished"} and most == 2
+
+
+def test_a_failed_maker_leaves_the_run_to_the_next():
+    cells, order = [Cell({}, {}, None) for _ in range(3)], []
+
+    def submit(cell):
+        order.append(cells.index(cell))
+        return pool.submit(lambda: {"error": "x" if len(order) == 1 else None})
+
+    with ThreadPoolExecutor(3) as pool:
+        run_cells(cells, submit, lambda cell: {"the same"}, at_once=3)
+    assert order == [0, 1, 2] and [c.status for c in cells] == ["failed", "finished", "finished"]
+
+
+def test_time_left_is_said_after_the_first_two(shop, capsys):
+    cells = plan("04_stage1", {"dataset": shop, "backbone": "bpr"}, {}, range(6))
+    assert time_left(cells, 2) == "0 of 6 runs are done."
+    for cell in cells[:2]:
+        cell.status, cell.outcome = "finished", {"seconds": 300.0}
+    assert time_left(cells, 2) == "2 of 6 runs are done; about 10 min left."
+    watch = Watch(cells, 2, "recall@20")
+    watch.show(), watch.show()
+    assert capsys.readouterr().out == "2 of 6 runs are done; about 10 min left.\n"
+
+
+def test_a_run_that_is_there_counts_whoever_made_it(shop, runs, here):
+    run, = run_stage1(dataset=shop, backbone="bpr", n_seeds=1, **QUICK)
+    table = grid("04_stage1", {"dataset": shop, "backbone": "bpr", **QUICK}, {}, [0, 1], at_once=1)
+    assert table.reused.tolist() == [True, False] and table.key[0] == run.key and [p["seed"] for p in here] == [1]
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.fixture
+def pairs():
+    rng = np.random.default_rng(0)
+    users = pd.RangeIndex(80, name="user")
+    level = rng.beta(1, 3, 80)
+    return {name: ([pd.Series(level + rng.normal(0, 0.1, 80), users) for _ in range(3)],
+                   [pd.Series(level + gain + rng.normal(0, 0.1, 80), users) for _ in range(3)])
+            for name, gain in {"much": 0.1, "a little": 0.02, "nothing": 0.0}.items()}
+
+
+def test_tests_are_scipys_and_holm_is_statsmodels(pairs):
+    from statsmodels.stats.multitest import multipletests
+
+    table = comparisons(pairs)
+    for name, (before, after) in pairs.items():
+        a, b = (pd.concat(seeds, axis=1).mean(axis=1) for seeds in (before, after))
+        assert np.isclose(table.p[name], stats.ttest_rel(b, a).pvalue)
+        assert np.isclose(table.p_wilcoxon[name], stats.wilcoxon(b - a).pvalue)
+        assert np.isclose(table.difference[name], (b - a).mean()) and table.users[name] == 80 and table.seeds[name] == 3
+    by_hand = np.maximum.accumulate(np.sort(table.p.astype(float)) * [3, 2, 1]).clip(max=1)
+    assert np.allclose(np.sort(table.p_holm.astype(float)), by_hand)
+    assert np.allclose(table.p_holm.astype(float), multipletests(table.p.astype(float), method="holm")[1])
+
+
+def test_the_bootstrap_covers_and_seeds_widen_it():
+    rng = np.random.default_rng(1)
+    covered = {"users": 0, "both": 0}
+    for _ in range(100):
+        table = rng.normal(0, 1, (60, 1)) + rng.normal(0, 0.4, (1, 5)) + rng.normal(0, 0.5, (60, 5))
+        for name, values in (("users", table.mean(1, keepdims=True)), ("both", table)):
+            low, high = bootstrap_interval(values, draws=400)
+            covered[name] += low <= 0 <= high
+    assert covered["users"] < 85 <= covered["both"]  # by users alone, the seeds' part of the error is missing
+    one = rng.normal(0.2, 1, (200, 1))
+    reference = stats.bootstrap((one[:, 0],), np.mean, method="percentile", n_resamples=4000, rng=2).confidence_interval
+    assert np.allclose(bootstrap_interval(one, draws=4000), reference, atol=0.02)
+
+
+def test_the_smallest_gain_is_what_statsmodels_solves_for():
+    difference = np.random.default_rng(2).normal(0, 0.3, 50)
+    gain = smallest_gain(difference)
+    effect, n = gain / difference.std(ddof=1), 50
+    critical = stats.t.ppf(0.975, n - 1)
+    power = stats.nct.sf(critical, n - 1, effect * n**0.5) + stats.nct.cdf(-critical, n - 1, effect * n**0.5)
+    assert abs(power - 0.8) < 1e-3
+    assert np.isnan(smallest_gain(np.zeros(50)))
+
+
+def test_verdicts_in_words(pairs):
+    table = comparisons(pairs | {"itself": (pairs["much"][0], pairs["much"][0])})
+    words = {name: in_words(name, row, "Recall@10", "Stage 1") for name, row in table.iterrows()}
+    assert words["much"].endswith(": a difference.")
+    assert f"cannot tell with 80 users; the smallest gain that this data could show is {table.smallest['nothing']:.4f}" in \
+        words["nothing"]
+    assert words["itself"].endswith("cannot tell with 80 users; all are equal.")
+    with pytest.raises(DataError, match="3 and 2 seeds cannot be paired"):
+        comparisons({"x": (pairs["much"][0], pairs["much"][1][:2])})
+
+
+def test_tables_and_figures_in_all_formats(tmp_path):
+    values = {"a_1": {"R@10 %": [0.1, 0.3]}, "b & c": {"R@10 %": [0.4, 0.2], "N": [0.5]}}
+    assert result_text(values).loc["b & c"].tolist() == ["0.3000 ± 0.1414", "0.5000"] and result_text(values).N["a_1"] == ""
+    saved = save_result(tmp_path / "sub" / "result.v1", values, [("b & c", "R@10 %")], "x|y")
+    files = {path.suffix: path.read_text() for path in saved}
+    assert r"b \& c & \textbf{0.3000 $\pm$ 0.1414}$^*$ & \textbf{0.5000} \\" in files[".tex"]
+    assert r"a\_1 & 0.2000 $\pm$ 0.1414 &  \\" in files[".tex"]
+    assert r"R@10 \%" in files[".tex"] and r"\toprule" in files[".tex"]
+    assert files[".md"].splitlines()[0] == "| x\\|y | R@10 % | N |" and "**0.3000 ± 0.1414***" in files[".md"]
+    table = pd.read_csv(tmp_path / "sub" / "result.v1.csv")
+    assert table.value.tolist() == [0.1, 0.3, 0.4, 0.2, 0.5]
+    assert table.significant.tolist() == [False, False, True, True, False]
+    figure, ax = ablations.plt.subplots()
+    starts = [path.read_bytes()[:5] for path in save_figure(tmp_path / "figure", figure)]
+    ablations.plt.close(figure)
+    assert starts[0][1:4] == b"PNG" and starts[1] == b"<?xml" and starts[2] == b"%PDF-"
+
+
+# ---------------------------------------------------------------- derived data sets
+
+
+def test_derived_data_sets_change_one_thing(shop, tmp_path):
+    data = load_data(shop)
+    n_train, held_out = len(data.inter.part("train")[0]), (data.inter.split > 0).sum()
+    half = thinned(data, 0.5)
+    assert abs(len(half.inter.part("train")[0]) - n_train / 2) < 0.1 * n_train and (half.inter.split > 0).sum() == held_out
+    assert len(np.unique(half.inter.item)) == data.inter.n_items and half.texts == data.texts
+
+    cold = with_cold_items(data, 0.2)
+    assert cold.inter.cold("item").sum() == round(0.2 * data.inter.n_items) and (cold.inter.split > 0).sum() == held_out
+    with pytest.raises(DataError, match="items have a validation and a test interaction. Take a share"):
+        with_cold_items(data, 0.99)
+
+    null = shuffled(data, ("image",))
+    assert null.images != data.images and null.texts == data.texts and set(null.images) == set(data.images)
+    both = shuffled(data)
+    assert {*zip(both.images, both.texts)} == {*zip(data.images, data.texts)} and both.texts != data.texts
+
+    gone = without(data, "text", 1.0)
+    assert not any(gone.texts) and gone.images == data.images
+    for name, each in {"half": half, "cold": cold, "both": both, "gone": gone, "small": miniature(data, 20)}.items():
+        assert load_data(write_data(each, tmp_path / name)).fingerprint() == each.fingerprint(), name
+
+
+def test_ready_made_features_are_derived_too(shop, tmp_path):
+    data = random_features(load_data(shop), {"image": 8, "text": 4})
+    again = load_data(write_data(data, tmp_path / "random"))
+    assert {m: f.shape[1] for m, f in again.features.items()} == {"image": 8, "text": 4}
+    assert all(np.array_equal(again.features[m], f) for m, f in data.features.items())
+    null, gone = shuffled(data, ("text",)), without(data, "image", 0.5)
+    assert np.array_equal(null.features["image"], data.features["image"])
+    assert not np.array_equal(null.features["text"], data.features["text"])
+    changed = (gone.features["image"] != data.features["image"]).any(1)
+    assert changed.sum() == round(0.5 * data.inter.n_items) and len(np.unique(gone.features["image"][changed], axis=0)) == 1
+
+
+# ---------------------------------------------------------------- yardsticks
+
+
+@pytest.fixture
+def R(shop):
+    return training_matrix(load_data(shop).inter)
+
+
+def test_yardsticks_are_their_dense_formulas(R):
+    dense = R.toarray().astype(float)
+    assert np.array_equal(popular(R, {}), dense.sum(0))
+
+    B = ease(R, {}, l2=7.0)  # column j: ridge regression of item j on all others
+    for j in (0, 5, 20):
+        others = np.arange(dense.shape[1]) != j
+        X = dense[:, others]
+        w = np.linalg.solve(X.T @ X + 7.0 * np.eye(X.shape[1]), X.T @ dense[:, j])
+        assert np.allclose(B[others, j], w, atol=1e-5) and B[j, j] == 0
+
+    knn = item_knn(R, {}, k=4, shrink=2.0)
+    for i in (0, 7):
+        lengths = np.linalg.norm(dense, axis=0)
+        cosine = np.array([dense[:, i] @ dense[:, j] / (lengths[i] * lengths[j] + 2.0) for j in range(dense.shape[1])])
+        cosine[i] = -1
+        assert np.allclose(np.sort(knn[i])[-4:], np.sort(cosine)[-4:], atol=1e-6)
+        assert (knn[i] != 0).sum() <= 4 and knn[i, i] == 0
+
+    f = {m: torch.randn(R.shape[1], 6, generator=torch.Generator().manual_seed(n)) for n, m in enumerate(("image", "text"))}
+    near = feature_knn(R, f, k=3)
+    cosine = sum(torch.nn.functional.cosine_similarity(x[2], x) for x in f.values()) / 2
+    cosine[2] = -9
+    assert set(near[2].nonzero()[0]) == set(cosine.topk(3).indices.tolist())
+    assert np.allclose(near[2][near[2].nonzero()], cosine[near[2].nonzero()[0]], atol=1e-6)
+
+
+def test_scores_are_rows_times_matrix(shop, R):
+    inter, B = load_data(shop).inter, ease(R, {}, l2=7.0)
+    per_user, lists = Evaluator(inter)("test", *as_embeddings(R, B))
+    scores = R.toarray() @ B
+    scores[R.toarray() > 0] = -np.inf
+    for place, user in enumerate(per_user.index[:20]):
+        best = scores[user][lists[place, :5]]
+        assert np.allclose(best, np.sort(scores[user])[::-1][:5], atol=1e-5)
+
+
+def test_a_yardstick_is_a_run(shop, runs, monkeypatch):
+    run = run_yardstick("item_knn", dataset=shop)
+    trials = run.load_table("trials.csv")
+    assert len(trials) == 20 and trials["valid recall@20"][0] == run.metrics()["valid"]["recall@20"]
+    stage1, = run_stage1(dataset=shop, backbone="bpr", n_seeds=1, **QUICK)
+    assert compare(stage1, run)["users"] == 60
+    monkeypatch.setattr("ptmrec.yardsticks.score_yardstick", lambda *_: pytest.fail("made once more"))
+    assert run_yardstick("item_knn", dataset=shop).key == run.key
+    with pytest.raises(SettingError, match="Yardstick 'easy' is not known. Did you mean ease"):
+        run_yardstick("easy", dataset=shop)
+    assert {name for name in runs_table("yardstick").backbone} == {"item_knn"}
+
+
+# ---------------------------------------------------------------- studies
+
+
+def test_every_study_asks_for_what_the_experiments_take(runs):
+    "On the sample: all settings of all cells are right, and references are rows."
+    for name, it in STUDIES.items():
+        asked = it.axes("sample", {})
+        if it.tuned:
+            asked = {n: {"trial": {t: c for t, (_, c) in draw_trials(axes, 12).items()}} for n, axes in asked.items()}
+        planned = [cell for notebook, axes in asked.items() for cell in plan(notebook, {"dataset": "sample"}, axes, [0])]
+        names = {cell.name for cell in planned} | {*(["EASE"] if it.yardsticks else ()), *(METHODS if it.tuned else ())}
+        assert len(planned) >= 2 and (it.reference is None or it.reference in names), name
+
+
+def test_wrong_studies():
+    with pytest.raises(SettingError, match="experiment='promts' is not known. Did you mean prompts"):
+        check_study("promts", "sample", "recall@10")
+    with pytest.raises(DataError, match="No data set 'sampel'"):
+        check_study("prompts", "sampel", "recall@10")
+
+
+def test_a_study_without_a_result_says_why(shop, runs, monkeypatch):
+    outcome = {"seconds": 1.0, "peak_mb": 1.0, "error": "OSError: no space left"}
+    monkeypatch.setattr(grids, "run_notebook", lambda *_: outcome.copy())
+    with pytest.raises(DataError, match="None of the 3 runs has finished. The first error: OSError: no space left"):
+        run_study("knowledge_transfer", shop, [0], QUICK, at_once=1)
+
+
+def test_equal_budgets_choose_on_validation_and_hide_the_test(shop, runs, here):
+    spaces = {"BPR": ({"backbone": "bpr"}, {"lr": [1e-5, 1e-3, 1e-1]}),
+              "LightGCN": ({"backbone": "lightgcn"}, {"lr": [1e-4, 1e-2], "n_layers": [1, 2]})}
+    base = {"dataset": shop, **{k: v for k, v in QUICK.items()}}
+    trials, table = tune_equally("04_stage1", base, spaces, 3, [0, 1], "tuned", at_once=1)
+    assert trials.method.value_counts().to_dict() == {"BPR": 3, "LightGCN": 3}
+    kept = pd.read_parquet(runs / "grids" / "tuned-trials" / "table.parquet")
+    assert not [c for c in (*trials, *kept) if "test" in c] and "valid recall@20" in kept
+    for method, rows in trials.groupby("method"):
+        winner = rows.loc[rows["valid recall@20"].idxmax()]
+        assert (table[table.cell == method].lr == winner.lr).all()
+    assert len(table) == 4 and len(here) == 6 + 2 and "test recall@20" in table
+    with pytest.raises(SettingError, match="budget=4 is more than the 3 cells in the space of BPR"):
+        draw_trials(spaces, 4)
+
+
+def test_a_study_of_stage1_with_yardsticks(shop, runs, here, monkeypatch):
+    monkeypatch.setitem(STUDIES, "mine", None)
+    study("Which?", yardsticks=True, reference="bpr")(lambda dataset, base: {"04_stage1": {"backbone": ["bpr", "lightgcn"]}})
+    STUDIES["mine"] = STUDIES.pop("<lambda>")
+    result = run_study("mine", shop, [0, 1], QUICK | {"tau": 0.1}, at_once=1)
+    against = write_result(result)
+    assert list(result.rows) == [*(ablations.YARDSTICK_NAMES[y] for y in YARDSTICKS), "bpr", "lightgcn"]
+    assert set(against.index) == set(result.rows) - {"bpr"} and (against.seeds == 2).all() and not len(result.failed())
+    by_hand = compare(result.rows["bpr"].runs, result.rows["EASE"].runs, "recall@10")
+    assert np.isclose(against.difference["EASE"], by_hand["difference"]) and np.isclose(against.p["EASE"], by_hand["p"])
+    assert "'EASE' against 'bpr', test Recall@10" in verdicts(result, against)
+    written = {path.name for path in result.folder.iterdir()}
+    assert {"result.md", "result.tex", "result.csv", "runs.parquet", "comparisons.csv"} <= written
+
+
+def test_stage2_through_papermill_in_a_study(shop, runs, monkeypatch):
+    "The whole way: the notebook of Stage 2, its table, comparison with Stage 1, and figure."
+    monkeypatch.setitem(STUDIES, "one", ablations.Study("One?", lambda dataset, base: {"05_stage2": {"n_ctx": [2]}}))
+    result = run_study("one", shop, [0], QUICK | {"stage2_epochs": 1, "validate_every": 1, "prompt_depth": 2})
+    assert result.table.status.tolist() == ["finished"], result.table.error.tolist()
+    row = result.table.iloc[0]
+    assert row.tuned_parameters > 0 and row["stage 1 test recall@20"] >= 0 and row.n_ctx == 2
+    against = write_result(result)
+    run = open_run(row.key)
+    assert np.isclose(against.difference["2"], compare(run, run, "recall@10", ("stage1", None))["difference"])
+    assert (result.folder / "result.md").read_text().count("\n| ") == 3  # a line, Stage 1, the row
+    figure = plot_study(result)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["2"]
+    ablations.plt.close(figure)
+    assert resolve(grids.run_stage2.experiment, {"dataset": shop}).n_ctx == 8
