@@ -162,7 +162,8 @@ def test_losses_and_gradients_are_those_of_the_joint_batch(two, batch, settings)
     if batch != "one item":  # its softmax is 1 and teaches nothing
         assert all(one["gradients"][name].abs().max() > 1e-4 for name in tuned), tuned
         assert one["terms"]["kt_image"] > 0.01
-    rounding = 300 if settings == "bf16" else 1  # a share of a batch is another matrix product, and rounds differently
+    # a share of a batch is another matrix product, and rounds differently; features of a random BERT are alike and cancel
+    rounding = {"bf16": 300, "bert": 5}.get(settings, 1)
     for mine in both:
         assert mine["terms"] == pytest.approx(one["terms"], rel=rounding * 1e-4, abs=1e-6)
         close(one["gradients"], mine["gradients"], rounding * 1e-4)
