@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'LR', 'METHODS', 'SHOWN', 'COSTS', 'Study', 'study', 'stag
            'compared', 'yardstick_rows', 'StudyResult', 'run_study', 'result_values', 'write_result', 'verdicts',
            'cost_table', 'plot_study']
 
-# %% ../nbs/06_ablations.ipynb #240f1227
+# %% ../nbs/06_ablations.ipynb #08c090bf
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from .search import cells
 from .settings import SettingError, did_you_mean, resolve
 from .significance import comparisons, in_words, save_result
 from .stage1 import label, load_inputs, run_stage1
+from .stage2 import Stage2Settings, TransferSettings
 from .yardsticks import YARDSTICK_NAMES, YARDSTICKS, run_yardstick
 
 # %% ../nbs/06_ablations.ipynb #f1b32fd2
@@ -59,12 +60,14 @@ def stage1_settings(base: dict) -> dict:
     "Those of `base` that Stage 1 has."
     return {k: v for k, v in base.items() if k in run_stage1.experiment.defaults()}
 
-# %% ../nbs/06_ablations.ipynb #e3de8f70
+# %% ../nbs/06_ablations.ipynb #6d5fe388
 @study("What do two stages gain over frozen features?", yardsticks=True)
 def main_table(dataset: str, base: dict) -> dict:
     "Table 1: backbones, in two stages and jointly, beside frozen features and the yardsticks."
+    its_own = {"project_lr", "stage2_epochs", "tune_backbone", *TransferSettings.model_fields}  # that joint training decides
+    joint = {k: Stage2Settings.model_fields[k].default for k in base if k in its_own} | {"training": "joint"}
     return {"05_stage2": {"backbone": ["vbpr", "freedom", "mgcn", "smore"],
-                          "training": {"two stages": {}, "joint": {"training": "joint"}}}}
+                          "training": {"two stages": {}, "joint": joint}}}
 
 # %% ../nbs/06_ablations.ipynb #13354ab6
 LR = (0.25, 0.5, 1.0, 2.0)  # times the default learning rate of a method
