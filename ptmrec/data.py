@@ -507,7 +507,6 @@ class RecData:
         "Whether a CLIP has to make features: neither images nor texts have ready-made ones."
         return not self.features.keys() & {"image", "text"} and (self.has_content or not (self.features or self.files))
 
-
 # %% ../nbs/00_data.ipynb #1d21da65
 def _content(paths):
     "What `fingerprint` takes of files, None where there is none."
@@ -588,11 +587,21 @@ def _item_texts(table):
     return plain
 
 # %% ../nbs/00_data.ipynb #2541063a
+def _walk(folder):
+    "Each folder below `folder`, linked ones too, and the names of its files; no folder twice, whatever the links."
+    seen = {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(root, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]
+        seen.update(real.values())
+        yield root, names
+
+# %% ../nbs/00_data.ipynb #336cb2fd
 def _files_by_name(folder, endings, table):
     "{item id: file} of a folder and the folders in it. Raises `DataError` if no file is named after an item."
     if not folder.is_dir():
         return {}
-    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, _, names in os.walk(folder, followlinks=True)
+    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, names in _walk(folder)
                     for name in names if name.lower().endswith(endings) and name[0] != ".")
     found = {os.path.splitext(name)[0]: path for _, name, path in sorted(nested, key=lambda entry: -entry[0])}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
@@ -608,11 +617,11 @@ PICTURE_BYTES = 100_000_000  # a larger file is no item picture
 OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_IMAGES)"
 
 
-def _file_check(folder, most):
-    "A function that says why a file is no content of the data set in `folder`; empty if it is. `most`: its bytes."
+def _file_check(folder, most, known=()):
+    "A function that says why a file is not used for the data set in `folder`, or \"\". `known`: folders that are its own."
     more = filter(None, os.environ.get("PTMREC_IMAGES", "").split(os.pathsep))
     real = cache(os.path.realpath)
-    places = (folder, *(folder / name for name in ("images", "posters", *MODALITIES)), *more)
+    places = (folder, *known, *more)
     roots = tuple(os.path.join(real(place), "") for place in places)
 
     def refusal(path):
@@ -626,9 +635,9 @@ def _file_check(folder, most):
     return refusal
 
 # %% ../nbs/00_data.ipynb #e58ec55a
-def _usable_files(folder, choices, most=math.inf):
+def _usable_files(folder, choices, by_name, most=math.inf):
     "The first file of each item's `choices` (I lists) that can be used, or None; a warning counts those that cannot."
-    check, refused = _file_check(folder, most), {}
+    check, refused = _file_check(folder, most, {path.parent for path in by_name.values()}), {}
     found = [next((p for p in paths if not refused.setdefault(p, check(p))), None) for paths in choices]
     for reason, n in Counter(refused.values()).items():
         if reason not in ("", "are not there"):
@@ -650,7 +659,7 @@ def _item_images(folder, table):
     files = {k: v for name in ("images", "posters") for k, v in _files_by_name(folder / name, IMAGE_ENDINGS, table).items()}
     named = _images_by_column(folder, table)
     choices = [[p for p in (by_column, files.get(i)) if p] for i, by_column in zip(table.index, named)]
-    images = _usable_files(folder, choices, PICTURE_BYTES)
+    images = _usable_files(folder, choices, files, PICTURE_BYTES)
     if files and not any(used and used == by_column for used, by_column in zip(images, named)):
         _warn_of_few(folder, "picture", table.index, list(files))
     return images
@@ -689,7 +698,7 @@ def _item_files(folder, table, features):
     for name, files in found.items():
         if files:
             _warn_of_few(folder / name, "file", table.index, list(files))
-    return {name: _usable_files(folder, [[files[item]] if item in files else [] for item in table.index])
+    return {name: _usable_files(folder, [[files[item]] if item in files else [] for item in table.index], files)
             for name, files in found.items() if files}
 
 # %% ../nbs/00_data.ipynb #d6b5a4e4

@@ -9,8 +9,8 @@ __all__ = ['CARD_LAYOUT', 'ONLY', 'ORDERS', 'FAR', 'GAIN', 'RULES', 'ASPECTS', '
            'side_by_side', 'DataBrowser', 'moves', 'rank_text', 'move_text', 'order_users', 'run_name', 'open_rows',
            'runs_alike', 'variants_of', 'list_name', 'Lists', 'user_rows', 'UserPicker', 'UserExplorer',
            'neighbour_rows', 'vocabulary', 'encode_words', 'nearest_words', 'Words', 'about_item', 'ItemPicker',
-           'ItemExplorer', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'EmbeddingMap', 'different_parameters',
-           'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer', 'explore']
+           'ItemExplorer', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'new_map', 'EmbeddingMap',
+           'different_parameters', 'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer', 'explore']
 
 # %% ../nbs/07a_explorers.ipynb #23ad5d20
 import base64
@@ -655,6 +655,14 @@ class StillMap:
         "Draw the figure anew."
         self.box.children[1].value = base64.b64decode(as_jpeg(self.draw(), 200))
 
+
+def new_map(n: int, on_hover: Callable, on_select: Callable, draw: Callable) -> ScatterMap | StillMap:
+    "A `ScatterMap` of `n` points, or a `StillMap` where jupyter-scatter is not installed."
+    try:
+        return ScatterMap(n, on_hover, on_select)
+    except ImportError:
+        return StillMap(draw)
+
 # %% ../nbs/07a_explorers.ipynb #a0dafb83
 class EmbeddingMap(Explorer):
     "All items on a map that slides from one table of features to another: hover to see an item, select to list them."
@@ -668,11 +676,8 @@ class EmbeddingMap(Explorer):
         self.color = widgets.Dropdown(options=columns, value=color, description="colour")
         self.slider = widgets.FloatSlider(max=1, step=0.02, readout=False, layout={"width": "250px"})
         self.item, self.chosen = widgets.HTML(), Gallery(self.catalogue, 12, self.safely(self.open), 70)
-        try:
-            self.map = ScatterMap(len(self.catalogue), self.safely(lambda change: self.open(change["new"])),
-                                  self.safely(lambda change: self.list(change["new"])))
-        except ImportError:
-            self.map = StillMap(self.figure)
+        self.map = new_map(len(self.catalogue), self.safely(lambda change: self.open(change["new"])),
+                           self.safely(lambda change: self.list(change["new"])), self.figure)
         super().__init__(widgets.HBox([self.before, self.slider, self.after, self.color]),
                          side_by_side(widgets.VBox([self.map.box]), self.item, shares=(3, 1)), self.chosen.box)
         self.when(self.lay_out, self.before, self.after)

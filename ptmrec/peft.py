@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['TOWERS', 'TUNINGS', 'PARTS', 'SavedParameters', 'Tuning', 'Nothing', 'Prompt', 'tuning_methods',
            'check_method_settings', 'attach', 'Combined', 'CoupledPrompts', 'CoupledPrompt', 'LastLayers',
-           'linear_maps', 'sublayers', 'Bottleneck', 'add_to_output', 'Adapter', 'LowRank', 'lora_weights',
-           'check_rank', 'Lora', 'tower_weights', 'Full', 'count_parameters']
+           'linear_maps', 'Sublayer', 'find_part', 'sublayers', 'Bottleneck', 'add_to_output', 'Adapter', 'LowRank',
+           'lora_weights', 'check_rank', 'Lora', 'tower_weights', 'Full', 'count_parameters']
 
 # %% ../nbs/01a_peft.ipynb #9778cc6d
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -206,7 +207,10 @@ class CoupledPrompt(Tuning):
             self.prompts = DeepPrompts(clip, n_ctx, prompt_depth, prompt_position, towers)
 
 # %% ../nbs/01a_peft.ipynb #bbaccccf
-PARTS = {"attention": ("attn", "token_mixer"), "mlp": ("mlp",)}  # their names in a block
+PARTS = {  # their modules in a block; the last of several returns what is added to the block's input
+    "attention": ("attn", "token_mixer", "attention.self attention.output.dense", "self_attn",
+                  "layer.0.SelfAttention"),
+    "mlp": ("mlp", "intermediate output.dense", "fc1 fc2", "layer.1.DenseReluDense", "conv_pw conv_pwl", "conv_pw")}
 
 # %% ../nbs/01a_peft.ipynb #d159b96d
 class LastLayers(Settings):
@@ -221,37 +225,49 @@ def linear_maps(module: nn.Module) -> dict[str, nn.Module]:
             if isinstance(m, nn.Linear) or isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1}
 
 # %% ../nbs/01a_peft.ipynb #64b5a88a
+class Sublayer(NamedTuple):
+    "Attention or MLP of a block."
+
+    part: str  # of `PARTS`
+    modules: list[nn.Module]  # with its linear maps; the last returns what is added to the block's input
+
+
+def find_part(block: nn.Module, part: str) -> dict[str, Sublayer]:
+    "The attention or MLP of a block: {name of its last module: sublayer}, or nothing."
+    for names in PARTS[part]:
+        modules = [m for n, m in block.named_modules() if n in names.split()]
+        if len(modules) == len(names.split()) and all(map(linear_maps, modules)):
+            return {names.split()[-1]: Sublayer(part, modules)}
+    return {}
+
+
 def sublayers(
     clip: Clip,
     tower: str,
     last_layers: int | None = None,  # only those of so many last blocks; None: of all
     parts: Iterable[str] = tuple(PARTS),
-) -> dict[str, nn.Module]:
-    "Attention and MLP modules of a tower in order: {name in the model: module}. Raises `DataError` if there are none."
+) -> dict[str, Sublayer]:
+    "Attention and MLP of a tower in order: {name in the model: sublayer}. Raises `DataError` if there are none."
     text = "text" if hasattr(clip.model, "text") else "transformer"
     prefix = "visual" if tower == "image" else text
     blocks = []
     for name, block in getattr(clip.model, prefix).named_modules():
-        if re.search(r"(blocks|layers?)\.\d+$", name):
-            found = {f"{prefix}.{name}.{n}": m for part in parts for n in PARTS[part]
-                     if (m := getattr(block, n, None)) is not None and linear_maps(m)}
+        if re.search(r"(blocks?|layers?)(\.\d+)+$", name):
+            found = {f"{prefix}.{name}.{n}": sub for part in parts for n, sub in find_part(block, part).items()}
             blocks += [found] if found else []
     if not blocks:
         raise DataError(f"{clip.name}: no {' or '.join(parts)} layers are known in its {tower} tower, a "
                         f"{type(getattr(clip.model, prefix)).__name__}. tuning = full trains it whole.")
-    if last_layers is not None and last_layers > len(blocks):
-        raise DataError(f"last_layers={last_layers}: the {tower} tower of {clip.name} has {len(blocks)} layers. Set "
-                        f"last_layers to 1 ... {len(blocks)}.")
-    first = 0 if last_layers is None else len(blocks) - last_layers
-    return {n: m for found in blocks[first:] for n, m in found.items()}
+    first = 0 if last_layers is None else max(0, len(blocks) - last_layers)
+    return {n: sub for found in blocks[first:] for n, sub in found.items()}
 
 # %% ../nbs/01a_peft.ipynb #662136a6
 class Bottleneck(nn.Module):
-    "What an adapter adds to the output of `sublayer`: (..., width), or (B, width, h, w) where that returns maps."
+    "What an adapter adds to the output of `module`: (..., width), or (B, width, h, w) where that returns maps."
 
-    def __init__(self, sublayer: nn.Module, size: int):
+    def __init__(self, module: nn.Module, size: int):
         super().__init__()
-        last = [*linear_maps(sublayer).values()][-1]
+        last = [*linear_maps(module).values()][-1]
         self.maps = isinstance(last, nn.Conv2d)
         self.width = last.out_channels if self.maps else last.out_features
         self.down, self.up = nn.Linear(self.width, size), nn.Linear(size, self.width)
@@ -282,7 +298,8 @@ class Adapter(Tuning):
     def __init__(self, clip, towers, adapter_size, last_layers, adapter_lr):
         super().__init__(adapter_lr)
         self.hooks = []
-        places = {tower: sublayers(clip, tower, last_layers).values() if adapter_size else [] for tower in towers}
+        places = {tower: [sub.modules[-1] for sub in sublayers(clip, tower, last_layers).values()] if adapter_size else []
+                  for tower in towers}
         for tower, found in places.items():
             self.add_module(tower, nn.ModuleList(Bottleneck(m, adapter_size) for m in found))
             self.hooks += [m.register_forward_hook(add_to_output(b)) for m, b in zip(found, getattr(self, tower))]
@@ -314,10 +331,11 @@ class LowRank(nn.Module):
 def lora_weights(clip: Clip, tower: str, last_layers: int | None, parts: list[str]) -> list[tuple[nn.Module, str, bool]]:
     "Weights that LoRA changes: (layer, name of its weight, whether the layer is called)."
     found = []
-    for name, module in sublayers(clip, tower, last_layers, parts).items():
-        if getattr(module, "in_proj_weight", None) is not None:
-            found.append((module, "in_proj_weight", False))
-        found += [(layer, "weight", name.endswith(PARTS["mlp"])) for layer in linear_maps(module).values()]
+    for part, modules in sublayers(clip, tower, last_layers, parts).values():
+        for module in modules:
+            if getattr(module, "in_proj_weight", None) is not None:
+                found.append((module, "in_proj_weight", False))
+            found += [(layer, "weight", part == "mlp") for layer in linear_maps(module).values()]
     return found
 
 # %% ../nbs/01a_peft.ipynb #c3a5b45c

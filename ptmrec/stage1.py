@@ -50,8 +50,9 @@ class DataSettings(Settings):
 class EncoderSettings(Settings):
     "The encoder"
 
-    clip_model: str = setting("tiny", "an architecture of open_clip", first=True, min_length=1)
-    pretrained: str = setting("sample", "its weights: a tag of open_clip, or a file", first=True, min_length=1)
+    clip_model: str = setting("tiny", "an architecture of open_clip, a config file, or minilm-efficientnet", first=True,
+                              min_length=1)
+    pretrained: str = setting("sample", "its weights: a tag of open_clip, a file, or a folder", first=True, min_length=1)
 
 
 class EvaluationSettings(Settings):
@@ -133,9 +134,10 @@ def _warn_of_unused(settings, data):
     if unused and not data.needs_clip:
         warnings.warn(f"Data set '{data.name}' brings ready-made features ({', '.join(data.features)}), and only they are "
                       f"used, not its own {' and '.join(unused)}. Move the .npy files away to encode these with a CLIP.")
-    if own["image"] and data.needs_clip and settings.pretrained == "sample" and find_dataset(settings.dataset) != SAMPLE:
+    drawings = settings.clip_model == "tiny" and settings.pretrained == "sample"
+    if own["image"] and data.needs_clip and drawings and find_dataset(settings.dataset) != SAMPLE:
         warnings.warn("The tiny CLIP has only seen drawings of the sample. For photographs use a CLIP that has seen some: "
-                      "clip_model ViT-B-32, pretrained openai.")
+                      "clip_model ViT-B-32, pretrained openai; or, without a model hub, clip_model minilm-efficientnet.")
 
 # %% ../nbs/04_stage1.ipynb #29af3547
 LARGEST = 1e9  # of a feature; squares of much larger ones are no longer numbers

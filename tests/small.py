@@ -1,4 +1,7 @@
 """A small shop and small CLIPs with random weights, for tests that need their own."""
+import tempfile
+from functools import partial
+
 import numpy as np
 import open_clip
 import pandas as pd
@@ -40,3 +43,23 @@ def small_clips(vocab_size=TEXT["vocab_size"]):
     return {"plain": lambda: open_clip.CLIP(16, VISION, text),
             "custom text": lambda: open_clip.CustomTextCLIP(16, VISION, text | {"proj_bias": True}, quick_gelu=True),
             "coca": coca}
+
+
+def hugging_face_clips(vocab_size=TEXT["vocab_size"]):
+    "CLIPs with a Hugging Face text tower, of every kind that open_clip builds: {name: function that makes one}."
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+    kinds = {
+        "bert": size | {"max_position_embeddings": 24}, "xlm-roberta": size | {"max_position_embeddings": 25},
+        "m2m_100": encoder | {"max_position_embeddings": 24},
+        "mt5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_heads": 2}}
+
+    def make(kind, pooler):
+        from transformers import AutoConfig
+
+        with tempfile.TemporaryDirectory() as folder:
+            AutoConfig.for_model(kind, vocab_size=vocab_size, pad_token_id=0, **kinds[kind]).save_pretrained(folder)
+            text = {"hf_model_name": folder, "hf_model_pretrained": False, "hf_pooler_type": pooler}
+            return open_clip.CustomTextCLIP(16, VISION, text | {"hf_proj_type": "linear"})
+
+    return {kind: partial(make, kind, "cls_pooler" if kind == "bert" else "mean_pooler") for kind in kinds}

@@ -1,4 +1,6 @@
 """Notebooks and their explorers in JupyterLab, used with the mouse in a real browser."""
+import re
+
 import nbformat
 import pytest
 from browser import copy_notebook, jupyter_lab, needs_browser
@@ -144,12 +146,15 @@ def test_embedding_map(opened):
     box = page.locator("canvas").first.bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.locator("button[title*=asso]").first.click()
+    side = [6 * n - 210 for n in range(71)]
+    lasso = [(x, -210) for x in side] + [(210, y) for y in side] + [(-x, 210) for x in side] + [(-210, -y) for y in side]
     page.mouse.move(middle[0] - 210, middle[1] - 210)
     page.mouse.down()
-    for x, y in ((210, -210), (210, 210), (-210, 210), (-210, -210)):
-        page.mouse.move(middle[0] + x, middle[1] + y, steps=10)
+    for x, y in lasso:
+        page.mouse.move(middle[0] + x, middle[1] + y)
+        page.wait_for_timeout(12)  # moves that follow too fast are left out
     page.mouse.up()
-    page.get_by_text("selected").wait_for()
+    page.get_by_text(re.compile(r"\d\d selected")).wait_for()
     assert any("data:image/jpeg" in card for card in pictures(opened))
 
 

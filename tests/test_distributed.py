@@ -12,18 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from small import N_ITEMS, SHORT, make_shop
+from small import N_ITEMS, SHORT, hugging_face_clips, make_shop
 
 import ptmrec.clip_prompting
 import ptmrec.runs
 import ptmrec.stage2
 import ptmrec.training
-from ptmrec.clip_prompting import ItemEncoder, encode_in_blocks, frozen_features, load_clip
+from ptmrec.clip_prompting import Clip, ItemEncoder, encode_in_blocks, frozen_features, load_clip
 from ptmrec.data import cache_dir, load_data
 from ptmrec.distributed import all_reduce, init_distributed, rank, sum_gradients, world_size
 from ptmrec.peft import attach
@@ -38,7 +39,7 @@ BATCHES = {
     "one item": dict(user=[3], item=[5]),  # the other rank has neither a user nor an item of its own
 }
 SETTINGS = {"kt": dict(), "task": dict(task_weight=1.0, tune_backbone=True), "lora": dict(tuning="lora"),
-            "parts": dict(micro_batch=3, task_weight=1.0), "bf16": dict(precision="bf16")}
+            "parts": dict(micro_batch=3, task_weight=1.0), "bf16": dict(precision="bf16"), "bert": dict()}
 
 
 def make_model(data, clip, tuning="prompt", precision="float32", **settings):
@@ -51,7 +52,7 @@ def make_model(data, clip, tuning="prompt", precision="float32", **settings):
 
 def joint_batch(data, clip, batch, settings):
     "Losses and gradients of a joint batch, on this rank, after summing."
-    model = make_model(data, clip, **SETTINGS[settings])
+    model = make_model(data, bert() if settings == "bert" else clip, **SETTINGS[settings])
     user, item = (torch.tensor(list(BATCHES[batch][side])) for side in ("user", "item"))
     terms = model.losses(user, item, (item + 7) % N_ITEMS)
     sum(terms.values()).backward()
@@ -59,6 +60,13 @@ def joint_batch(data, clip, batch, settings):
     gradients = {n: q.grad for n, q in model.named_parameters() if q.grad is not None}
     model.encoder.tuning.detach()
     return {"terms": all_reduce({k: v.item() for k, v in terms.items()}), "gradients": gradients, "bank": model.bank}
+
+
+def bert():
+    "A CLIP with a text tower by Hugging Face."
+    torch.manual_seed(0)
+    model = hugging_face_clips(vocab_size=49408)["bert"]().eval().requires_grad_(False)
+    return Clip("bert", model, open_clip.SimpleTokenizer(context_length=20), 32, torch.zeros(3), torch.ones(3))
 
 
 def whole_training(data, clip, folder, disagree):

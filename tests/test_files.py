@@ -94,6 +94,7 @@ def test_folders_of_images_may_be_links_and_pipes_are_not_read(shop, tmp_path):
     (shop / "images").rename(tmp_path / "pictures")
     (shop / "images").symlink_to(tmp_path / "pictures")
     os.mkfifo(tmp_path / "pictures" / "5.png")
+    (tmp_path / "pictures" / "loop").symlink_to(tmp_path)  # what is below is walked once
     images = load_data("shop").images
     assert images[5] is None and sum(p is not None for p in images) == 36
 
@@ -504,7 +505,7 @@ AT_ONCE = """
 import sys, time
 import numpy as np
 import ptmrec.data as d
-from ptmrec.clip_prompting import frozen_features, load_clip
+from ptmrec.clip_prompting import ItemEncoder, frozen_features, load_clip
 made, load, forward = [], d.load_image, ItemEncoder.forward
 d.load_image = lambda *args: (made.append("pictures"), time.sleep(0.02), load(*args))[2]
 ItemEncoder.forward = lambda self, items: (made.append("features"), forward(self, items))[1]

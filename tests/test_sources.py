@@ -222,9 +222,9 @@ def test_no_archive_writes_outside(home):
 
 def test_posters_from_a_table_of_addresses(home, server):
     server.content = {f"/p/{i}.jpg": picture() for i in (1, 2)} | {"/p/3.jpg": b"<html>gone</html>"}
-    posters = "movieId,image_url\n" + "".join(f"{i},{server.address}/p/{i}.jpg\n" for i in (1, 2, 3, 4, 99))
+    posters = "movieId,image_url\n" + "".join(f"{i},http://posters.example/p/{i}.jpg\n" for i in (1, 2, 3, 4, 99))
     put(home / "movielens-1m" / "raw", ML | {"posters.csv": posters})
-    data, said = prepared("movielens-1m", wait=0.01)
+    data, said = prepared("movielens-1m", image_base=server.address, wait=0.01)
     assert [p and p.name for p in data.images] == ["1.jpg", "2.jpg", None, None, None]
     assert any("2 of 4 images are missing: 1 " in s and "HTML page" in s and "HTTP 404" in s for s in said)
     manifest = pd.read_parquet(home / "movielens-1m" / "manifest.parquet")
@@ -235,12 +235,12 @@ def test_posters_from_a_table_of_addresses(home, server):
 def test_covers_of_books_by_address(home, server):
     server.content = {f"/c/{i}.jpg": picture() for i in ITEMS}
     files, _, _ = LAYOUTS["goodbooks-10k"]
-    books = files["books.csv"].replace(",\n", f",{server.address}/c/1.jpg\n")
+    books = files["books.csv"].replace(",\n", ",http://covers.example/c/1.jpg\n")
     put(home / "goodbooks-10k" / "raw", files | {"books.csv": books})
-    data, _ = prepared("goodbooks-10k", wait=0.01)
+    data, _ = prepared("goodbooks-10k", image_base=server.address, wait=0.01)
     assert all(data.images) and data.images[0].parent == home / "goodbooks-10k" / "images"
     (home / "goodbooks-10k" / "images" / "2.jpg").unlink()
-    assert all(prepared("goodbooks-10k", wait=0.01)[0].images)
+    assert all(prepared("goodbooks-10k", image_base=server.address, wait=0.01)[0].images)
 
 
 def test_books_in_both_layouts_join_by_the_id_of_the_ratings(home):
@@ -334,8 +334,9 @@ def test_lattice_and_recbole_layouts_of_real_interactions_equal_the_mmrec_folder
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_movielens_of_posters_as_a_public_set(movielens, home):
+def test_movielens_of_posters_as_a_public_set(movielens, home, monkeypatch):
     "The real files of MovieLens, in the layout of 32M."
+    monkeypatch.setenv("PTMREC_IMAGES", str(movielens))
     raw = home / "movielens-32m" / "raw"
     raw.mkdir(parents=True)
     for name in ("ratings.csv", "movies.csv", "posters"):

@@ -320,7 +320,7 @@ def test_pictures_in_folders_within_folders(home):
     assert not said
 
 
-def test_a_linked_folder_of_pictures_is_read_and_an_empty_one_is_said(home, tmp_path):
+def test_a_linked_folder_of_pictures_is_read_and_an_empty_one_is_said(home, tmp_path, monkeypatch):
     folder = folder_of(home, {"interactions.csv": text(TABLE, ",")})
     (folder / "images").mkdir()
     assert any("images has no file that is read (.jpg, .jpeg, .png, .webp)" in s for s in load(folder)[1])
@@ -328,6 +328,7 @@ def test_a_linked_folder_of_pictures_is_read_and_an_empty_one_is_said(home, tmp_
     for n in range(4):
         Image.new("RGB", (8, 8)).save(tmp_path / "disk" / f"{n:04}.jpg")
     (folder / "images" / "010").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("PTMREC_IMAGES", str(tmp_path / "disk"))
     data, said = load(folder)
     assert all(data.images) and not said
 
