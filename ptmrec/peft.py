@@ -258,7 +258,10 @@ def sublayers(
     if not blocks:
         raise DataError(f"{clip.name}: no {' or '.join(parts)} layers are known in its {tower} tower, a "
                         f"{type(getattr(clip.model, prefix)).__name__}. tuning = full trains it whole.")
-    first = 0 if last_layers is None else max(0, len(blocks) - last_layers)
+    if last_layers is not None and last_layers > len(blocks):
+        raise DataError(f"last_layers={last_layers}: the {tower} tower of {clip.name} has {len(blocks)} layers. Set "
+                        f"last_layers to 1 ... {len(blocks)}.")
+    first = 0 if last_layers is None else len(blocks) - last_layers
     return {n: sub for found in blocks[first:] for n, sub in found.items()}
 
 # %% ../nbs/01a_peft.ipynb #662136a6

@@ -621,6 +621,8 @@ def train_alone(run: Run, train: Callable, *arguments) -> None:
     "`train(run, *arguments)`, unless another process, which it waits for, has finished the run. All ranks agree."
     with alone(run):
         if not broadcast({"finished": run.finished})["finished"]:
+            if not rank():
+                sweep(run.folder)
             train(run.begin(), *arguments)
 
 # %% ../nbs/03c_runs.ipynb #828a3aae

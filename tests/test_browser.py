@@ -1,12 +1,9 @@
 """Notebooks and their explorers in JupyterLab, used with the mouse in a real browser."""
 import re
-import subprocess
-import sys
 
 import nbformat
 import pytest
 from browser import copy_notebook, jupyter_lab, needs_browser
-from conftest import ROOT
 from small import SHORT, make_shop
 
 pytestmark = needs_browser
@@ -76,34 +73,11 @@ def test_experiments_run_in_the_page(lab, name):
         assert any("image/png" in output.get("data", {}) for output in notebook.outputs())
 
 
-@pytest.mark.parametrize("name", ["07_visualisation", "07a_explorers"])
-def test_figures_and_explorers_run_in_the_page(lab, name):
-    with lab.open(copy_notebook(name, lab.folder)) as notebook:
+def test_figures_run_in_the_page(lab):
+    with lab.open(copy_notebook("07_visualisation", lab.folder)) as notebook:
         notebook.run_all()
         assert [line for line in notebook.console if line.startswith("error")] == []
-        shown = {kind for output in notebook.outputs() for kind in output.get("data", {})}
-        assert "image/png" in shown and ("application/vnd.jupyter.widget-view+json" in shown) == (name == "07a_explorers")
-
-
-def test_a_notebook_that_was_run_and_saved_is_unchanged_for_git(tmp_path):
-    "In a JupyterLab with the configuration of `make lab`."
-    checkout = tmp_path / "notebooks"
-
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True).stdout
-
-    subprocess.run(["git", "clone", "--quiet", ROOT, checkout], check=True)
-    git("config", "filter.keep-outputs.clean", f"{sys.executable} .ci/keep_outputs.py %f")
-    path = checkout / "nbs" / "00h_leaks.ipynb"
-    committed = path.read_bytes()
-    with (jupyter_lab(tmp_path, [f"--config={checkout}/.ci/jupyter_config.py"], TQDM_DISABLE="1") as lab,
-          lab.open(path) as notebook):
-        notebook.run_all()
-        notebook.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
-        while path.read_bytes() == committed:
-            notebook.page.wait_for_timeout(100)
-        notebook.settle()
-    assert git("status", "--porcelain") == ""
+        assert sum("image/png" in output.get("data", {}) for output in notebook.outputs()) > 10
 
 
 RUN = """from ptmrec.explorers import *

@@ -108,7 +108,7 @@ def test_a_run_that_does_not_fit_says_what_to_change_and_auto_fits_it(data, tmp_
     assert table["in all, with gaps"] < 0.8 * table["free"] and "9 items at once" not in str(table.index)
     for name in ("loss", "kt_image"):
         assert np.allclose(fitted.load_table("history.csv")[name], plain.load_table("history.csv")[name], rtol=1e-4)
-    with pytest.raises(ValueError, match="micro_batch=0 is not allowed: it must be a whole number above 0"):
+    with pytest.raises(ValueError, match="micro_batch=0 is not allowed: it must be a whole number at least 1"):
         run_stage2(**settings, micro_batch=0)
 
 

@@ -243,7 +243,7 @@ def test_two_processes_on_the_command_line(tmp_path, monkeypatch, dies, launcher
     if dies != "no":
         (tmp_path / "dies.py").write_text(DIES)
         assert launch(launcher, tmp_path, "dies.py", *program, DIES=dies).returncode
-        folder, = (tmp_path / "runs" / "stage2" / "shop").iterdir()
+        folder, = (path for path in (tmp_path / "runs" / "stage2" / "shop").iterdir() if path.is_dir())
         assert (folder / "checkpoint.pt").exists() and not (folder / "metrics.json").exists()
     result = launch(launcher, tmp_path, "-m", "ptmrec.stage2", *program)
     assert result.returncode == 0, result.stderr[-4000:]

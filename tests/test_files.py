@@ -399,7 +399,7 @@ def test_a_full_disk_is_one_sentence_and_room_makes_it_go_on(shop, disk, monkeyp
         disk(f"size={used + 12}k")
     make = {"images": lambda: image_map(data, 128)[0], "tokens": lambda: token_map(clip, data.texts * 1000),
             "features": lambda: frozen_features(data, clip)["text"].numpy(),
-            "prefix": lambda: ItemStore(1000, (50, 64))(torch.arange(3), None, lambda i: torch.ones(3, 50, 64)).numpy()}
+            "prefix": lambda: ItemStore(1000, 50)(torch.arange(3), None, lambda i: torch.ones(3, 50, 64)).numpy()}
     make = make[what]
     with pytest.raises(DataError, match=FULL):
         make()

@@ -7,6 +7,7 @@ import pytest
 from conftest import SHARED
 from PIL import Image
 
+from ptmrec import leaks
 from ptmrec.data import Interactions, RecData, load_data
 from ptmrec.leaks import (
     check_leaks,
@@ -91,7 +92,8 @@ def test_amazon_has_no_pair_in_two_splits(name, tmp_path, monkeypatch):
     assert check_leaks(load_data(folder)).found[PAIRS] == 0
 
 
-def test_an_experiment_says_it_once(capsys):
+def test_an_experiment_says_it_once(capsys, monkeypatch):
+    monkeypatch.setattr(leaks, "_SAID", set())
     settings = resolve(run_stage1.experiment, {"dataset": "sample", "backbone": "lightgcn", "device": "cpu"})
     for _ in range(2):
         load_inputs(settings)

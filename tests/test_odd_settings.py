@@ -109,7 +109,7 @@ def test_scalars_of_numpy_and_torch_are_numbers():
 
 
 NAMES = [("\0", "NUL"), ("~nouser/x", "no user"), ("a" * 300, "too long"), ("/" + "ab/" * 3000, "too long in all"),
-         ("\ud800", "a lone surrogate"), ("  ", "blank"), ("no/such/folder", "nowhere"), ("../../etc/shadow-", "elsewhere")]
+         ("\ud800", "a lone surrogate"), ("  ", "blank"), ("no/such/folder", "nowhere"), ("../../no/such/file", "elsewhere")]
 
 
 @pytest.mark.parametrize("value", [v for v, _ in NAMES], ids=[what for _, what in NAMES])
@@ -303,12 +303,12 @@ def test_items_whose_features_are_zero_are_counted(small):
 
 def test_photographs_are_not_mentioned_where_there_are_none(small, recwarn):
     load_inputs(resolve(run_stage1.experiment, {"dataset": small}))
-    assert [w for w in recwarn if "photographs" in str(w.message)]
+    assert [w for w in recwarn if "For photographs use" in str(w.message)]
     recwarn.clear()
     for path in (small / "images").iterdir():
         path.unlink()
     load_inputs(resolve(run_stage1.experiment, {"dataset": small}))
-    assert not [w for w in recwarn if "photographs" in str(w.message)]
+    assert not [w for w in recwarn if "For photographs use" in str(w.message)]
 
 
 def test_a_program_that_is_stopped_while_it_starts_says_one_line(tmp_path):

@@ -239,7 +239,7 @@ def test_files_and_encoder_of_a_modality_are_in_the_keys_of_caches_and_runs(soun
     for change in (lambda: None, lambda: (sounds / "3.raw").write_bytes(b"12345678"),
                    lambda: monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",), louder))):
         change()
-        keys.append((run_stage1("shop", **short)[0].key, len(list(cached.glob("features-audio-*")))))
+        keys.append((run_stage1("shop", **short)[0].key, len(list(cached.glob("features-audio-*.npy")))))
     assert len({key for key, _ in keys}) == 3 and [n for _, n in keys] == [1, 2, 3]
     monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",), lambda files: loudness(files)[:-1]))
     with pytest.raises(DataError, match="a row for each of the 36 files; it has returned a table of shape \\(35, 8\\)"):
