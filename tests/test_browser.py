@@ -177,3 +177,13 @@ def test_run_explorer(opened):
     with page.expect_download() as download:
         page.get_by_text("Export as CSV").click()
     assert download.value.path().read_text().startswith("experiment,dataset,key")
+
+
+def test_real_posters(lab, movielens):
+    "The explorers of users and items on MovieLens posters: pictures come and change."
+    source = RUN.format(folder=str(movielens), short=SHORT | {"min_rating": 4, "core": 5, "stage2_batch_size": 128})
+    with lab.open(written(lab, "posters", source, "explore(run)", "ItemExplorer(run)")) as notebook:
+        notebook.run_all()
+        changed(notebook, lambda: notebook.page.get_by_role("button", name="Next").click())
+        changed(notebook, lambda: notebook.page.get_by_role("button", name="Random item").click())
+        assert notebook.complaints() == "", notebook.console
