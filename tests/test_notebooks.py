@@ -63,6 +63,13 @@ def test_measurements_have_one_parameters_cell(notebook):
     assert len(tagged) == 1 and tagged[0].startswith("measure = False")
 
 
+@pytest.mark.parametrize("notebook", ["04_stage1", "05_stage2", "06_ablations"])
+def test_experiments_have_one_parameters_cell(notebook):
+    cells = nbformat.read(ROOT / "nbs" / f"{notebook}.ipynb", 4).cells
+    tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1 and "\ndataset = " in f"\n{tagged[0]}"
+
+
 def test_package_needs_no_development_tools():
     tools = ("nbdev", "fastcore", "execnb", "jupyter", "IPython")
     code = f"import sys, ptmrec.stage2; print([m for m in {tools} if m in sys.modules])"
