@@ -556,9 +556,10 @@ TRAINED = ("backbone.safetensors", "history.csv")  # what Stage 1 leaves when it
 
 
 def heal(run: Run) -> Run:
-    "Discard what is damaged or gone in a run's folder, with a warning; the run is then not finished. Returns the run."
+    "Discard what is damaged or half-made in a run's folder; damage is said, and the run is then not finished. Returns the run."
     if rank():
         return run
+    sweep(run.folder)
     files = run.on_disk().get("files", {})
     bad = [name for name, expected in files.items() if checksum(run.folder / name) != expected]
     if not files and (run.finished or (run.folder / "run.json").exists() and not run.on_disk()):
@@ -621,9 +622,7 @@ def train_alone(run: Run, train: Callable, *arguments) -> None:
     "`train(run, *arguments)`, unless another process, which it waits for, has finished the run. All ranks agree."
     with alone(run):
         if not broadcast({"finished": run.finished})["finished"]:
-            if not rank():
-                sweep(run.folder)
-            train(run.begin(), *arguments)
+            train(heal(run).begin(), *arguments)
 
 # %% ../nbs/03c_runs.ipynb #828a3aae
 def runs_to_do(
@@ -634,7 +633,6 @@ def runs_to_do(
     for run in runs if not rank() else ():
         with alone(run):
             settle(run.target)
-            sweep(run.folder)
             heal(run)
     if rerun:
         started = [r.target.with_name(f"{r.key}.rerun") for r in runs]

@@ -57,7 +57,7 @@ def attempt(run: Run, settings, inputs, test: bool):
     "The trained run (scored, with `test`), or the exception that it raised."
     try:
         with alone(run):
-            return run if run.finished else train_stage1(run.begin(), settings, inputs, test)
+            return run if heal(run).finished else train_stage1(run.begin(), settings, inputs, test)
     except Exception as error:
         return error
 
@@ -154,8 +154,8 @@ def search(
     inputs = load_inputs(settings)
     for trial in trials:
         check_inputs(trial, inputs)
-    kept = new_run("search", inputs.data.name, settings.key_parameters | {"grid": grid, "n_trials": n_trials},
-                   inputs.data.fingerprint()).begin()
+    kept = heal(new_run("search", inputs.data.name, settings.key_parameters | {"grid": grid, "n_trials": n_trials},
+                        inputs.data.fingerprint())).begin()
     runs = run_all(trials, list(grid), inputs, processes, False, f"Search, {backbone}",
                    lambda runs: kept.save_table("trials.csv", trial_table(trials, runs, list(grid), settings.metric)))
     table = trial_table(trials, runs, list(grid), settings.metric)

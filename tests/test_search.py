@@ -92,6 +92,16 @@ def test_what_is_done_is_not_done_again(shop, runs, trained):
     assert trained == [1e-1, 1e-3, 1e-5] and sorted(table.index) == [0, 1, 2]
 
 
+def test_what_killed_searches_left_half_made_is_swept(shop, runs, trained):
+    search("bpr", shop, GRID, epochs=2)
+    left = [folder / ".tmp-host-1-00000000" for kind in ("stage1", "search") for folder in (runs / kind / "shop").iterdir()]
+    for path in left:
+        path.mkdir()
+        (path / "owner").touch()  # and no process holds it
+    search("bpr", shop, GRID, epochs=2)
+    assert len(left) == 4 and len(trained) == 3 and not any(path.exists() for path in left)
+
+
 def test_two_processes_find_the_same_and_a_failure_in_one_is_told(shop, tmp_path, monkeypatch, mine):
     "With a backbone that only this process knows; one cell of the grid fails."
     mine(1)
