@@ -27,12 +27,11 @@ from .backbones import BACKBONES
 from .clip_prompting import load_clip
 from .data import DataError, data_dir, find_dataset, fingerprint, load_data, repo_root, runs_dir, write_atomically
 from .memory import free_bytes
-from .peft import TUNINGS
 from .processes import run_notebook
 from .runs import Run, best_variant, list_runs, open_run, pick_device, read_json
 from .settings import SettingError, did_you_mean, resolve
 from .stage1 import Inputs, find_stage1_run, load_inputs, new_backbone, run_stage1, stage1_parameters
-from .stage2 import find_stage2_run, joint_settings, make_encoder, need_of, new_model, run_stage2
+from .stage2 import find_stage2_run, joint_settings, make_encoder, need_of, new_model, run_stage2, without_tuning
 
 # %% ../nbs/05c_grids.ipynb #ec7171d5
 def labelled_changes(axis: str, values: Iterable | dict) -> dict:
@@ -145,8 +144,7 @@ def claims(notebook: str, cell: Cell) -> set[str]:
     own = fingerprint("stage2", settings.dataset, settings.key_parameters)
     if settings.training == "joint":
         return {stage1, own}
-    plain = {k: v for k, v in cell.params.items() if k not in TUNINGS.settings()} | {"tuning": "none"}
-    control = fingerprint("stage2", settings.dataset, resolve(experiment, plain).key_parameters)
+    control = fingerprint("stage2", settings.dataset, resolve(experiment, without_tuning(cell.params)).key_parameters)
     return {stage1, own, control}
 
 # %% ../nbs/05c_grids.ipynb #b6ee36a2
@@ -196,7 +194,8 @@ def forecast(settings) -> float:
 
 def how_many(notebook: str, cells: list[Cell], threads: int = 1) -> int:
     "How many of the cells may run at a time on this machine: cores, and 80 % of the free memory, allow them."
-    names = ("dataset", "clip_model", "backbone", "tuning", "batch_by", "stage2_batch_size", "micro_batch", "cache_prefix")
+    names = ("dataset", "clip_model", "backbone", "tuning", "tuned_towers", "batch_by", "stage2_batch_size", "micro_batch",
+             "cache_prefix")
     device = pick_device(cells[0].settings.device)
     if device.type == "cuda":
         return 1
