@@ -147,7 +147,7 @@ def search(
         raise SettingError("A search has no rerun. To make a trial anew, call run_stage1 with its settings and rerun=True.")
     params |= {"backbone": backbone, "dataset": dataset, "n_seeds": n_seeds}
     settings = resolve(run_stage1.experiment, params)
-    grid = grid_of(backbone) if grid is None else grid
+    grid = grid_of(backbone, **settings.components["backbone"]) if grid is None else grid
     check_grid(backbone, grid)
     grid = {k: v for k, v in grid.items() if k not in params}
     trials = [resolve(run_stage1.experiment, params | cell) for cell in cells(grid, n_trials, settings.seed)]

@@ -564,10 +564,14 @@ def verdict(runs: list[Run], metric: str = "recall@10", against: list[Run] = ())
     other, name = (list(against), "projections alone") if against else (runs, "Stage 1")
     t = compare(other, runs, metric, (None if against else "stage1", best))
     gain = f" ({t['after'] / t['before'] - 1:+.1%})" if t["before"] else ""
+    told = f"Test {label(metric)} of '{variant_name(best)}' against {name}: {t['before']:.4f} -> {t['after']:.4f}{gain}"
+    if t["low"] == t["high"] == 0:
+        return f"{told}: no difference for any of {t['users']:,} users."
+    if math.isnan(t["p"]):
+        return f"{told}: too few users for a test ({t['users']:,})."
     sure = "a difference" if t["p"] < 0.05 else "no significant difference"
-    return (f"Test {label(metric)} of '{variant_name(best)}' against {name}: {t['before']:.4f} -> {t['after']:.4f}{gain}; "
-            f"per user {t['difference']:+.4f} [{t['low']:+.4f}, {t['high']:+.4f}], paired t-test over {t['users']:,} users "
-            f"p = {t['p']:.2g}: {sure}.")
+    return (f"{told}; per user {t['difference']:+.4f} [{t['low']:+.4f}, {t['high']:+.4f}], paired t-test over "
+            f"{t['users']:,} users p = {t['p']:.2g}: {sure}.")
 
 
 def report(runs: list[Run], control: list[Run] = ()) -> str:

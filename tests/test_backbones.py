@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from ptmrec.backbones import BACKBONES, grid_of
+from ptmrec.backbones import BACKBONES, NORMS, grid_of
+from ptmrec.deviations import DEVIATIONS, in_place_of
 from ptmrec.graphs import GraphRows, knn_graph, user_item_graph
 from ptmrec.settings import SettingError, check_claims, check_settings
 
@@ -94,3 +95,74 @@ def test_rows_of_a_graph_are_rows_of_its_product(n_rows):
     assert torch.equal(rows.product(x.detach(), start), graph.product(x.detach(), start)[index])
     found, wanted = (torch.autograd.grad(out.square().sum(), x)[0] for out in (rows @ x, graph.to_dense()[index] @ x))
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_a_search_tries_the_weights_that_suit_the_norm():
+    plain, squared = (grid_of("vbpr", reg_norm=norm)["reg_weight"] for norm in NORMS)
+    assert grid_of("vbpr")["reg_weight"] == plain == [2, 1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
+    assert max(squared) < 1 and check_settings(BACKBONES["vbpr"].Settings, {"reg_weight": squared[1]}, "vbpr")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_vbprs_norms(norm):
+    backbone, _ = make("vbpr", ["image", "text"], reg_norm=norm, reg_weight=0.5)
+    batch = backbone.user, backbone.item, backbone.item.roll(1)
+    users, items = backbone()
+    rows = [users[batch[0]], items[batch[1]], items[batch[2]]]
+    wanted = {"plain": lambda e: e.square().sum() ** 0.5, "squared": lambda e: e.square().sum() / 2}[norm]
+    reg = 0.5 * sum(wanted(e) for e in rows) / len(batch[0])
+    assert torch.isclose(backbone.loss(*batch)["reg"], reg)
+
+
+@pytest.mark.parametrize("modalities", [("image",), ("image", "text"), ("image", "text", "audio")], ids="+".join)
+def test_mgcns_fusions(modalities):
+    sides = {}
+    for fusion in ("code", "paper"):
+        backbone, features = make("mgcn", modalities, fusion=fusion)
+        with torch.no_grad():
+            id_emb, sides[fusion] = backbone.paths()
+            views = torch.stack(list(backbone.views(features).values()))
+    common = (backbone.attention(views).softmax(0) * views).sum(0)
+    own = sum(backbone.preference[m](id_emb) * (view - common) for m, view in zip(modalities, views))
+    assert torch.allclose(sides["paper"], common + own / len(modalities), atol=1e-6)
+    assert torch.allclose(sides["code"], (common + own) / (1 + len(modalities)), atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_items_without_a_picture_are_no_hubs(weighted):
+    features, lost = torch.randn(60, 16), torch.arange(60) % 4 == 1
+    whole = knn_graph(features, 5, weighted).to_dense()
+    features[lost] = features[~lost].mean(0)
+    graph, others = knn_graph(features, 5, weighted).to_dense(), knn_graph(features[~lost], 5, weighted).to_dense()
+    assert torch.equal(graph[~lost][:, ~lost], others) and torch.equal(graph[lost][:, lost], torch.eye(int(lost.sum())))
+    assert not graph[lost][:, ~lost].any() and not graph[~lost][:, lost].any()
+    projected = torch.nn.functional.linear(features, torch.randn(8, 16), torch.ones(8))
+    assert torch.equal((knn_graph(projected, 5) @ torch.ones(60, 1)).flatten()[lost], torch.ones(int(lost.sum())))
+    assert whole.count_nonzero() == 300
+
+
+def test_fewer_pictures_than_neighbours():
+    features = torch.randn(1, 6).repeat(20, 1)
+    features[:3] = torch.randn(3, 6)
+    features[3:] = features[:3].mean(0)
+    graph = knn_graph(features, 10).to_dense()
+    assert torch.allclose(graph[:3, :3], torch.full((3, 3), 1 / 3)) and torch.equal(graph[3:, 3:], torch.eye(17))
+    assert knn_graph(torch.ones(20, 6), 10).to_dense().count_nonzero() == 200  # nobody has a picture: as it was
+
+
+@pytest.mark.parametrize("deviation", DEVIATIONS, ids=lambda d: f"{d.backbone} {d.name}")
+def test_both_sides_of_a_deviation_train(deviation):
+    own = BACKBONES[deviation.backbone]
+    results = {}
+    for side in ("paper", "code"):
+        with in_place_of(deviation.backbone, deviation.variant if side == "code" else None):
+            backbone, _ = make(deviation.backbone, ["image", "text"], **deviation.settings.get(side, {}))
+        batch = backbone.user, backbone.item, backbone.item.roll(1)
+        first = backbone.loss(*batch)
+        results[side] = [float(t) for t in (*first.values(), *backbone.loss(*[x[:9] for x in batch]).values())]
+        sum(first.values()).backward()
+        learns = isinstance(backbone.features, torch.nn.ParameterDict)
+        assert learns == deviation.settings.get(side, {}).get("train_features", False)
+    assert BACKBONES[deviation.backbone] is own
+    assert (results["paper"] != results["code"]) == (deviation.name != "feature tables")
+    assert deviation.default in ("paper", "code")
