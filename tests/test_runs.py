@@ -1,8 +1,10 @@
 """Runs are assets: used again, never lost to a rerun, whole when they are opened, and comparable."""
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -201,3 +203,17 @@ def test_reprs_are_one_readable_line(small):
     for thing in (run, run.data(), run.data().inter):
         assert "\n" not in repr(thing) and len(repr(thing)) < 300
     assert "bpr" in repr(run) and "finished" in repr(run)
+
+
+@pytest.mark.parametrize("pair, words", [
+    (([0.1, 0.4, 0.2], [0.1, 0.4, 0.2]), r"0.2333 -> 0.2333 \(\+0.0%\): no difference for any of 3 users\.$"),
+    (([0.1], [0.3]), r"0.1000 -> 0.3000 \(\+200.0%\): too few users for a test \(1\)\.$"),
+    (([0.1, 0.4, 0.2], [0.3, 0.4, 0.3]), r"paired t-test over 3 users p = 0\.23: no significant difference\.$")])
+def test_a_verdict_says_in_words_what_a_test_cannot(monkeypatch, pair, words):
+    users = [[pd.Series(values, range(len(values)))] for values in pair]
+    monkeypatch.setattr(stage2, "best_variant", lambda runs: "fresh")
+    monkeypatch.setattr(stage2, "compare", lambda *arguments: paired_test(*users))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        said = stage2.verdict(["a run"])
+    assert re.search(words, said) and "nan" not in said, said
