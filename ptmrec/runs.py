@@ -126,7 +126,7 @@ def definitions(module: str) -> tuple[dict, dict]:
 # these show or keep what was computed; nor do settings count, whose values are parameters
 NO_EFFECT = {"data.progress", "files.cache_dir", "files.cached", "files.find_cached", "files.locked", "files.new_array",
              "memory.fit_memory", "memory.free_bytes", "memory.memory_need", "monitor.watch", "runs.Run", "runs.RunFolder",
-             "runs.own_code", "stage2.stage1_of", "training.Progress", "training.Stopped", "training.best_so_far",
+             "runs.own_code", "stage1.trained_stage1", "training.Progress", "training.Stopped", "training.best_so_far",
              "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
 
 
@@ -556,7 +556,7 @@ TRAINED = ("backbone.safetensors", "history.csv")  # what Stage 1 leaves when it
 
 
 def heal(run: Run) -> Run:
-    "Discard what is damaged or half-made in a run's folder; damage is said, and the run is then not finished. Returns the run."
+    "Discard what is damaged or half-made in a run's folder; warns of damage, and the run is then not finished. Returns it."
     if rank():
         return run
     sweep(run.folder)

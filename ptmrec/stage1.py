@@ -8,7 +8,8 @@ __all__ = ['SAMPLE', 'LARGEST', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'Encode
            'check_tables', 'Inputs', 'check_inputs', 'load_inputs', 'build_backbone', 'new_backbone', 'label',
            'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_one_epoch', 'validate', 'train_backbone',
            'train_with', 'check_fit', 'stage1_parameters', 'stage1_code', 'find_stage1_run', 'run_arguments',
-           'train_stage1', 'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table', 'plot_history']
+           'train_stage1', 'trained_stage1', 'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table',
+           'plot_history']
 
 # %% ../nbs/04_stage1.ipynb #c8e5f1fc
 import time
@@ -28,7 +29,7 @@ from .leaks import say_leaks
 from .memory import free_bytes
 from .monitor import watch
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
-from .runs import (DEVICES, Run, code_of, first_features, load_parameters, new_run, own_code, pick_device,
+from .runs import (DEVICES, Run, alone, code_of, first_features, heal, load_parameters, new_run, own_code, pick_device,
                          recommendation_table, runs_to_do, set_seed, train_alone)
 from .settings import SettingError, Settings, experiment, setting
 from .sources import PUBLIC_SETS, find_or_prepare
@@ -69,8 +70,10 @@ class TrainingSettings(Settings):
 
     lr: float = setting(1e-3, "learning rate of the backbone", gt=0, le=10, per_dataset=True)
     batch_size: int = setting(2048, "triples per batch", ge=1, le=2**31 - 1, per_dataset=True)
-    epochs: int = setting(1000, "epochs at most", ge=1, le=1_000_000)
+    epochs: int = setting(1000, "epochs at most, of each round", ge=1, le=1_000_000)
     patience: int = setting(20, "epochs without a better validation metric that end the training", ge=1, le=1_000_000)
+    rounds: int = setting(1, "trainings, each from the best epoch of the one before; 2: as long as Stage 2's 'continued'",
+                          ge=1, le=100)
     on_nan: str = setting("stop", "a loss that is not a number ends the training, or lowers the learning rate to a tenth",
                           choices=ON_NAN)
 
@@ -401,13 +404,26 @@ def train_stage1(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
     if run.trained:
         load_parameters(backbone, run.load_weights("backbone"), f"{run.folder}/backbone.safetensors")
     else:
-        history = train_with(settings, backbone, evaluator, "Stage 1", run.checkpoint)
-        run.note_ended({"Stage 1": history.attrs["ended"]})
+        if settings.rounds > 1:
+            earlier = trained_stage1(settings.replace(rounds=settings.rounds - 1), inputs, test)
+            load_parameters(backbone, earlier.load_weights("backbone"), f"{earlier.folder}/backbone.safetensors")
+            set_seed(settings.seed, inputs.device)
+        name = "Stage 1" if settings.rounds == 1 else f"Stage 1, round {settings.rounds}"
+        history = train_with(settings, backbone, evaluator, name, run.checkpoint)
+        run.note_ended({name: history.attrs["ended"]})
         run.save_weights("backbone", dict(backbone.named_parameters()))
         run.save_table("history.csv", history.reset_index())
         run.seal()
         run.checkpoint.unlink(missing_ok=True)
     return score_stage1(run, backbone, evaluator, inputs.data.inter) if test else run
+
+
+def trained_stage1(settings, inputs: Inputs, test: bool = True) -> Run:
+    "The run of Stage 1 with these settings, trained and, with `test`, scored, unless it is there."
+    run = find_stage1_run(settings, inputs)
+    with alone(run):
+        there = heal(run).finished or run.trained and not test
+        return run if there else train_stage1(run.begin(), settings, inputs, test)
 
 # %% ../nbs/04_stage1.ipynb #000d05f2
 def score_stage1(run: Run, backbone, evaluator: Evaluator, inter) -> Run:

@@ -43,12 +43,13 @@ from .monitor import watch
 from .peft import TOWERS, TUNINGS, attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs
-from .runs import (Run, alone, best_variant, code_of, command_line, compare, heal, new_run, own_code, per_user_values,
+from .runs import (Run, best_variant, code_of, command_line, compare, new_run, own_code, per_user_values,
                          recommendation_table, runs_to_do, set_seed, shown_path, stopped_by_hand, train_alone)
 from .settings import SettingError, Settings, experiment, setting
 from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
                            locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
-                           run_arguments, save_embeddings, stage1_code, find_stage1_run, train_stage1, train_with, validate)
+                           run_arguments, save_embeddings, stage1_code, find_stage1_run, train_with, trained_stage1,
+                           validate)
 from .training import (Callback, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_features,
                              check_losses, how_it_ended, keep_freed_memory)
 
@@ -423,9 +424,7 @@ def check_encoder(settings, inputs: Inputs) -> None:
 def stage1_of(settings, inputs: Inputs) -> Run:
     "The finished run of Stage 1 with these settings, trained if need be; of several processes, the first trains."
     with main_first():
-        run = find_stage1_run(settings, inputs)
-        with alone(run):
-            return run if heal(run).finished else train_stage1(run.begin(), settings, inputs)
+        return trained_stage1(settings, inputs)
 
 
 def train_stage2(run: Run, settings, inputs: Inputs) -> Run:

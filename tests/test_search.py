@@ -18,6 +18,7 @@ import ptmrec.stage1 as stage1
 from ptmrec.backbones import BACKBONES, grid_of
 from ptmrec.runs import own_code
 from ptmrec.search import plot_search, search
+from ptmrec.settings import resolve
 
 GRID = {"reg_weight": [1e-1, 1e-3, 1e-5]}
 
@@ -90,6 +91,21 @@ def test_what_is_done_is_not_done_again(shop, runs, trained):
     search("bpr", shop, {"reg_weight": [1e-1, 1e-3]}, epochs=3)
     table, _ = search("bpr", shop, {"reg_weight": [1e-1, 1e-5, 1e-3]}, epochs=3)
     assert trained == [1e-1, 1e-3, 1e-5] and sorted(table.index) == [0, 1, 2]
+
+
+def test_a_second_round_goes_on_from_the_best_of_the_first(shop, runs, trained):
+    first, = stage1.run_stage1(shop, backbone="bpr", epochs=3, n_seeds=1)
+    second, = stage1.run_stage1(shop, backbone="bpr", epochs=3, n_seeds=1, rounds=2)
+    assert len(trained) == 2 and second.key != first.key and list(second.ended) == ["Stage 1, round 2"]
+    inputs = stage1.load_inputs(settings := resolve(stage1.run_stage1.experiment, dict(
+        dataset=shop, backbone="bpr", epochs=3, n_seeds=1)))
+    backbone = stage1.load_backbone(first, settings, inputs)
+    stage1.set_seed(0, inputs.device)
+    stage1.train_with(settings, backbone, stage1.make_evaluator(settings, inputs), "by hand", None)
+    for name, weight in second.load_weights("backbone").items():
+        assert torch.equal(weight, dict(backbone.named_parameters())[name])
+    table, (winner,) = search("bpr", shop, {"rounds": [1, 2]}, epochs=2)
+    assert scored(runs) == {first.key, second.key, winner.key}  # losers, and first rounds, never meet the test split
 
 
 def test_what_killed_searches_left_half_made_is_swept(shop, runs, trained):
