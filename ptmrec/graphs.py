@@ -226,7 +226,7 @@ def without_content(features: Tensor) -> Tensor:
     away = (features.float() - features.float().mean(0)).norm(dim=1)
     return away < 1e-4 * away.mean()
 
-
+# %% ../nbs/00e_graphs.ipynb #f82de1f4
 def _beside_others(features, alone, k, weighted):
     "The `knn_graph` of the items that have content, and a link of each of the others to itself."
     there, rest = (~alone).nonzero().flatten(), alone.nonzero().flatten()
