@@ -7,9 +7,9 @@ __all__ = ['SAMPLE', 'LARGEST', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'Encode
            'TrainingSettings', 'Stage1Settings', 'locate_dataset', 'fetch_dataset', 'run_stage1', 'one_per_seed',
            'check_tables', 'Inputs', 'check_inputs', 'load_inputs', 'build_backbone', 'new_backbone', 'label',
            'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_one_epoch', 'validate', 'train_backbone',
-           'train_with', 'check_fit', 'stage1_parameters', 'stage1_code', 'find_stage1_run', 'run_arguments',
-           'train_stage1', 'trained_stage1', 'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table',
-           'plot_history']
+           'train_with', 'check_fit', 'stage1_settings', 'stage1_parameters', 'stage1_code', 'find_stage1_run',
+           'run_arguments', 'train_stage1', 'trained_stage1', 'score_stage1', 'save_embeddings', 'load_backbone',
+           'metrics_table', 'plot_history']
 
 # %% ../nbs/04_stage1.ipynb #c8e5f1fc
 import time
@@ -363,6 +363,11 @@ def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = 
 
 # %% ../nbs/04_stage1.ipynb #8dce9930
 STAGE1_CODE = ("stage1.train_stage1", "runs.first_features")
+
+
+def stage1_settings(params: dict) -> dict:
+    "Those of `params`, arguments of `run_stage2`, that Stage 1 has."
+    return {k: v for k, v in params.items() if k in run_stage1.experiment.defaults()}
 
 
 def stage1_parameters(settings) -> dict:

@@ -9,8 +9,8 @@ __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_N
            'transfer_terms', 'with_features', 'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned',
            'tune', 'variants', 'joint_settings', 'parameter_table', 'chosen_towers', 'find_stage2_run', 'make_encoder',
            'check_encoder', 'stage1_of', 'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep',
-           'score_variants', 'without_tuning', 'projections_alone', 'check_gain', 'variant_name', 'results_table',
-           'verdict', 'report', 'plot_results', 'main']
+           'score_variants', 'without_tuning', 'controls_of', 'metrics_of', 'check_gain', 'variant_name',
+           'results_table', 'verdict', 'report', 'plot_results', 'main']
 
 # %% ../nbs/05_stage2.ipynb #5ea8694e
 import os
@@ -48,8 +48,8 @@ from .runs import (Run, best_variant, code_of, command_line, compare, new_run, o
 from .settings import SettingError, Settings, experiment, setting
 from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
                            locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
-                           run_arguments, save_embeddings, stage1_code, find_stage1_run, train_with, trained_stage1,
-                           validate)
+                           run_arguments, run_stage1, save_embeddings, stage1_code, stage1_settings, find_stage1_run,
+                           train_with, trained_stage1, validate)
 from .training import (Callback, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_features,
                              check_losses, how_it_ended, keep_freed_memory)
 
@@ -514,21 +514,31 @@ def without_tuning(params: dict) -> dict:
     return {k: v for k, v in params.items() if k not in only} | {"tuning": "none"}
 
 
-def projections_alone(params: dict) -> list[Run]:
-    "`run_stage2` with the same settings and no tuning of CLIP."
-    return run_stage2(**without_tuning(params))
+def controls_of(params: dict) -> dict[str, list[Run]]:
+    "What Stage 2 with these settings is held against, {name: runs}: Stage 1 in two rounds, and projections alone."
+    controls = {"Stage 1, two rounds": run_stage1(**stage1_settings(params) | {"rounds": 2 * params.get("rounds", 1)})}
+    if params.get("training") != "joint":
+        controls["projections alone"] = run_stage2(**without_tuning(params))
+    return controls
 
 # %% ../nbs/05_stage2.ipynb #16d93128
-def check_gain(runs: list[Run], control: list[Run]) -> dict:
-    "Warn if a tuned CLIP is not better on validation than projections alone (`control`). Returns both, means over seeds."
+def metrics_of(runs: list[Run], variant: str) -> list[dict]:
+    "Metrics {split: {name: value}} of a variant, one per run; `variant` is \"\" for runs of Stage 1."
+    return [run.metrics()[variant] if variant else run.metrics() for run in runs]
+
+
+def check_gain(runs: list[Run], controls: dict[str, list[Run]]) -> dict:
+    "Warn if a control is as good on validation as the tuned CLIP. Returns the best of each, means over seeds."
     metric, found = runs[0].params["metric"], {}
-    for name, group in {"tuned": runs, "projections alone": control}.items():
-        variant = best_variant(group)
-        found[name] = float(np.mean([run.metrics()[variant]["valid"][metric] for run in group]))
-    if found["tuned"] <= found["projections alone"]:
+    for name, group in {"tuned": runs, **controls}.items():
+        found[name] = float(np.mean([m["valid"][metric] for m in metrics_of(group, best_variant(group))]))
+    if found["tuned"] <= found.get("projections alone", -math.inf):
         warnings.warn(f"CLIP had nothing to learn here: the best validation {metric} is {found['tuned']:.4f} with a tuned "
                       f"CLIP, and {found['projections alone']:.4f} with projections alone. Change n_ctx, prompt_depth or "
                       "prompt_lr, or take another tuning.")
+    if found["tuned"] <= (longer := found["Stage 1, two rounds"]):
+        warnings.warn(f"Stage 2 gains no more than longer training does: the best validation {metric} is "
+                      f"{found['tuned']:.4f} after it, and {longer:.4f} after two rounds of Stage 1 on frozen features.")
     return found
 
 # %% ../nbs/05_stage2.ipynb #10b429b1
@@ -540,13 +550,11 @@ def variant_name(name: str) -> str:
     return VARIANT_NAMES.get(name, name)
 
 
-def results_table(runs: list[Run], control: list[Run] = ()) -> pd.DataFrame:
-    "Mean and spread over seeds: validation metric and test metrics per variant, and of projections alone (`control`)."
+def results_table(runs: list[Run], controls: dict[str, list[Run]] | None = None) -> pd.DataFrame:
+    "Mean and spread over seeds: validation metric and test metrics per variant and of `controls`, see `controls_of`."
     metric, best = runs[0].params["metric"], best_variant(runs)
-    each = [run.metrics() for run in runs]
-    rows = {variant_name(v) + " *" * (v == best): [m[v] for m in each] for v in each[0]}
-    if control:
-        rows["projections alone"] = [run.metrics()[best_variant(control)] for run in control]
+    rows = {variant_name(v) + " *" * (v == best): metrics_of(runs, v) for v in runs[0].metrics()}
+    rows |= {name: metrics_of(group, best_variant(group)) for name, group in (controls or {}).items()}
     table = metrics_table({name: [m["test"] for m in seeds] for name, seeds in rows.items()}).add_prefix("test ")
     valid = {name: [m["valid"][metric] for m in seeds] for name, seeds in rows.items()}
     table.insert(0, label(f"valid {metric}"), [_mean_and_spread(v) for v in valid.values()])
@@ -557,13 +565,17 @@ def _mean_and_spread(values):
     return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
 # %% ../nbs/05_stage2.ipynb #fa0dd5d1
-def verdict(runs: list[Run], metric: str = "recall@10", against: list[Run] = ()) -> str:
-    "One sentence: the best variant (on validation) on test, against Stage 1 or the best variant of the runs `against`."
+def verdict(
+    runs: list[Run],
+    metric: str = "recall@10",
+    against: str = "Stage 1",  # the name of what it is compared with
+    others: list[Run] | None = None,  # its runs; None: the Stage 1 of `runs`
+) -> str:
+    "One sentence: the best variant (on validation) on test, against Stage 1 or the best variant of the runs `others`."
     best = best_variant(runs)
-    other, name = (list(against), "projections alone") if against else (runs, "Stage 1")
-    t = compare(other, runs, metric, (None if against else "stage1", best))
+    t = compare(others or runs, runs, metric, (None if others else "stage1", best))
     gain = f" ({t['after'] / t['before'] - 1:+.1%})" if t["before"] else ""
-    told = f"Test {label(metric)} of '{variant_name(best)}' against {name}: {t['before']:.4f} -> {t['after']:.4f}{gain}"
+    told = f"Test {label(metric)} of '{variant_name(best)}' against {against}: {t['before']:.4f} -> {t['after']:.4f}{gain}"
     if t["low"] == t["high"] == 0:
         return f"{told}: no difference for any of {t['users']:,} users."
     if math.isnan(t["p"]):
@@ -573,23 +585,28 @@ def verdict(runs: list[Run], metric: str = "recall@10", against: list[Run] = ())
             f"{t['users']:,} users p = {t['p']:.2g}: {sure}.")
 
 
-def report(runs: list[Run], control: list[Run] = ()) -> str:
+def report(runs: list[Run], controls: dict[str, list[Run]] | None = None) -> str:
     "Result table, verdicts and folder as text, for a terminal."
-    lines = [results_table(runs, control).to_string(), *filter(None, [stopped_by_hand([*runs, *control])]), verdict(runs)]
-    lines += [verdict(runs, against=control)] if control else []
+    controls = controls or {}
+    stopped = stopped_by_hand(sum(controls.values(), runs))
+    lines = [results_table(runs, controls).to_string(), *filter(None, [stopped]), verdict(runs)]
+    lines += [verdict(runs, against=name, others=group) for name, group in controls.items()]
     return "\n\n".join([*lines, "\n".join(shown_path(run.folder) for run in runs)])
 
 # %% ../nbs/05_stage2.ipynb #b74959d4
-def plot_results(runs: list[Run], control: list[Run] = (), metrics=("recall@10", "recall@20", "ndcg@20")):
+def plot_results(
+    runs: list[Run],
+    controls: dict[str, list[Run]] | None = None,  # of `controls_of`
+    metrics: tuple[str, ...] = ("recall@10", "recall@20", "ndcg@20"),
+) -> plt.Figure:
     "Test metrics per variant, seeds averaged per user, with 95 % intervals over users; small dots are seeds."
-    rows = [(variant_name(v), runs, v) for v in runs[0].metrics()]
-    if control:
-        rows.insert(1, ("projections alone", control, best_variant(control)))
+    first, *others = ((variant_name(v), runs, v) for v in runs[0].metrics())
+    rows = [first, *((name, group, best_variant(group)) for name, group in (controls or {}).items()), *others]
     figure, axes = plt.subplots(1, len(metrics), figsize=(3.4 * len(metrics), 0.5 * len(rows) + 1), sharey=True,
                                 layout="constrained")
     for ax, metric in zip(axes, metrics):
         for y, (_, group, variant) in enumerate(rows):
-            _dot(ax, y, per_user_values(group, variant, metric), "C0" if y == 0 else "C7" if group is control else "C1")
+            _dot(ax, y, per_user_values(group, variant, metric), "C0" if y == 0 else "C1" if group is runs else "C7")
         ax.set(title=f"test {label(metric)}", xlim=(0, None))
         ax.set(yticks=range(len(rows)), yticklabels=[name for name, *_ in rows])
         ax.invert_yaxis() if ax is axes[0] else None

@@ -16,7 +16,7 @@ from ptmrec.monitor import Monitor, curves, patience_ends, summary, watch
 from ptmrec.runs import list_runs, open_run, stopped_by_hand
 from ptmrec.search import search
 from ptmrec.stage1 import run_stage1
-from ptmrec.stage2 import projections_alone, report, run_stage2
+from ptmrec.stage2 import controls_of, report, run_stage2
 from ptmrec.training import Callback, Checkpoint, KeepBest, Loop, Progress, Stopped, how_it_ended
 
 TITLES = {"loss": "training loss", "score": "validation score"}
@@ -209,12 +209,12 @@ def test_every_training_of_stage_2_is_named(small, monkeypatch):
     how = SHORT | dict(dataset="shop", backbone="vbpr", epochs=30, stage2_epochs=9, validate_every=5)
     for module in stage1, stage2:
         monkeypatch.setattr(module, "watch", Clicked)
-    runs, control = run_stage2(**how), projections_alone(how)
+    runs, controls = run_stage2(**how), controls_of(how)
     run, = runs
     assert list(run.ended) == ["Stage 1", "Stage 2", "continued", "fresh"] and run.by_hand.count("by hand at epoch 2") == 4
     assert run.load_table("history.csv")["valid recall@20"].notna().tolist() == [False, True]  # the last one is validated
     assert "Stage 2 stopped by hand at epoch 2, best 2" in run.by_hand
-    text = report(runs, control)
+    text = report(runs, controls)
     assert f"vbpr + prompt, seed 0: {run.by_hand}." in text and "vbpr + none, seed 0: Stage 1 stopped by hand" in text
 
 
