@@ -195,9 +195,8 @@ class Stage2(nn.Module):
         self.refresh()
 
     def refresh(self):
-        "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, once is enough."
-        if self.live or not self.bank:
-            self.bank = self.start | self.encoder.encode_all(self.micro_batch or ENCODE_BATCH)
+        "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, it is what the backbone started with."
+        self.bank = self.start | (self.encoder.encode_all(self.micro_batch or ENCODE_BATCH) if self.live else {})
 
     def live_features(self, items):
         "Features of `items` with gradients to the tuning; of a modality that is not tuned, those of the bank."
