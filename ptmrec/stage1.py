@@ -325,7 +325,7 @@ def train_backbone(
         started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = rate.factor * lr * backbone.lr_decay ** ((epoch - 1) / 50)
-        return train_one_epoch(backbone, optimiser, sampler.epoch(batch_size))
+        return train_one_epoch(backbone, optimiser, loop.steps(sampler.epoch(batch_size)))
 
     def validate_epoch(epoch):
         return validate(backbone, evaluator, metric) | {"seconds": time.perf_counter() - started}

@@ -377,7 +377,7 @@ def show_what_changed(run: Run | RunView) -> Figure:
 def _stage_curves(axes, stage: Run, name: str, start: int, color) -> int:
     "Draw the history of one stage from epoch `start` on; returns its last epoch."
     history, metric = stage.load_table("history.csv"), f"valid {stage.params['metric']}"
-    terms = [c for c in history if c not in ("epoch", "seconds") and not c.startswith(("valid", "Unnamed"))]
+    terms = [c for c in history if c not in ("epoch", "seconds", "steps") and not c.startswith(("valid", "Unnamed"))]
     loss = history["loss"] if "loss" in history else history[terms].sum(axis=1)
     axes[0].plot(start + history.epoch, loss / loss.iloc[0], color=color, label=name)
     valid = history.dropna(subset=[metric])
