@@ -634,9 +634,9 @@ class ScatterMap:
         "Move the points (I, 2), which are between -1 and 1."
         self.scatter.xy(*points.T, animate=False, **self.limits)
 
-    def paint(self, values: pd.Series) -> None:
-        "Colour the points by `values` (I,)."
-        self.scatter.color(by=values)
+    def paint(self, values: pd.Series, title: str) -> None:
+        "Colour the points by `values` (I,); the legend has a `title`."
+        self.scatter.color(by=values, labeling={"variable": title})
 
 # %% ../nbs/07a_explorers.ipynb #5281d56c
 NO_MAP = "A map to hover over and to slide needs jupyter-scatter: pip install 'ptmrec[maps]'."
@@ -651,7 +651,7 @@ class StillMap:
     def move(self, points: np.ndarray) -> None:
         "Nothing: the figure shows both ends."
 
-    def paint(self, values: pd.Series) -> None:
+    def paint(self, values: pd.Series, title: str) -> None:
         "Draw the figure anew."
         self.box.children[1].value = base64.b64decode(as_jpeg(self.draw(), 200))
 
@@ -694,7 +694,7 @@ class EmbeddingMap(Explorer):
 
     def paint(self):
         "Colour the points."
-        self.map.paint(colour_values(self.catalogue.table[self.color.value]))
+        self.map.paint(colour_values(self.catalogue.table[self.color.value]), self.color.value)
 
     def open(self, item: int | None):
         "Show an item beside the map; None: the mouse has left it, and the item stays."
@@ -721,7 +721,7 @@ def different_parameters(runs: Sequence[Run]) -> pd.DataFrame:
 @in_style
 def validation_curves(runs: Sequence[Run]):
     "The validation metric of each run over its epochs, as one figure."
-    figure, ax = plt.subplots(figsize=(5, 2.6))
+    figure, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
     for run in runs:
         history, metric = run.load_table("history.csv"), f"valid {run.params['metric']}"
         history = history.dropna(subset=[metric])

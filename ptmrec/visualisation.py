@@ -12,9 +12,11 @@ __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS',
            'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
 # %% ../nbs/07_visualisation.ipynb #e9991fa6
+import contextlib
 import functools
 import html
 import importlib
+import logging
 import re
 import textwrap
 import unicodedata
@@ -199,6 +201,7 @@ STYLE = sns.axes_style("ticks") | sns.plotting_context("paper") | {
     "legend.fontsize": 7, "legend.title_fontsize": 7, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.prop_cycle": cycler(color=sns.color_palette("colorblind")), "image.cmap": "viridis",
     "figure.dpi": 120, "savefig.dpi": 300, "pdf.fonttype": 42}
+logging.getLogger("matplotlib.font_manager").addFilter(lambda record: "Failed to find font weight" not in record.msg)
 
 
 def in_style(draw: Callable) -> Callable:
@@ -215,13 +218,18 @@ def in_style(draw: Callable) -> Callable:
 # %% ../nbs/07_visualisation.ipynb #52b2c636
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "WenQuanYi Micro Hei",
          "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic",
-         "Malgun Gothic", "Arial Unicode MS", "Noto Sans Arabic", "Noto Emoji", "Segoe UI Emoji", "Symbola", "Unifont")
+         "Malgun Gothic", "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji",
+         "Segoe UI Emoji", "Symbola", "Unifont")
 
 
 @functools.cache
 def installed_fonts() -> dict[str, frozenset[int]]:
     "Those of `FONTS` that are installed, with the characters they have; DejaVu Sans comes with matplotlib."
-    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = font_manager.fontManager
+    for path in set(font_manager.findSystemFonts()) - {font.fname for font in fonts.ttflist}:
+        with contextlib.suppress(Exception):  # a bitmap font, or a damaged one
+            fonts.addfont(path)
+    installed = {font.name for font in fonts.ttflist}
     return {name: frozenset(font_manager.get_font(font_manager.findfont(name)).get_charmap())
             for name in FONTS if name in installed}
 
@@ -645,7 +653,7 @@ def attention_maps(
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    figure.colorbar(scale, ax=axes, label="attention (1 = even share)", shrink=0.7)
+    figure.colorbar(scale, ax=axes, label="attention\n(1 = even share)", shrink=0.8)
     return figure
 
 # %% ../nbs/07_visualisation.ipynb #8f24fd5f
