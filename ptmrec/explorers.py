@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from IPython import get_ipython
 from itables.widget import ITable
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .clip_prompting import encode_text
@@ -728,6 +729,7 @@ def validation_curves(runs: Sequence[Run]):
         ax.plot(history.epoch, history[metric], marker=".", label=run_name(run))
     ax.margins(y=0.1)
     ax.set(xlabel="epoch", ylabel=label(metric), ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="lower right")
     return figure
 
@@ -751,12 +753,12 @@ def safe_csv(table: pd.DataFrame) -> str:
 # %% ../nbs/07a_explorers.ipynb #a2b361b9
 def run_rows(table: pd.DataFrame) -> pd.DataFrame:
     "A table of `list_runs` as people read it: four decimals, whole seconds, short keys, nothing for what is missing."
-    shown = table.dropna(axis=1, how="all").astype(object)
+    shown = table.replace("", np.nan).dropna(axis=1, how="all").astype(object)
     formats = {"key": lambda key: key[:8], "valid": "{:.4f}".format, "test": "{:.4f}".format, "seconds": "{:,.0f}".format,
                "seed": "{:.0f}".format, "created": lambda time: time[:16].replace("T", " ")}
     for column in formats.keys() & set(shown):
         shown[column] = shown[column].map(formats[column], na_action="ignore")
-    return shown.fillna("")
+    return shown.fillna("").rename(columns={"by_hand": "stopped by hand"})
 
 # %% ../nbs/07a_explorers.ipynb #3cbb893c
 class RunExplorer(Explorer):
@@ -794,7 +796,7 @@ class RunExplorer(Explorer):
     def compare(self):
         "Test the two selected runs."
         if len(self.rows.selected_rows) != 2:
-            raise DataError(f"Click two rows of the table to compare them; {len(self.rows.selected_rows)} are selected.")
+            raise DataError(f"Click two rows of the table to compare them (selected now: {len(self.rows.selected_rows)}).")
         sentence = tested(*open_rows(self.table.iloc[self.rows.selected_rows]), self.metric.value)
         self.answer.value = f"<b>{html.escape(sentence)}</b>"
 

@@ -177,7 +177,7 @@ def user_number(data: RecData, user) -> int:
     "The number of a user by its original id; raises `DataError` if there is none."
     number = int(pd.Index(data.inter.user_ids).get_indexer([user])[0])
     if number < 0:
-        raise DataError(f"There is no user {user!r} in {data.name}; the first one is {data.inter.user_ids[0]!r}.")
+        raise DataError(f"There is no user {user!r} in {data.name}; the first one is {data.inter.user_ids.tolist()[0]!r}.")
     return number
 
 
