@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from .files import (DataError, cache_dir, cached, data_dir, fingerprint, new_array, repo_root, runs_dir,  # noqa: F401
                           write_atomically)
-from .tables import (ENDINGS, SPELLINGS, TABLE_ENDINGS, TEXT_FIELDS, find_tables, integers_if_lossless, location, read_raw, read_table,
-                           standard_columns, table_kind)
+from .tables import (ENDINGS, SPELLINGS, TABLE_ENDINGS, TEXT_FIELDS, find_tables, integers_if_lossless, location,
+                           read_raw, read_table, standard_columns, table_kind)
 
 # %% ../nbs/00_data.ipynb #57d0b3f8
 def checked_path(path: str | Path) -> Path:
@@ -117,8 +117,8 @@ def find_dataset(
     Raises `DataError` with the known names, close ones first, and the places that were tried.
     """
     if not isinstance(dataset, str | os.PathLike):
-        raise DataError(f"A data set is given by its name or folder, not as {type(dataset).__name__}. RecData.from_frames makes "
-                        "one of tables in memory, and ptmrec.derived.write_data a folder of it.")
+        raise DataError(f"A data set is given by its name or folder, not as {type(dataset).__name__}. RecData.from_frames "
+                        "makes one of tables in memory, and ptmrec.derived.write_data a folder of it.")
     places = search_places(dataset)
     if folders := [place for place in places if place.is_dir()]:
         return next((f for f in folders if has_interactions(f)), folders[0]).resolve()
@@ -199,8 +199,8 @@ def _check_ratings(path, table):
     rating = table.rating
     if pd.api.types.is_string_dtype(rating) and (commas := rating.str.fullmatch(r"\d+,\d+").fillna(False)).any():
         rating = rating.where(~commas, rating.str.replace(",", "."))
-        warnings.warn(f"{path}: {int(commas.sum()):,} ratings have a decimal comma; {table.rating[commas].iloc[0]} is read as "
-                      f"{rating[commas].iloc[0]}.")
+        warnings.warn(f"{path}: {int(commas.sum()):,} ratings have a decimal comma; {table.rating[commas].iloc[0]} is read "
+                      f"as {rating[commas].iloc[0]}.")
     rating = pd.to_numeric(rating, errors="coerce")
     _raise_if_any(rating.isna(), path, table, "rating", "is not a number")
     _raise_if_any(rating.abs() >= MAX_RATING, path, table, "rating", "is too large for a rating")
@@ -254,10 +254,10 @@ def _read_checked(folder, timed):
             table = _check_interactions(path, read_raw(path), timed)
             tables.append(table if label is None else table.assign(split=label))
     if not tables:
-        found = ", ".join(sorted(p.name for p in folder.glob("*.*") if p.name.lower().endswith(TABLE_ENDINGS))) or "no tables"
-        raise DataError(f"{folder} has no interactions file (it has {found}). Name a table with the columns user and item "
-                        f"interactions.csv, ratings.csv or <name>.inter; allowed endings are {', '.join(ENDINGS)}, and "
-                        "packed .gz.")
+        found = sorted(p.name for p in folder.glob("*.*") if p.name.lower().endswith(TABLE_ENDINGS)) or ["no tables"]
+        raise DataError(f"{folder} has no interactions file (it has {', '.join(found)}). Name a "
+                        "table with the columns user and item interactions.csv, ratings.csv or <name>.inter; allowed "
+                        f"endings: {', '.join(ENDINGS)}, and packed .gz.")
     return path if len(tables) == 1 else folder, _joined(tables, text=table_kind(path) != ".parquet")
 
 # %% ../nbs/00_data.ipynb #0ec857de
@@ -543,8 +543,8 @@ def _warn_of_unread(folder):
     used = {path for files in interaction_files(folder).values() for path in files}
     others = [p.name for p in sorted(folder.glob("*.*")) if p.name.lower().endswith(TABLE_ENDINGS) and p not in used]
     if others:
-        warnings.warn(f"{folder}: {', '.join(others)} is not read. A table of items is called items, movies or plots, or ends "
-                      "in .item.")
+        warnings.warn(f"{folder}: {', '.join(others)} is not read. A table of items is called items, movies or plots, or "
+                      "ends in .item.")
 
 # %% ../nbs/00_data.ipynb #f722b009
 def _warn_of_few(source, what, names, known):
