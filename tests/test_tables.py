@@ -11,6 +11,9 @@ from PIL import Image
 
 from ptmrec.clip_prompting import cut_texts, load_clip, warn_of_cut_texts
 from ptmrec.data import RecData, describe, load_data
+from ptmrec.derived import write_data
+from ptmrec.settings import SettingError, resolve
+from ptmrec.stage1 import run_stage1
 from ptmrec.tables import OTHER_SPELLINGS, SPELLINGS, DataError, find_encoding, read_table, standard_columns
 
 ROWS = [(u, f"{i:04}", (u + i) % 3 + 3, 1_400_000_000 + 10 * u + i) for u in (7, 12) for i in range(4)]
@@ -255,6 +258,15 @@ def test_what_is_no_folder_is_one_sentence(home):
         load_data(folder / "interactions.csv")
     with pytest.raises(DataError, match="not as DataFrame. RecData.from_frames makes one"):
         load_data(TABLE)
+
+
+def test_frames_become_a_folder_that_experiments_take(home):
+    data = RecData.from_frames(TABLE, pd.DataFrame({"item": ["0000", "0002"], "title": ["Mug", "Hat"]}))
+    folder = write_data(data, str(home / "mine"))
+    assert load(folder)[0].fingerprint() == data.fingerprint()
+    resolve(run_stage1.experiment, {"dataset": str(folder)})
+    with pytest.raises(SettingError, match="a name or a folder; ptmrec.derived.write_data makes one of tables in memory"):
+        run_stage1(dataset=data)
 
 
 # Encodings and texts
