@@ -256,7 +256,7 @@ def save(figure: Figure, stem: str | Path, formats: Sequence[str] = ("png", "svg
 def shown_title(catalogue: Catalogue, item: int, width: int, lines: int) -> str:
     "A title as `printable`; its id if no character of it can be shown."
     title = printable(catalogue.title(item, width, lines))
-    return title if any(c.isalnum() for c in title) else f"{printable(str(catalogue.table.item.iat[item]))} �"
+    return title if "�" not in title or any(c.isalnum() for c in title) else f"{printable(str(catalogue.table.item.iat[item]))} �"
 
 
 class SheetRow(NamedTuple):
