@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from IPython import get_ipython
 from itables.widget import ITable
+from matplotlib.colors import SymLogNorm
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -36,7 +37,7 @@ from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, p
 from .stage1 import label
 from .stage2 import variant_name
 from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, aligned_maps, attention_maps, embedding_map,
-                                  in_style, item_tables, most_frequent, neighbours, sheet, user_number, view)
+                                  in_style, item_tables, most_frequent, neighbours, sheet, skewed, user_number, view)
 
 # %% ../nbs/07a_explorers.ipynb #427f00b8
 def data_uri(pixels: np.ndarray) -> str:
@@ -54,7 +55,7 @@ def gallery_style(name: str, size: int, hidden: Iterable[int] = ()) -> str:
     "CSS of gallery `name`: cards with a picture of `size` pixels above three lines of text; `hidden` slots are not shown."
     card, slots = f".jupyter-widgets.{name}", ", ".join(f".jupyter-widgets.{name}-{slot}" for slot in hidden)
     return (f"{card} {{ width: {size + 16}px; height: {size + 54}px; margin: 2px; padding: {size + 8}px 3px 0;"
-            " white-space: pre-line; line-height: 14px; font-size: 11px; text-align: center; overflow: hidden;"
+            " white-space: pre; line-height: 14px; font-size: 11px; text-align: center; overflow: hidden;"
             " border: 1px solid var(--jp-border-color2, #ddd); border-radius: 4px; box-shadow: none;"
             " color: var(--jp-ui-font-color1, black);"
             " background: var(--jp-layout-color1, white) no-repeat center 4px; }"
@@ -99,7 +100,7 @@ class Gallery:
         self.first, page, n = first, self.items[first : first + self.n], len(self.items)
         rules = [gallery_style(self.name, self.size, range(len(page), self.n))]
         for slot, (button, item) in enumerate(zip(self.buttons, page)):
-            button.description = f"{self.catalogue.title(item, self.size // 6, 2)}\n{self.note(item)}".strip()
+            button.description = f"{self.catalogue.title(item, 2 * self.size // 13, 2)}\n{self.note(item)}".strip()
             button.tooltip = self.catalogue.title(item, 300)
             rules.append(card_style(f"{self.name}-{slot}", self.catalogue.picture(item, self.size), item in self.framed))
         where = f": {first + 1:,}–{first + len(page):,} of {n:,}" if n > self.n else ""
@@ -246,9 +247,10 @@ def plain_table(rows: Iterable[Sequence]) -> str:
 
 def item_html(catalogue: Catalogue, item: int, size: int = 180, text: int = 400) -> str:
     "An item's picture, title and the first `text` letters of its text."
-    picture, words = catalogue.picture(item, size), catalogue.table.text.iat[item]
+    picture, title = catalogue.picture(item, size), catalogue.table.title.iat[item]
+    words = f"{catalogue.table.text.iat[item]}. ".removeprefix(f"{title}. ").removesuffix(". ")
     image = f'<img src="{data_uri(picture)}" width="{size}">' if picture is not None else "<p>(no picture)</p>"
-    words = "" if words == catalogue.table.title.iat[item] else words[:text] + "…" * (len(words) > text)
+    words = words[:text] + "…" * (len(words) > text)
     return (f'<div style="line-height: 1.4">{image}<br><b>{html.escape(catalogue.title(item, 200))}</b><br>'
             f"{html.escape(words)}</div>")
 
@@ -637,7 +639,9 @@ class ScatterMap:
 
     def paint(self, values: pd.Series, title: str) -> None:
         "Colour the points by `values` (I,); the legend has a `title`."
-        self.scatter.color(by=values, labeling={"variable": title})
+        number = not isinstance(values.dtype, pd.CategoricalDtype)
+        norm = SymLogNorm(1, vmin=values.min(), vmax=values.max()) if number and skewed(values) else None
+        self.scatter.color(by=values, norm=norm, labeling={"variable": title})
 
 # %% ../nbs/07a_explorers.ipynb #5281d56c
 NO_MAP = "A map to hover over and to slide needs jupyter-scatter: pip install 'ptmrec[maps]'."

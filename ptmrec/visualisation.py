@@ -7,9 +7,9 @@ __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS',
            'item_statistics', 'Catalogue', 'neighbours', 'RunView', 'view', 'item_tables', 'user_number', 'in_style',
            'installed_fonts', 'printable', 'save', 'shown_title', 'SheetRow', 'sheet', 'neighbour_sheet', 'user_gains',
            'recommendation_sheet', 'show_what_changed', 'training_curves', 'principal_plane', 'turned_onto',
-           'aligned_maps', 'most_frequent', 'embedding_map', 'random_cosines', 'batch_distributions', 'domain_gap',
-           'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front',
-           'cost_against_quality', 'hits_by_popularity', 'who_gains']
+           'aligned_maps', 'most_frequent', 'skewed', 'embedding_map', 'random_cosines', 'batch_distributions',
+           'domain_gap', 'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms',
+           'on_front', 'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
 # %% ../nbs/07_visualisation.ipynb #e9991fa6
 import contextlib
@@ -256,7 +256,8 @@ def save(figure: Figure, stem: str | Path, formats: Sequence[str] = ("png", "svg
 def shown_title(catalogue: Catalogue, item: int, width: int, lines: int) -> str:
     "A title as `printable`; its id if no character of it can be shown."
     title = printable(catalogue.title(item, width, lines))
-    return title if "�" not in title or any(c.isalnum() for c in title) else f"{printable(str(catalogue.table.item.iat[item]))} �"
+    empty = "�" in title and not any(c.isalnum() for c in title)
+    return f"{printable(str(catalogue.table.item.iat[item]))} �" if empty else title
 
 
 class SheetRow(NamedTuple):
@@ -479,16 +480,20 @@ def most_frequent(values: pd.Series, most: int = 7) -> pd.Series:
     return pd.Series(pd.Categorical(text, kept), values.index)
 
 # %% ../nbs/07_visualisation.ipynb #cd7d4af1
+def skewed(values: pd.Series) -> bool:
+    "Whether a logarithmic scale shows more of some numbers: none is negative, and the largest is over 10 times the median."
+    return bool(values.min() >= 0 and values.max() > 10 * values.median())
+
+
 def _scatter(ax, points, values, size):
     "Points (I, 2) coloured by `values`; returns what a colour bar needs, or None."
     ax.set(xticks=[], yticks=[], aspect="equal")
     ax.spines[:].set_visible(False)
     how = {"s": size, "linewidths": 0, "rasterized": True}
     if not isinstance(values.dtype, pd.CategoricalDtype):
-        skewed = values.min() >= 0 and values.max() > 20 * values.median()
         ax.scatter(*points[values.isna()].T, color="0.8", **how)
         known = values.notna()
-        return ax.scatter(*points[known].T, c=values[known], norm="symlog" if skewed else "linear", **how)
+        return ax.scatter(*points[known].T, c=values[known], norm="symlog" if skewed(values) else "linear", **how)
     for number, name in enumerate(values.cat.categories):
         color = "0.8" if name.startswith("other (") or name == "none" else f"C{number}"
         ax.scatter(*points[values == name].T, color=color, label=printable(cut(name, 20)), **how)

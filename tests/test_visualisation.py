@@ -204,8 +204,8 @@ def test_what_no_font_has_is_said_once():
     assert shown == [f"A � of {n} kinds" for n in range(3)] and len(said) == 1
 
 
-@pytest.mark.parametrize("script, title", [("Chinese", "蓝色陶瓷马克杯"), ("Japanese", "青いマグカップ"), ("Korean", "머그컵"),
-                                           ("Arabic", "كوب أزرق كبير"), ("emoji", "🎁🎂")])
+@pytest.mark.parametrize("script, title", [("Chinese", "蓝色陶瓷马克杯"), ("Japanese", "青いマグ"), ("Korean", "머그컵"),
+                                           ("Arabic", "كوب أزرق"), ("emoji", "🎁🎂")])
 def test_a_script_is_written_where_a_font_has_it(script, title, caplog):
     "With Debian's fonts-noto-cjk and fonts-symbola, which CI installs, in bold too."
     known = set().union(*vis.installed_fonts().values())
