@@ -40,7 +40,7 @@ class DataSettings(Settings):
     "The data set"
 
     dataset: str = setting("sample", "a name in data/, or a folder", first=True, changes_result=False, min_length=1,
-                           allowed="a name or a folder; ptmrec.derived.write_data makes one of tables in memory")
+                           allowed="a name or a folder (derived.write_data makes one)")
     min_rating: float | None = setting(None, "interactions rated at least this are positives; None: all",
                                        gt=-MAX_RATING, lt=MAX_RATING)
     core: int = setting(0, "keep the iterated k-core; 0: everything", ge=0, le=1_000_000)

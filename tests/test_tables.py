@@ -265,7 +265,7 @@ def test_frames_become_a_folder_that_experiments_take(home):
     folder = write_data(data, str(home / "mine"))
     assert load(folder)[0].fingerprint() == data.fingerprint()
     resolve(run_stage1.experiment, {"dataset": str(folder)})
-    with pytest.raises(SettingError, match="a name or a folder; ptmrec.derived.write_data makes one of tables in memory"):
+    with pytest.raises(SettingError, match=r"a name or a folder \(derived.write_data makes one\)"):
         run_stage1(dataset=data)
 
 
