@@ -733,7 +733,7 @@ def validation_curves(runs: Sequence[Run]):
         ax.plot(history.epoch, history[metric], marker=".", label=run_name(run))
     ax.margins(y=0.1)
     ax.set(xlabel="epoch", ylabel=label(metric), ylim=(0, None))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     ax.legend(loc="lower right")
     return figure
 
