@@ -285,15 +285,13 @@ def validate_tuned(model: Stage2, evaluator: Evaluator, feature_space: str, metr
 
 # %% ../nbs/05_stage2.ipynb #411006f3
 def tune(
-    model: Stage2, evaluator: Evaluator,
-    project_lr: float = 1e-2,
+    model: Stage2, evaluator: Evaluator, project_lr: float = 1e-2,
     batch_by: str = "items",  # or "interactions"
     batch_size: int = 128, accumulate: int = 1,  # batches per optimiser step
     epochs: int = 20, validate_every: int = 5,  # epochs
     patience: int | None = None,  # validations without a better one that end the training; None: never
     feature_space: str = "projected",  # of the item graphs
-    name: str = "Stage 2",  # on the progress bar
-    checkpoint=None,  # a file to go on from
+    name: str = "Stage 2", checkpoint=None,  # on the progress bar; a file to go on from
     metric: str = "recall@20",  # the validated epoch where it is best is kept
     on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
 ) -> pd.DataFrame:
