@@ -742,7 +742,7 @@ def tested(a: Run, b: Run, metric: str = "recall@20") -> str:
     "The paired test of two runs, each in its best variant, as a sentence. Raises `DataError` if their data differ."
     t = compare(a, b, metric)
     sure = "a difference" if t["p"] < 0.05 else "no significant difference"
-    return (f"Test {label(metric)} of {run_name(a)} against {run_name(b)}: {t['before']:.4f} -> {t['after']:.4f}; per user "
+    return (f"Test {label(metric)} of {run_name(b)} against {run_name(a)}: {t['before']:.4f} -> {t['after']:.4f}; per user "
             f"{t['difference']:+.4f} [{t['low']:+.4f}, {t['high']:+.4f}], paired t-test over {t['users']:,} users "
             f"p = {t['p']:.2g}: {sure}.")
 
