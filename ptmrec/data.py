@@ -20,6 +20,7 @@ import os
 import re
 import stat
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +36,8 @@ from tqdm import tqdm
 
 from .files import (DataError, cache_dir, cached, data_dir, fingerprint, new_array, repo_root, runs_dir,  # noqa: F401
                           write_atomically)
-from .tables import (TABLE_ENDINGS, TEXT_FIELDS, find_tables, integers_if_lossless, location, read_raw, read_table,
-                           standard_columns, table_kind)
+from .tables import (ENDINGS, SPELLINGS, TABLE_ENDINGS, TEXT_FIELDS, find_tables, integers_if_lossless, location,
+                           read_raw, read_table, standard_columns, table_kind)
 
 # %% ../nbs/00_data.ipynb #57d0b3f8
 def checked_path(path: str | Path) -> Path:
@@ -115,13 +116,19 @@ def find_dataset(
 
     Raises `DataError` with the known names, close ones first, and the places that were tried.
     """
+    if not isinstance(dataset, str | os.PathLike):
+        raise DataError(f"A data set is given by its name or folder, not as {type(dataset).__name__}. RecData.from_frames "
+                        "makes one of tables in memory, and ptmrec.derived.write_data a folder of it.")
     places = search_places(dataset)
     if folders := [place for place in places if place.is_dir()]:
         return next((f for f in folders if has_interactions(f)), folders[0]).resolve()
+    if file := next((place for place in places if place.is_file()), None):
+        raise DataError(f"{file} is a file. Give the folder that it is in: {file.parent}.")
     names, others = dataset_names(), ", ".join(downloadable)
     near = difflib.get_close_matches(Path(dataset).name, [*names, *downloadable], n=1)
     guess = f" Did you mean {near[0]}?" if near else ""
-    known = (", ".join(names) or "none") + (f"; prepared on first use: {others}" if others else "")
+    others = f"prepared on first use: {others}" if others else "public sets are prepared by ptmrec.sources.find_or_prepare"
+    known = (", ".join(names) or "none") + f"; {others}"
     raise DataError(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
                     f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
 
@@ -189,7 +196,12 @@ MAX_RATING = 1e9  # larger numbers are no ratings; times in seconds start here
 # %% ../nbs/00_data.ipynb #59b26f25
 def _check_ratings(path, table):
     "The table with ratings as numbers."
-    rating = pd.to_numeric(table.rating, errors="coerce")
+    rating = table.rating
+    if pd.api.types.is_string_dtype(rating) and (commas := rating.str.fullmatch(r"\d+,\d+").fillna(False)).any():
+        rating = rating.where(~commas, rating.str.replace(",", "."))
+        warnings.warn(f"{path}: {int(commas.sum()):,} ratings have a decimal comma; {table.rating[commas].iloc[0]} is read "
+                      f"as {rating[commas].iloc[0]}.")
+    rating = pd.to_numeric(rating, errors="coerce")
     _raise_if_any(rating.isna(), path, table, "rating", "is not a number")
     _raise_if_any(rating.abs() >= MAX_RATING, path, table, "rating", "is too large for a rating")
     return table.assign(rating=rating)
@@ -200,7 +212,8 @@ def _check_interactions(path, table, timed):
     columns = ", ".join(map(str, table.columns))
     for column in ("user", "item"):
         if column not in table:
-            raise DataError(f"{path} has no {column} column; its columns are {columns}. The first line must name them.")
+            raise DataError(f"{path} has no {column} column; its columns are {columns}. The header must have a name like "
+                            f"{', '.join(SPELLINGS[column].split()[:4])}.")
         _raise_if_any(table[column].isna(), path, table, column, "is not an id")
     if "rating" in table:
         table = _check_ratings(path, table)
@@ -241,8 +254,10 @@ def _read_checked(folder, timed):
             table = _check_interactions(path, read_raw(path), timed)
             tables.append(table if label is None else table.assign(split=label))
     if not tables:
-        raise DataError(f"{folder} has no interactions file. Put interactions.csv with the columns user and item there; "
-                        f"ratings.csv and <name>.inter are read as well, and the endings {', '.join(TABLE_ENDINGS)}.")
+        found = sorted(p.name for p in folder.glob("*.*") if p.name.lower().endswith(TABLE_ENDINGS)) or ["no tables"]
+        raise DataError(f"{folder} has no interactions file (it has {', '.join(found)}). Name a "
+                        "table with the columns user and item interactions.csv, ratings.csv or <name>.inter; allowed "
+                        f"endings: {', '.join(ENDINGS)}, and packed .gz.")
     return path if len(tables) == 1 else folder, _joined(tables, text=table_kind(path) != ".parquet")
 
 # %% ../nbs/00_data.ipynb #0ec857de
@@ -522,6 +537,15 @@ def _fingerprint_of(data) -> str:
 
 RecData.fingerprint = _fingerprint_of
 
+# %% ../nbs/00_data.ipynb #5d1f0c7a
+def _warn_of_unread(folder):
+    "Warn of tables that are there in place of a table of items, and are not read."
+    used = {path for files in interaction_files(folder).values() for path in files}
+    others = [p.name for p in sorted(folder.glob("*.*")) if p.name.lower().endswith(TABLE_ENDINGS) and p not in used]
+    if others:
+        warnings.warn(f"{folder}: {', '.join(others)} is not read. A table of items is called items, movies or plots, or "
+                      "ends in .item.")
+
 # %% ../nbs/00_data.ipynb #f722b009
 def _warn_of_few(source, what, names, known):
     "Warn if fewer than half of the items (`names` (I,)) are among the ids `known`."
@@ -565,7 +589,10 @@ def _item_table(folder, item_ids):
     "The columns of all item tables of a folder: one row per item, in item order."
     columns = {}
     tables = [parts for stem in ("items", "movies", "plots") for parts in find_tables(folder, stem)]
-    for parts in tables + [[path] for path in sorted(folder.glob("*.item"))]:
+    tables += [[path] for path in sorted(folder.glob("*.item"))]
+    if not tables:
+        _warn_of_unread(folder)
+    for parts in tables:
         table = pd.concat(map(read_table, parts), ignore_index=True) if len(parts) > 1 else read_table(parts[0])
         table = _join_items(parts[0] if len(parts) == 1 else folder, table, item_ids)
         columns.update({c: table[c] for c in table if c != "item"})
@@ -582,8 +609,8 @@ def _item_texts(table):
     texts = [". ".join(p for p in row if p) for row in zip(*parts)] if parts else [""] * len(table)
     plain = [ENTITY.sub(lambda m: html.unescape(m[0]), text) for text in texts]
     if changed := [n for n, text in enumerate(texts) if text != plain[n]]:
-        warnings.warn(f"{len(changed):,} of {len(texts):,} texts have HTML entities such as "
-                      f"{ENTITY.search(texts[changed[0]])[0]}; they are read as the characters.")
+        warnings.warn(f"{len(changed):,} of {len(texts):,} texts have HTML entities ("
+                      f"{ENTITY.search(texts[changed[0]])[0]} for one), which are read as characters.")
     return plain
 
 # %% ../nbs/00_data.ipynb #2541063a
@@ -1013,9 +1040,11 @@ def describe(data: RecData | Interactions) -> pd.DataFrame:
     rows |= {f"left out: {reason}": int(n) for reason, n in getattr(data, "left_out", {}).items()}
     rows |= {f"cold {side}s": int(inter.cold(side).sum()) for side in ("user", "item")}
     rows |= _content_rows(data) if data is not inter else {}
-    rows |= {f"note {n}": note for n, note in enumerate(getattr(data, "notes", []), 1)}
     values = [f"{v:,}" if isinstance(v, int) else v for v in rows.values()]
-    return pd.DataFrame({getattr(data, "name", "interactions"): values}, index=list(rows))
+    notes = [(f"note {n}" * (not k), line) for n, note in enumerate(getattr(data, "notes", []), 1)
+             for k, line in enumerate(textwrap.wrap(note, 48))]  # pandas shows 50 characters of a cell
+    index = [*rows, *(name for name, _ in notes)]
+    return pd.DataFrame({getattr(data, "name", "interactions"): values + [line for _, line in notes]}, index=index)
 
 # %% ../nbs/00_data.ipynb #8299ed79
 def show_items(data: RecData, items: Sequence[int], columns: int = 6):

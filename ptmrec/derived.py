@@ -112,9 +112,13 @@ def _link_images(images, folder):
     return names
 
 
-def write_data(data: RecData, folder: Path, defaults: Path | None = None) -> Path:
-    "Write a data set into `folder`, with `defaults.toml` from the file `defaults` if it is there; returns the folder."
-    inter = data.inter
+def write_data(
+    data: RecData,  # of a folder, or of tables in memory
+    folder: str | Path,  # made if need be
+    defaults: Path | None = None,  # a file that becomes its `defaults.toml`, if it is there
+) -> Path:
+    "Write a data set into `folder`; returns the folder, which every experiment takes as its `dataset`."
+    inter, folder = data.inter, Path(folder)
     if data.files:
         raise DataError(f"'{data.name}' has files of {', '.join(data.files)}, which cannot be carried over yet. Put "
                         f"ready-made features beside them: {', '.join(MODALITIES[m].feature_file for m in data.files)}.")

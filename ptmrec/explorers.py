@@ -26,6 +26,8 @@ import pandas as pd
 import torch
 from IPython import get_ipython
 from itables.widget import ITable
+from matplotlib.colors import SymLogNorm
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .clip_prompting import encode_text
@@ -35,7 +37,7 @@ from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, p
 from .stage1 import label
 from .stage2 import variant_name
 from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, aligned_maps, attention_maps, embedding_map,
-                                  in_style, item_tables, most_frequent, neighbours, sheet, user_number, view)
+                                  in_style, item_tables, most_frequent, neighbours, sheet, skewed, user_number, view)
 
 # %% ../nbs/07a_explorers.ipynb #427f00b8
 def data_uri(pixels: np.ndarray) -> str:
@@ -53,7 +55,7 @@ def gallery_style(name: str, size: int, hidden: Iterable[int] = ()) -> str:
     "CSS of gallery `name`: cards with a picture of `size` pixels above three lines of text; `hidden` slots are not shown."
     card, slots = f".jupyter-widgets.{name}", ", ".join(f".jupyter-widgets.{name}-{slot}" for slot in hidden)
     return (f"{card} {{ width: {size + 16}px; height: {size + 54}px; margin: 2px; padding: {size + 8}px 3px 0;"
-            " white-space: pre-line; line-height: 14px; font-size: 11px; text-align: center; overflow: hidden;"
+            " white-space: pre; line-height: 14px; font-size: 11px; text-align: center; overflow: hidden;"
             " border: 1px solid var(--jp-border-color2, #ddd); border-radius: 4px; box-shadow: none;"
             " color: var(--jp-ui-font-color1, black);"
             " background: var(--jp-layout-color1, white) no-repeat center 4px; }"
@@ -98,7 +100,7 @@ class Gallery:
         self.first, page, n = first, self.items[first : first + self.n], len(self.items)
         rules = [gallery_style(self.name, self.size, range(len(page), self.n))]
         for slot, (button, item) in enumerate(zip(self.buttons, page)):
-            button.description = f"{self.catalogue.title(item, self.size // 6, 2)}\n{self.note(item)}".strip()
+            button.description = f"{self.catalogue.title(item, 2 * self.size // 13, 2)}\n{self.note(item)}".strip()
             button.tooltip = self.catalogue.title(item, 300)
             rules.append(card_style(f"{self.name}-{slot}", self.catalogue.picture(item, self.size), item in self.framed))
         where = f": {first + 1:,}–{first + len(page):,} of {n:,}" if n > self.n else ""
@@ -245,9 +247,10 @@ def plain_table(rows: Iterable[Sequence]) -> str:
 
 def item_html(catalogue: Catalogue, item: int, size: int = 180, text: int = 400) -> str:
     "An item's picture, title and the first `text` letters of its text."
-    picture, words = catalogue.picture(item, size), catalogue.table.text.iat[item]
+    picture, title = catalogue.picture(item, size), catalogue.table.title.iat[item]
+    words = f"{catalogue.table.text.iat[item]}. ".removeprefix(f"{title}. ").removesuffix(". ")
     image = f'<img src="{data_uri(picture)}" width="{size}">' if picture is not None else "<p>(no picture)</p>"
-    words = "" if words == catalogue.table.title.iat[item] else words[:text] + "…" * (len(words) > text)
+    words = words[:text] + "…" * (len(words) > text)
     return (f'<div style="line-height: 1.4">{image}<br><b>{html.escape(catalogue.title(item, 200))}</b><br>'
             f"{html.escape(words)}</div>")
 
@@ -634,9 +637,11 @@ class ScatterMap:
         "Move the points (I, 2), which are between -1 and 1."
         self.scatter.xy(*points.T, animate=False, **self.limits)
 
-    def paint(self, values: pd.Series) -> None:
-        "Colour the points by `values` (I,)."
-        self.scatter.color(by=values)
+    def paint(self, values: pd.Series, title: str) -> None:
+        "Colour the points by `values` (I,); the legend has a `title`."
+        number = not isinstance(values.dtype, pd.CategoricalDtype)
+        norm = SymLogNorm(1, vmin=values.min(), vmax=values.max()) if number and skewed(values) else None
+        self.scatter.color(by=values, norm=norm, labeling={"variable": title})
 
 # %% ../nbs/07a_explorers.ipynb #5281d56c
 NO_MAP = "A map to hover over and to slide needs jupyter-scatter: pip install 'ptmrec[maps]'."
@@ -651,7 +656,7 @@ class StillMap:
     def move(self, points: np.ndarray) -> None:
         "Nothing: the figure shows both ends."
 
-    def paint(self, values: pd.Series) -> None:
+    def paint(self, values: pd.Series, title: str) -> None:
         "Draw the figure anew."
         self.box.children[1].value = base64.b64decode(as_jpeg(self.draw(), 200))
 
@@ -694,7 +699,7 @@ class EmbeddingMap(Explorer):
 
     def paint(self):
         "Colour the points."
-        self.map.paint(colour_values(self.catalogue.table[self.color.value]))
+        self.map.paint(colour_values(self.catalogue.table[self.color.value]), self.color.value)
 
     def open(self, item: int | None):
         "Show an item beside the map; None: the mouse has left it, and the item stays."
@@ -721,13 +726,14 @@ def different_parameters(runs: Sequence[Run]) -> pd.DataFrame:
 @in_style
 def validation_curves(runs: Sequence[Run]):
     "The validation metric of each run over its epochs, as one figure."
-    figure, ax = plt.subplots(figsize=(5, 2.6))
+    figure, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
     for run in runs:
         history, metric = run.load_table("history.csv"), f"valid {run.params['metric']}"
         history = history.dropna(subset=[metric])
         ax.plot(history.epoch, history[metric], marker=".", label=run_name(run))
     ax.margins(y=0.1)
     ax.set(xlabel="epoch", ylabel=label(metric), ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     ax.legend(loc="lower right")
     return figure
 
@@ -736,7 +742,7 @@ def tested(a: Run, b: Run, metric: str = "recall@20") -> str:
     "The paired test of two runs, each in its best variant, as a sentence. Raises `DataError` if their data differ."
     t = compare(a, b, metric)
     sure = "a difference" if t["p"] < 0.05 else "no significant difference"
-    return (f"Test {label(metric)} of {run_name(a)} against {run_name(b)}: {t['before']:.4f} -> {t['after']:.4f}; per user "
+    return (f"Test {label(metric)} of {run_name(b)} against {run_name(a)}: {t['before']:.4f} -> {t['after']:.4f}; per user "
             f"{t['difference']:+.4f} [{t['low']:+.4f}, {t['high']:+.4f}], paired t-test over {t['users']:,} users "
             f"p = {t['p']:.2g}: {sure}.")
 
@@ -751,12 +757,12 @@ def safe_csv(table: pd.DataFrame) -> str:
 # %% ../nbs/07a_explorers.ipynb #a2b361b9
 def run_rows(table: pd.DataFrame) -> pd.DataFrame:
     "A table of `list_runs` as people read it: four decimals, whole seconds, short keys, nothing for what is missing."
-    shown = table.dropna(axis=1, how="all").astype(object)
+    shown = table.replace("", np.nan).dropna(axis=1, how="all").astype(object)
     formats = {"key": lambda key: key[:8], "valid": "{:.4f}".format, "test": "{:.4f}".format, "seconds": "{:,.0f}".format,
                "seed": "{:.0f}".format, "created": lambda time: time[:16].replace("T", " ")}
     for column in formats.keys() & set(shown):
         shown[column] = shown[column].map(formats[column], na_action="ignore")
-    return shown.fillna("")
+    return shown.fillna("").rename(columns={"by_hand": "stopped by hand"})
 
 # %% ../nbs/07a_explorers.ipynb #3cbb893c
 class RunExplorer(Explorer):
@@ -794,7 +800,7 @@ class RunExplorer(Explorer):
     def compare(self):
         "Test the two selected runs."
         if len(self.rows.selected_rows) != 2:
-            raise DataError(f"Click two rows of the table to compare them; {len(self.rows.selected_rows)} are selected.")
+            raise DataError(f"Click two rows of the table to compare them (selected now: {len(self.rows.selected_rows)}).")
         sentence = tested(*open_rows(self.table.iloc[self.rows.selected_rows]), self.metric.value)
         self.answer.value = f"<b>{html.escape(sentence)}</b>"
 

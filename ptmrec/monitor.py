@@ -204,7 +204,7 @@ def panel(on_stop) -> tuple:
     from ipywidgets import HTML, Button, HBox, VBox
 
     picture, line = HTML(), HTML()
-    stop = Button(description="Stop", icon="stop", tooltip="Ends after this epoch. The best so far is kept.",
+    stop = Button(description="Stop", icon="stop", tooltip="Ends after this step and a validation. The best so far is kept.",
                   layout={"width": "100px"})
     stop.on_click(lambda _: on_stop())
     let_through(stop)
@@ -223,7 +223,7 @@ def words(loop: Loop, name: str, seconds: float, waited: float, deaf: bool) -> s
     if loop.asked:
         best = best_row(loop.history, keep.metric) if keep else None
         kept = f" Best so far: epoch {best['epoch']}." if best else ""
-        return f"{name} stops after this epoch{f', which takes about {in_words(seconds)}' if seconds > 2 else ''}.{kept}"
+        return f"{name} stops after this step and a validation.{kept}"
     to_go = time_to_go(n, patience_ends(loop.history, keep, loop.epochs), loop.epochs, seconds)
     instead = " Clicks do not arrive here while a cell runs: to stop, interrupt the kernel." if deaf else ""
     return f"{name}, epoch {n} of {loop.epochs}, {in_words(waited)} so far" + (f"; {to_go}." if n else ".") + instead

@@ -40,7 +40,8 @@ from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, Tr
 class DataSettings(Settings):
     "The data set"
 
-    dataset: str = setting("sample", "a name in data/, or a folder", first=True, changes_result=False, min_length=1)
+    dataset: str = setting("sample", "a name in data/, or a folder", first=True, changes_result=False, min_length=1,
+                           allowed="a name or a folder (derived.write_data makes one)")
     min_rating: float | None = setting(None, "interactions rated at least this are positives; None: all",
                                        gt=-MAX_RATING, lt=MAX_RATING)
     core: int = setting(0, "keep the iterated k-core; 0: everything", ge=0, le=1_000_000)
@@ -328,7 +329,7 @@ def train_backbone(
         started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = rate.factor * lr * backbone.lr_decay ** ((epoch - 1) / 50)
-        return train_one_epoch(backbone, optimiser, sampler.epoch(batch_size))
+        return train_one_epoch(backbone, optimiser, loop.steps(sampler.epoch(batch_size)))
 
     def validate_epoch(epoch):
         return validate(backbone, evaluator, metric) | {"seconds": time.perf_counter() - started}

@@ -23,6 +23,7 @@ if __name__ == "__main__" and "__file__" in globals():  # as a program, a stop d
 # %% ../nbs/05_stage2.ipynb #fbc578ee
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
@@ -252,14 +253,13 @@ class MissingImages(Callback):
         self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
 
 # %% ../nbs/05_stage2.ipynb #ae9e7b0b
-def tune_one_epoch(model: Stage2, optimiser, sampler: TripleSampler, batches: list, accumulate: int) -> dict:
-    """One pass over `batches` of pairs, `accumulate` per step (the last step may have fewer); returns mean loss terms.
+def tune_one_epoch(model: Stage2, optimiser, sampler: TripleSampler, steps: Iterable[list]) -> dict:
+    """One pass over the `steps`, each a list of batches of pairs; returns mean loss terms.
 
     Raises `Diverged`.
     """
     total, losses = {}, []
-    for n in range(0, len(batches), accumulate):
-        group = batches[n : n + accumulate]
+    for group in steps:
         for batch in group:
             users, pos = (x.to(model.backbone.user.device) for x in batch)
             terms = model.losses(users, pos, sampler.negatives(users))
@@ -269,7 +269,7 @@ def tune_one_epoch(model: Stage2, optimiser, sampler: TripleSampler, batches: li
         sum_gradients(model.parameters())
         optimiser.step()
         optimiser.zero_grad()
-    means = {k: float(v) / len(batches) for k, v in all_reduce(total).items()}
+    means = {k: float(v) / len(losses) for k, v in all_reduce(total).items()}
     if not all(map(math.isfinite, means.values())):  # on all ranks, then, for they have the same means
         check_losses([all_reduce(batch) for batch in losses], means)
     return {"loss": sum(means.values())} | means
@@ -288,15 +288,13 @@ def validate_tuned(model: Stage2, evaluator: Evaluator, feature_space: str, metr
 
 # %% ../nbs/05_stage2.ipynb #411006f3
 def tune(
-    model: Stage2, evaluator: Evaluator,
-    project_lr: float = 1e-2,
+    model: Stage2, evaluator: Evaluator, project_lr: float = 1e-2,
     batch_by: str = "items",  # or "interactions"
     batch_size: int = 128, accumulate: int = 1,  # batches per optimiser step
     epochs: int = 20, validate_every: int = 5,  # epochs
     patience: int | None = None,  # validations without a better one that end the training; None: never
     feature_space: str = "projected",  # of the item graphs
-    name: str = "Stage 2",  # on the progress bar
-    checkpoint=None,  # a file to go on from
+    name: str = "Stage 2", checkpoint=None,  # on the progress bar; a file to go on from
     metric: str = "recall@20",  # the validated epoch where it is best is kept
     on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
 ) -> pd.DataFrame:
@@ -316,7 +314,9 @@ def tune(
             group["lr"] = rate.factor * lr
         if model.tune_backbone:
             optimiser.param_groups[0]["lr"] *= backbone.lr_decay ** ((epoch - 1) / 50)
-        return tune_one_epoch(model, optimiser, sampler, list(make_batches(batch_by, user, item, batch_size)), accumulate)
+        batches = list(make_batches(batch_by, user, item, batch_size))
+        steps = [batches[n : n + accumulate] for n in range(0, len(batches), accumulate)]  # the last may have fewer
+        return tune_one_epoch(model, optimiser, sampler, loop.steps(steps))
 
     def validate_epoch(epoch):
         due = epoch % validate_every == 0 or epoch == epochs or loop.by_hand

@@ -165,13 +165,13 @@ class Loop:
     ):
         self.module, self.optimiser, self.callbacks = module, optimiser, callbacks
         self.train_epoch, self.validate = train_epoch, validate
-        self.history, self.stop, self.asked, self.by_hand = [], False, False, False
+        self.history, self.stop, self.asked, self.by_hand, self.cut = [], False, False, False, {}
 
     def _epochs(self):
         while len(self.history) < self.epochs and not self.stop:
-            self.epoch = len(self.history) + 1
+            self.epoch, self.cut = len(self.history) + 1, {}
             try:
-                row = {"epoch": self.epoch} | self.train_epoch(self.epoch)
+                row = {"epoch": self.epoch} | self.train_epoch(self.epoch) | self.cut
                 self.stop = self.by_hand = self.asked
                 self.history.append(row | self.validate(self.epoch))
                 _notify(self, "after_epoch")
@@ -225,9 +225,11 @@ def best_so_far(loop: Loop) -> KeepBest | None:
 
 
 def how_it_ended(loop: Loop) -> str:
-    "`stopped at epoch 62, best 42`, `stopped by hand at epoch 50, best 42`, or `ran all 62 epochs, best 42`."
+    "`stopped at epoch 62, best 42`, `stopped by hand at epoch 50, step 7, best 42`, or `ran all 62 epochs, best 42`."
     n, keep = len(loop.history), best_so_far(loop)
-    ended = f"stopped{' by hand' * loop.by_hand} at epoch {n}" if n < loop.epochs else f"ran all {n} epochs"
+    steps = loop.history[-1].get("steps") if n else None
+    ended = f"ran all {n} epochs" if n == loop.epochs and not steps else f"stopped{' by hand' * loop.by_hand} at epoch {n}"
+    ended += f", step {steps}" * bool(steps)
     return f"{ended}, best {keep.state['epoch']}" if keep else ended
 
 # %% ../nbs/03b_training.ipynb #c1b2b617
@@ -263,11 +265,20 @@ class Progress(Callback):
 
 # %% ../nbs/03b_training.ipynb #5a0f3c13
 def _end_by_hand(loop) -> None:
-    "End after the epoch at hand, as if patience had run out; from any thread."
+    "End after the step at hand, as if patience had run out; from any thread."
     loop.asked = True
 
 
-Loop.end_by_hand = _end_by_hand
+def _steps(loop, batches: Iterable) -> Iterator:
+    "The batches of an epoch, one after the other, until `end_by_hand` is called."
+    for step, batch in enumerate(batches):
+        if step and loop.asked:
+            loop.cut = {"steps": step}
+            return
+        yield batch
+
+
+Loop.end_by_hand, Loop.steps = _end_by_hand, _steps
 
 # %% ../nbs/03b_training.ipynb #23b8399e
 def take_snapshot(loop: Loop) -> dict:

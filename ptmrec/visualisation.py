@@ -7,14 +7,16 @@ __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS',
            'item_statistics', 'Catalogue', 'neighbours', 'RunView', 'view', 'item_tables', 'user_number', 'in_style',
            'installed_fonts', 'printable', 'save', 'shown_title', 'SheetRow', 'sheet', 'neighbour_sheet', 'user_gains',
            'recommendation_sheet', 'show_what_changed', 'training_curves', 'principal_plane', 'turned_onto',
-           'aligned_maps', 'most_frequent', 'embedding_map', 'random_cosines', 'batch_distributions', 'domain_gap',
-           'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front',
-           'cost_against_quality', 'hits_by_popularity', 'who_gains']
+           'aligned_maps', 'most_frequent', 'skewed', 'embedding_map', 'random_cosines', 'batch_distributions',
+           'domain_gap', 'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms',
+           'on_front', 'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
 # %% ../nbs/07_visualisation.ipynb #e9991fa6
+import contextlib
 import functools
 import html
 import importlib
+import logging
 import re
 import textwrap
 import unicodedata
@@ -175,7 +177,7 @@ def user_number(data: RecData, user) -> int:
     "The number of a user by its original id; raises `DataError` if there is none."
     number = int(pd.Index(data.inter.user_ids).get_indexer([user])[0])
     if number < 0:
-        raise DataError(f"There is no user {user!r} in {data.name}; the first one is {data.inter.user_ids[0]!r}.")
+        raise DataError(f"There is no user {user!r} in {data.name}; the first one is {data.inter.user_ids.tolist()[0]!r}.")
     return number
 
 
@@ -199,6 +201,7 @@ STYLE = sns.axes_style("ticks") | sns.plotting_context("paper") | {
     "legend.fontsize": 7, "legend.title_fontsize": 7, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.prop_cycle": cycler(color=sns.color_palette("colorblind")), "image.cmap": "viridis",
     "figure.dpi": 120, "savefig.dpi": 300, "pdf.fonttype": 42}
+logging.getLogger("matplotlib.font_manager").addFilter(lambda record: "Failed to find font weight" not in record.msg)
 
 
 def in_style(draw: Callable) -> Callable:
@@ -215,13 +218,18 @@ def in_style(draw: Callable) -> Callable:
 # %% ../nbs/07_visualisation.ipynb #52b2c636
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "WenQuanYi Micro Hei",
          "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic",
-         "Malgun Gothic", "Arial Unicode MS", "Noto Sans Arabic", "Noto Emoji", "Segoe UI Emoji", "Symbola", "Unifont")
+         "Malgun Gothic", "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji",
+         "Segoe UI Emoji", "Symbola", "Unifont")
 
 
 @functools.cache
 def installed_fonts() -> dict[str, frozenset[int]]:
     "Those of `FONTS` that are installed, with the characters they have; DejaVu Sans comes with matplotlib."
-    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = font_manager.fontManager
+    for path in set(font_manager.findSystemFonts()) - {font.fname for font in fonts.ttflist}:
+        with contextlib.suppress(Exception):  # a bitmap font, or a damaged one
+            fonts.addfont(path)
+    installed = {font.name for font in fonts.ttflist}
     return {name: frozenset(font_manager.get_font(font_manager.findfont(name)).get_charmap())
             for name in FONTS if name in installed}
 
@@ -248,7 +256,8 @@ def save(figure: Figure, stem: str | Path, formats: Sequence[str] = ("png", "svg
 def shown_title(catalogue: Catalogue, item: int, width: int, lines: int) -> str:
     "A title as `printable`; its id if no character of it can be shown."
     title = printable(catalogue.title(item, width, lines))
-    return title if any(c.isalnum() for c in title) else f"{printable(str(catalogue.table.item.iat[item]))} �"
+    empty = "�" in title and not any(c.isalnum() for c in title)
+    return f"{printable(str(catalogue.table.item.iat[item]))} �" if empty else title
 
 
 class SheetRow(NamedTuple):
@@ -377,7 +386,7 @@ def show_what_changed(run: Run | RunView) -> Figure:
 def _stage_curves(axes, stage: Run, name: str, start: int, color) -> int:
     "Draw the history of one stage from epoch `start` on; returns its last epoch."
     history, metric = stage.load_table("history.csv"), f"valid {stage.params['metric']}"
-    terms = [c for c in history if c not in ("epoch", "seconds") and not c.startswith(("valid", "Unnamed"))]
+    terms = [c for c in history if c not in ("epoch", "seconds", "steps") and not c.startswith(("valid", "Unnamed"))]
     loss = history["loss"] if "loss" in history else history[terms].sum(axis=1)
     axes[0].plot(start + history.epoch, loss / loss.iloc[0], color=color, label=name)
     valid = history.dropna(subset=[metric])
@@ -471,16 +480,20 @@ def most_frequent(values: pd.Series, most: int = 7) -> pd.Series:
     return pd.Series(pd.Categorical(text, kept), values.index)
 
 # %% ../nbs/07_visualisation.ipynb #cd7d4af1
+def skewed(values: pd.Series) -> bool:
+    "Whether a logarithmic scale shows more of some numbers: none is negative, and the largest is over 10 times the median."
+    return bool(values.min() >= 0 and values.max() > 10 * values.median())
+
+
 def _scatter(ax, points, values, size):
     "Points (I, 2) coloured by `values`; returns what a colour bar needs, or None."
     ax.set(xticks=[], yticks=[], aspect="equal")
     ax.spines[:].set_visible(False)
     how = {"s": size, "linewidths": 0, "rasterized": True}
     if not isinstance(values.dtype, pd.CategoricalDtype):
-        skewed = values.min() >= 0 and values.max() > 20 * values.median()
         ax.scatter(*points[values.isna()].T, color="0.8", **how)
         known = values.notna()
-        return ax.scatter(*points[known].T, c=values[known], norm="symlog" if skewed else "linear", **how)
+        return ax.scatter(*points[known].T, c=values[known], norm="symlog" if skewed(values) else "linear", **how)
     for number, name in enumerate(values.cat.categories):
         color = "0.8" if name.startswith("other (") or name == "none" else f"C{number}"
         ax.scatter(*points[values == name].T, color=color, label=printable(cut(name, 20)), **how)
@@ -645,7 +658,7 @@ def attention_maps(
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    figure.colorbar(scale, ax=axes, label="attention (1 = even share)", shrink=0.7)
+    figure.colorbar(scale, ax=axes, label="attention\n(1 = even share)", shrink=0.8)
     return figure
 
 # %% ../nbs/07_visualisation.ipynb #8f24fd5f

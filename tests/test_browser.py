@@ -1,9 +1,13 @@
 """Notebooks and their explorers in JupyterLab, used with the mouse in a real browser."""
+import os
 import re
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from browser import copy_notebook, jupyter_lab, needs_browser
+from PIL import Image
 from small import SHORT, make_shop
 
 pytestmark = needs_browser
@@ -61,23 +65,77 @@ def test_what_goes_wrong_is_heard(lab):
         assert "a script failed" in notebook.complaints()
 
 
+def complaints(notebook):
+    "All that should not be there, but for the warning that the tiny CLIP has not seen the pictures of a data set."
+    lines = notebook.complaints().splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("Warning: The tiny CLIP has only seen drawings")]
+
+
 @pytest.mark.parametrize("name", ["04_stage1", "05_stage2"])
 def test_experiments_run_in_the_page(lab, name):
-    "From the first cell to the last, on a small data set, without a word on stderr but the warning about the tiny CLIP."
+    "From the first cell to the last, on a small data set."
     settings = {k: v for k, v in SHORT.items() if name == "05_stage2" or k in ("epochs", "n_seeds", "device")}
     path = copy_notebook(name, lab.folder, dataset=str(lab.folder.parent / "shop"), **settings)
     with lab.open(path) as notebook:
         notebook.run_all()
-        errors = [line for line in notebook.console if line.startswith("error")]
-        assert errors == []
+        assert complaints(notebook) == []
         assert any("image/png" in output.get("data", {}) for output in notebook.outputs())
 
 
 def test_figures_run_in_the_page(lab):
     with lab.open(copy_notebook("07_visualisation", lab.folder)) as notebook:
         notebook.run_all()
-        assert [line for line in notebook.console if line.startswith("error")] == []
+        assert complaints(notebook) == []
         assert sum("image/png" in output.get("data", {}) for output in notebook.outputs()) > 10
+
+
+def test_explorers_run_in_the_page(lab):
+    "The whole notebook, with the run of 07."
+    path = copy_notebook("07a_explorers", lab.folder)
+    source, run = path.read_text(), "run_stage2(n_seeds=1"
+    assert source.count(run) == 1
+    path.write_text(source.replace(run, f"{run}, epochs=30, stage2_epochs=4, validate_every=2"))
+    with lab.open(path) as notebook:
+        notebook.run_all()
+        assert complaints(notebook) == []
+        widgets = [o for o in notebook.outputs() if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
+        assert len(widgets) >= 5 and not notebook.page.locator(".widget-html b[style*='#D55E00']").count()
+
+
+CLOCK = """text => new Promise(done => {
+    const cards = () => [...document.querySelectorAll("button[class*=ptmrec-]")].filter(e => e.offsetParent)
+    const shown = () => [...document.querySelectorAll(".widget-html")].map(e => e.innerText).join()
+    const act = text.startsWith("card") ? cards()[Number(text.slice(4))]
+        : [...document.querySelectorAll("button")].find(e => e.offsetParent && e.innerText.trim() === text)
+    const before = shown(), began = performance.now()
+    const look = () => shown() === before ? requestAnimationFrame(look) : done(performance.now() - began)
+    act.click()
+    look()
+})"""
+
+
+def test_25_000_items_are_answered_at_once(lab):
+    "A click is answered in less than 300 ms after the first, in the median: a machine with other work may be slow at times."
+    n, rng = 25_000, np.random.default_rng(0)
+    folder = lab.folder.parent / "big"
+    (folder / "images").mkdir(parents=True)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 255, (96, 64, 3), np.uint8)).save(folder / "images" / f"{i}.jpg")
+    for i in range(20, n):
+        os.link(folder / "images" / f"{i % 20}.jpg", folder / "images" / f"{i}.jpg")
+    pairs = pd.DataFrame({"user": np.repeat(np.arange(n), 5), "item": (np.arange(5 * n) * 7919) % n}).drop_duplicates()
+    pairs.to_csv(folder / "interactions.csv", index=False)
+    pd.DataFrame({"item": range(n), "title": [f"{['mug', 'hat', 'lamp'][i % 3]} number {i}" for i in range(n)]}).to_csv(
+        folder / "items.csv", index=False)
+    with lab.open(written(lab, "big", "from ptmrec.explorers import explore", f"explore({str(folder)!r})")) as notebook:
+        notebook.run_all()
+        assert notebook.page.get_by_text(f"{n:,} of {n:,} items").count() == 1
+        took = []
+        for act in ("card3", "▶", "card7", "card9", "▶", "card1", "card25", "card4", "▶"):
+            took.append(notebook.page.evaluate(CLOCK, act))
+            notebook.settle()
+        assert np.median(took[1:]) < 300, took
+        assert complaints(notebook) == []
 
 
 RUN = """from ptmrec.explorers import *

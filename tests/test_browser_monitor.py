@@ -65,7 +65,7 @@ def test_stop_leaves_a_finished_run(lab):
         stop(notebook).click()
         notebook.wait()
         key, words = next((run.key, run.by_hand) for run in list_runs().itertuples() if run.by_hand)
-        assert re.fullmatch(r"Stage 1 stopped by hand at epoch \d+, best \d+", words)
+        assert re.fullmatch(r"Stage 1 stopped by hand at epoch \d+(, step \d+)?, best \d+", words)
         run = open_run(key)
         assert run.finished and len(run.load_table("history.csv")) == int(re.search(r"epoch (\d+)", words)[1]) < 7777
         text = saved(notebook)

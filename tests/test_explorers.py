@@ -146,6 +146,24 @@ def test_the_map_slides_and_paints(shop):
     assert explorer.message.value == "", explorer.message.value
 
 
+def test_the_legend_of_the_map_is_named_and_tells_skewed_numbers_apart():
+    pytest.importorskip("jscatter", reason="the extra `maps` is not installed")
+    scatter = explorers.ScatterMap(5, print, print)
+    for values, ends in (([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]), ([0, 1, 1, 1, 99], [0, 0.7, 2.8, 16.6, 99])):
+        scatter.paint(pd.Series(values), "interactions")
+        legend = scatter.scatter.widget.legend_encoding["color"]
+        assert legend["variable"] == "interactions"
+        assert np.allclose([value for value, *_ in legend["values"]], ends, atol=0.1)
+
+
+def test_an_item_is_not_said_twice(shop):
+    catalogue = Catalogue(load_data(shop[0]))
+    for title, text in (("Mug", "Mug"), ("Mug", "Mug. Orvik. A blue mug."), ("", "A blue mug."), ("Mug", "Mugs of all")):
+        catalogue.table.loc[0, ["title", "text"]] = title, text
+        body = explorers.item_html(catalogue, 0).split("</b><br>")[1].removesuffix("</div>")
+        assert body == {"Mug": "", "Mug. Orvik. A blue mug.": "Orvik. A blue mug."}.get(text, text)
+
+
 def test_the_map_without_its_extra_is_a_figure(shop, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "jscatter", None)
     explorer = explorers.EmbeddingMap(shop[1])

@@ -65,6 +65,25 @@ def test_a_click_ends_the_training_after_the_epoch_and_keeps_the_best(first):
     assert how_it_ended(loop) == "stopped by hand at epoch 4, best 2"
 
 
+def test_a_click_ends_an_epoch_in_the_middle(tmp_path):
+    seen = []
+
+    def train_epoch(epoch):
+        for batch in loop.steps(range(50)):
+            seen.append((epoch, batch))
+            if (epoch, batch) == (3, 11):
+                watcher.stop.click()
+        return {"loss": 1.0}
+
+    watcher = Monitor("Toy", TITLES)
+    loop = loop_of([0.1, 0.5, 0.2], watcher, Checkpoint(tmp_path / "c.pt"), train_epoch=train_epoch)
+    history = loop.run(3)
+    assert seen[-1] == (3, 11) and len(seen) == 112 and history.steps.tolist()[2] == 12 and history.score.tolist()[2] == 0.2
+    assert how_it_ended(loop) == "stopped by hand at epoch 3, step 12, best 2" and loop.module.weight.item() == 2
+    again = loop_of([0.1, 0.5, 0.2], Progress("Toy", TITLES), Checkpoint(tmp_path / "c.pt"))
+    assert again.run(3).equals(history) and how_it_ended(again) == how_it_ended(loop)
+
+
 def test_a_click_in_the_last_epoch_is_no_stop():
     watcher = Clicked("Toy", TITLES)
     watcher.at = 3
@@ -213,7 +232,8 @@ def test_every_training_of_stage_2_is_named(small, monkeypatch):
     run, = runs
     assert list(run.ended) == ["Stage 1", "Stage 2", "continued", "fresh"] and run.by_hand.count("by hand at epoch 2") == 4
     assert run.load_table("history.csv")["valid recall@20"].notna().tolist() == [False, True]  # the last one is validated
-    assert "Stage 2 stopped by hand at epoch 2, best 2" in run.by_hand
+    assert "Stage 2 stopped by hand at epoch 2, step 1, best 2" in run.by_hand  # of five
+    assert run.load_table("history.csv").steps.tolist()[1] == 1
     text = report(runs, controls)
     assert f"vbpr + prompt, seed 0: {run.by_hand}." in text and "vbpr + none, seed 0: Stage 1 stopped by hand" in text
 

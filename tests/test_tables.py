@@ -11,6 +11,9 @@ from PIL import Image
 
 from ptmrec.clip_prompting import cut_texts, load_clip, warn_of_cut_texts
 from ptmrec.data import RecData, describe, load_data
+from ptmrec.derived import write_data
+from ptmrec.settings import SettingError, resolve
+from ptmrec.stage1 import run_stage1
 from ptmrec.tables import OTHER_SPELLINGS, SPELLINGS, DataError, find_encoding, read_table, standard_columns
 
 ROWS = [(u, f"{i:04}", (u + i) % 3 + 3, 1_400_000_000 + 10 * u + i) for u in (7, 12) for i in range(4)]
@@ -224,8 +227,46 @@ def test_no_spelling_means_two_things():
 
 
 def test_a_table_without_a_header_is_one_sentence(home):
-    with pytest.raises(DataError, match="has no user column; its columns are 7, 0000, .* The first line must name them"):
+    with pytest.raises(DataError, match="has no user column; its columns are 7, 0000, .* must have a name like user"):
         load(folder_of(home, {"ratings.csv": TABLE.to_csv(index=False, header=False)}))
+
+
+@pytest.mark.parametrize("name", ["orders.csv", "reviews.jsonl.gz"])
+def test_a_table_of_another_name_is_named(home, name):
+    with pytest.raises(DataError, match=rf"no interactions file \(it has {name}\). Name a table with the columns user and"):
+        load(folder_of(home, {name: text(TABLE, ",") if name.endswith("csv") else gzip.compress(lines(TABLE).encode())}))
+
+
+def test_items_of_another_name_are_said_to_be_unread(home):
+    folder = folder_of(home, {"interactions.csv": text(TABLE, ","), "products.csv": "item,title\n0000,Mug\n"})
+    data, said = load(folder)
+    assert len(said) == 1 and "products.csv is not read. A table of items is called items, movies or plots" in said[0]
+    (folder / "products.csv").rename(folder / "items.csv")
+    assert load(folder)[0].texts[0] == "Mug" and not any("is not read" in note for note in load(folder)[1])
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_decimal_commas_are_read_and_said(home, separator):
+    table = TABLE.assign(rating=[f"{3 + n / 4:g}".replace(".", ",") for n in range(len(TABLE))])
+    data, said = load(folder_of(home, {"interactions.csv": text(table, separator)}), min_rating=3.25)
+    assert len(data.inter) == len(TABLE) - 1 and "6 ratings have a decimal comma; 3,25 is read as 3.25" in said[0]
+
+
+def test_what_is_no_folder_is_one_sentence(home):
+    folder = folder_of(home, {"interactions.csv": text(TABLE, ",")})
+    with pytest.raises(DataError, match=f"interactions.csv is a file. Give the folder that it is in: {folder}"):
+        load_data(folder / "interactions.csv")
+    with pytest.raises(DataError, match="not as DataFrame. RecData.from_frames makes one"):
+        load_data(TABLE)
+
+
+def test_frames_become_a_folder_that_experiments_take(home):
+    data = RecData.from_frames(TABLE, pd.DataFrame({"item": ["0000", "0002"], "title": ["Mug", "Hat"]}))
+    folder = write_data(data, str(home / "mine"))
+    assert load(folder)[0].fingerprint() == data.fingerprint()
+    resolve(run_stage1.experiment, {"dataset": str(folder)})
+    with pytest.raises(SettingError, match=r"a name or a folder \(derived.write_data makes one\)"):
+        run_stage1(dataset=data)
 
 
 # Encodings and texts
@@ -272,8 +313,8 @@ def test_movies_of_movielens(home):
 def test_entities_become_characters_and_are_counted(home):
     data, said = items_of(home, ["Salt &amp; pepper", "10&quot; pan &#233;", "AT&T R&D; Lock&notch", "plain"])
     assert data.texts == ["Salt & pepper", '10" pan é', "AT&T R&D; Lock&notch", "plain"]
-    assert said == ["2 of 4 texts have HTML entities such as &amp;; they are read as the characters."]
-    assert describe(data).loc["note 1", "shop"] == said[0]
+    assert said == ["2 of 4 texts have HTML entities (&amp; for one), which are read as characters."]
+    assert " ".join(describe(data)["shop"].tolist()).endswith(said[0]) and describe(data)["shop"].str.len().max() <= 50
 
 
 def test_cut_texts_are_counted(home):
@@ -429,7 +470,7 @@ def test_fingerprints_stay(name, home):
 
 def test_entities_of_movielens(movielens, home):
     data, said = load(movielens)
-    assert "6 of 9,724 texts have HTML entities such as &frac12;" in " ".join(said)
+    assert "6 of 9,724 texts have HTML entities (&frac12; for one)" in " ".join(said)
     assert "3,627 of 9,724 items have a picture" in " ".join(said)
     assert any("watching 8½ (1963)" in t for t in data.texts) and not any("&amp;" in t for t in data.texts)
 

@@ -204,6 +204,33 @@ def test_what_no_font_has_is_said_once():
     assert shown == [f"A � of {n} kinds" for n in range(3)] and len(said) == 1
 
 
+@pytest.mark.parametrize("script, title", [("Chinese", "蓝色陶瓷马克杯"), ("Japanese", "青いマグ"), ("Korean", "머그컵"),
+                                           ("Arabic", "كوب أزرق"), ("emoji", "🎁🎂")])
+def test_a_script_is_written_where_a_font_has_it(script, title, caplog):
+    "With Debian's fonts-noto-cjk and fonts-symbola, which CI installs, in bold too."
+    known = set().union(*vis.installed_fonts().values())
+    if any(ord(c) not in known for c in title):
+        pytest.skip(f"no font with {script} is installed (fonts-noto-cjk, fonts-symbola)")
+    data = RecData.from_frames(pd.DataFrame({"user": [0] * 5, "item": range(5), "split": [0, 0, 0, 1, 2]}),
+                               pd.DataFrame({"item": range(5), "title": title}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = vis.sheet(vis.Catalogue(data), [vis.SheetRow(title, range(5))])
+        figure.canvas.draw()
+    assert not caplog.records and not any("�" in text for text in written(figure))
+    assert sum(title[:2] in text for text in written(figure)) >= 5
+
+
+def test_a_font_that_was_installed_since_is_found(monkeypatch):
+    "matplotlib remembers the fonts that it found once."
+    fonts = vis.font_manager.fontManager
+    new = next(font for font in fonts.ttflist if font.name == "cmr10")
+    monkeypatch.setattr(fonts, "ttflist", [font for font in fonts.ttflist if font.name != "cmr10"])
+    monkeypatch.setattr(vis.font_manager, "findSystemFonts", lambda: [new.fname, "/no/such/font.ttf"])
+    monkeypatch.setattr(vis, "FONTS", ("DejaVu Sans", "cmr10"))
+    assert set(vis.installed_fonts.__wrapped__()) == {"DejaVu Sans", "cmr10"}
+
+
 def test_neighbours_are_the_nearest():
     table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     cosine = F.cosine_similarity(table[7:8], table)
