@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -46,9 +47,12 @@ def here(monkeypatch):
     done = []
 
     def run(notebook, output, parameters, *more):
-        done.append(parameters)
+        done.append(parameters.get("parameters", parameters))
         try:
-            grids.NOTEBOOKS[os.path.basename(notebook).removesuffix(".ipynb")](**parameters)
+            if notebook == "ptmrec.grids.trial":
+                grids.trial(**parameters)
+            else:
+                grids.NOTEBOOKS[os.path.basename(notebook).removesuffix(".ipynb")](**parameters)
         except FloatingPointError as error:
             return {"seconds": 1.0, "peak_mb": 1.0, "error": f"{type(error).__name__}: {error}"}
         return {"seconds": 1.0, "peak_mb": 1.0, "error": None}
@@ -131,6 +135,43 @@ def test_a_cluster_whose_worker_dies(shop, runs):
     assert len(pids) == 2 and table.key.nunique() == 3 and not table.reused.any()
 
 
+STOPPED = """
+import dask.distributed as d
+from ptmrec.grids import grid
+
+if __name__ == "__main__":
+    with d.LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, d.Client(cluster) as c:
+        grid("04_stage1", {base}, {{"emb_size": [8, 16, 32]}}, [0], "stopped", client=c)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc, as on Linux")
+@pytest.mark.parametrize("to_group", [False, True])
+def test_ctrl_c_ends_the_runs_on_a_cluster(shop, runs, tmp_path, to_group):
+    "To the process alone, as the Stop button, and to all, as a terminal does: no process is left, and the same call goes on."
+    pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 100_000, "patience": 100_000}
+    (tmp_path / "stopped.py").write_text(STOPPED.format(base=base))
+    first = subprocess.Popen([sys.executable, tmp_path / "stopped.py"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    while len(list((runs / "stage1").glob("*/*/run.json"))) < 2:
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.05)
+    started = below(first.pid)
+    (os.killpg if to_group else os.kill)(first.pid, signal.SIGINT)
+    said, _ = first.communicate(timeout=120)
+    for _ in range(600):
+        if not any(map(alive, started)):
+            break
+        time.sleep(0.05)
+    assert not any(map(alive, started)) and first.returncode != 0
+    assert "Stopped: 0 of 3 runs are done" in said and "The same call goes on." in said, said
+    left = [path.name for path in (runs / "stage1").rglob("*") if path.is_file() and "lock" not in path.name]
+    assert set(left) <= {"run.json", "checkpoint.pt"}, left
+    table = grid("04_stage1", base | {"epochs": 1}, {"emb_size": [8]}, [0], "stopped", at_once=1)
+    assert table.status.tolist() == ["finished"]
+
+
 def test_a_process_that_dies_says_so(tmp_path):
     outcome = run_notebook(str(tmp_path / "none.ipynb"), str(tmp_path / "out.ipynb"), {})
     assert "ended with status 1" in outcome["error"] and "none.ipynb" in outcome["error"]
@@ -173,8 +214,41 @@ def test_cells_that_make_the_same_run_wait(shop):
 
     stage1 = set()
     with ThreadPoolExecutor(4) as pool:
-        run_cells(cells, submit, lambda cell: grids.claims("05_stage2", cell), at_once=4)
+        run_cells(cells, submit, lambda cell: grids.claims("05_stage2", True, cell), at_once=4)
     assert {cell.status for cell in cells} == {"finished"} and most == 2
+
+
+@pytest.mark.parametrize("gpus, most", [(["cuda:0", "cuda:0", "cuda:0"], 1), (["cuda:0", "cuda:1", "cuda:0"], 2), ([None] * 3, 3)])
+def test_a_gpu_has_one_run_at_a_time(gpus, most):
+    cells, running, seen = [Cell({}, {}, None) for _ in gpus], [], []
+
+    def submit(cell):
+        running.append(cell)
+        seen.append(len(running))
+
+        def work():
+            time.sleep(0.05)
+            running.remove(cell)
+            return {"error": None}
+
+        return pool.submit(work)
+
+    with ThreadPoolExecutor(3) as pool:
+        run_cells(cells, submit, lambda cell: set(), at_once=3, alone_on=lambda cell: gpus[cells.index(cell)])
+    assert max(seen) == most and {cell.status for cell in cells} == {"finished"}
+
+
+@pytest.mark.parametrize("resources, n_gpus, device, asked", [
+    ({"GPU": 1.0}, 1, "auto", {"GPU": 1}), ({}, 0, "auto", {}), ({}, 2, "cpu", {}), ({}, 2, "auto", None)])
+def test_workers_say_how_many_gpus_they_have(resources, n_gpus, device, asked):
+    client = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": {"a": {"resources": resources}}},
+                             run=lambda function: {"a": n_gpus})
+    cells = [Cell({}, {}, SimpleNamespace(device=device))]
+    if asked is None:
+        with pytest.raises(SettingError, match="--resources 'GPU=1'"):
+            grids.gpu_per_run(client, cells)
+    else:
+        assert grids.gpu_per_run(client, cells) == asked
 
 
 def test_a_failed_maker_leaves_the_run_to_the_next():
@@ -421,6 +495,8 @@ def test_equal_budgets_choose_on_validation_and_hide_the_test(shop, runs, here):
     assert trials.method.value_counts().to_dict() == {"BPR": 3, "LightGCN": 3}
     kept = pd.read_parquet(runs / "grids" / "tuned-trials" / "table.parquet")
     assert not [c for c in (*trials, *kept) if "test" in c] and "valid recall@20" in kept
+    states = trials.assign(state=[open_run(key).state for key in trials.key]).groupby("method").state
+    assert states.value_counts().to_dict() == {(m, s): n for m in spaces for s, n in (("finished", 1), ("trained", 2))}
     for method, rows in trials.groupby("method"):
         winner = rows.loc[rows["valid recall@20"].idxmax()]
         assert (table[table.cell == method].lr == winner.lr).all()
