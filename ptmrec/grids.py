@@ -6,9 +6,10 @@
 __all__ = ['NOTEBOOKS', 'labelled_changes', 'combinations', 'Cell', 'plan', 'light_inputs', 'expected_run', 'finished_run',
            'claims', 'run_cells', 'outcome_of', 'forecast', 'gpu_of', 'how_many', 'time_left', 'status_table', 'Watch',
            'run_row', 'as_table', 'runs_table', 'grid_table', 'trial', 'work_of', 'gpu_per_run', 'cluster_event',
-           'find_result', 'run_left', 'grid']
+           'wait_for_workers', 'find_result', 'run_left', 'grid']
 
 # %% ../nbs/05c_grids.ipynb #24b9e21e
+import contextlib
 import itertools
 import json
 import math
@@ -363,6 +364,14 @@ def cluster_event(client):
 
     return Event(f"ptmrec-{secrets.token_hex(4)}", client=client)
 
+
+def wait_for_workers(futures: list, seconds: float = 10) -> None:
+    "Wait until `futures` of a cluster have ended; those of workers that Ctrl-C reached as well never do."
+    from dask.distributed import wait
+
+    with contextlib.suppress(TimeoutError):
+        wait(futures, timeout=seconds)
+
 # %% ../nbs/05c_grids.ipynb #2bc6b695
 def find_result(cell: Cell, test: bool = True) -> None:
     "Look for the finished run of a cell, or without `test` a trained one; a process that ended well without is a failure."
@@ -400,8 +409,8 @@ def run_left(notebook, cells, left, folder, watch, threads=1, client=None, test=
             raise
         finally:
             stop.set()  # Ctrl-C and the Stop button end the processes, on workers too
-            for future in started:
-                outcome_of(future)
+            if client:
+                wait_for_workers(started)
     after_each()
 
 # %% ../nbs/05c_grids.ipynb #8dda1938
