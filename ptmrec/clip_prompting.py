@@ -23,7 +23,7 @@ import tempfile
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -782,15 +782,15 @@ class ItemContent(nn.Module):
     items have an image. Raises `DataError` if there is nothing to encode.
     """
 
-    def __init__(self, clip: Clip, data: RecData):
+    def __init__(self, clip: Clip, data: RecData, modalities: Iterable[str] = ("image", "text")):
         super().__init__()
         self.clip, self.data_name, self.n_items, self.device = clip, data.name, data.inter.n_items, clip.mean.device
         self.modalities = []
         with main_first():
-            if any(data.images):
+            if "image" in modalities and any(data.images):
                 self.pixels, self.seen = image_map(data, clip.image_size, clip.resize_mode, clip.interpolation)
                 self.modalities += ["image"] if self.seen.any() else []
-            if any(data.texts):
+            if "text" in modalities and any(data.texts):
                 self.tokens = token_map(clip, data.texts)
                 self.modalities += ["text"]
         if not self.modalities:
@@ -818,8 +818,9 @@ class BatchEncoder(ItemContent):
     mixed precision (autocast), for GPUs.
     """
 
-    def __init__(self, clip: Clip, data: RecData, tuning=None, precision: str = "float32"):
-        super().__init__(clip, data)
+    def __init__(self, clip: Clip, data: RecData, tuning=None, precision: str = "float32",
+                 modalities: Iterable[str] = ("image", "text")):
+        super().__init__(clip, data, modalities)
         self.tuning, self.precision, self.fallback = tuning, precision, 0.0
 
     @property

@@ -7,10 +7,10 @@ __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_N
            'Stage2TrainingSettings', 'Stage2Settings', 'check_stage2', 'joint_values', 'check_joint', 'run_stage2',
            'item_batches', 'interaction_batches', 'make_batches', 'teacher', 'attach_tuning', 'Stage2',
            'transfer_terms', 'with_features', 'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned',
-           'tune', 'variants', 'joint_settings', 'parameter_table', 'find_stage2_run', 'make_encoder', 'check_encoder',
-           'stage1_of', 'train_stage2', 'tune_and_try', 'need_of', 'new_model', 'tune_with', 'tune_and_keep',
-           'keep_variants', 'score_variants', 'projections_alone', 'check_gain', 'variant_name', 'results_table',
-           'verdict', 'report', 'plot_results', 'main']
+           'tune', 'variants', 'joint_settings', 'parameter_table', 'chosen_towers', 'find_stage2_run', 'make_encoder',
+           'check_encoder', 'stage1_of', 'train_stage2', 'tune_and_try', 'need_of', 'new_model', 'tune_with',
+           'tune_and_keep', 'keep_variants', 'score_variants', 'without_tuning', 'projections_alone', 'check_gain',
+           'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
 
 # %% ../nbs/05_stage2.ipynb #5ea8694e
 import os
@@ -37,10 +37,10 @@ from .clip_prompting import ENCODE_BATCH, PRECISIONS, ItemEncoder
 from .data import DataError
 from .distributed import (all_reduce, barrier, broadcast, main_first, my_share, rank, split_work, sum_gradients,
                                 world_size)
-from .losses import SIMILARITIES, kt_loss
+from .losses import DIRECTIONS, SIMILARITIES, kt_loss
 from .memory import encode_in_parts, fit_memory, free_bytes, memory_need
 from .monitor import watch
-from .peft import TUNINGS, attach, tower_weights, tuning_methods
+from .peft import TOWERS, TUNINGS, attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs
 from .runs import (Run, alone, best_variant, code_of, command_line, compare, heal, new_run, own_code, per_user_values,
@@ -64,6 +64,7 @@ class TransferSettings(Settings):
     kt_source: str = setting("id", "embeddings that teach: of the ID path alone, or the backbone's output", choices=SOURCES)
     similarity: str = setting("cosine", "s of P_id and P_m", choices=SIMILARITIES)
     tau: float = setting(0.05, "temperature of P_id and P_m", ge=1e-4, le=10_000)
+    kl_direction: str = setting("forward", "KL(P_id || P_m) as in the paper; reverse: KL(P_m || P_id)", choices=DIRECTIONS)
     kt_weight: float = setting(1.0, "lambda, weight of the KL loss", ge=0, le=1_000_000)
     task_weight: float = setting(0.0, "mu, weight of the backbone's own loss", ge=0, le=1_000_000)
 
@@ -85,6 +86,8 @@ class Stage2Settings(TransferSettings, Stage2TrainingSettings, Stage1Settings):
     "Memory and speed"
 
     tuning: str = setting("prompt", "how CLIP is tuned", choices=TUNINGS, joined=True, first=True)
+    tuned_towers: str = setting("image+text", "towers of CLIP that are tuned; the other's features stay as in Stage 1",
+                                choices=TOWERS, joined=True)
     training: str = setting("two_stage", "in two stages, or all together", choices=("two_stage", "joint"), first=True)
     micro_batch: Annotated[int, Field(ge=1, le=2**31 - 1)] | Literal["auto"] | None = setting(
         None, "items of a batch in memory at a time; None: all, auto: as many as fit", changes_result=False)
@@ -95,6 +98,9 @@ class Stage2Settings(TransferSettings, Stage2TrainingSettings, Stage1Settings):
 def check_stage2(settings) -> None:
     "Raise `SettingError` if settings of Stage 2 do not go together."
     tuning_methods(settings.tuning)
+    if settings.tuning == "none" and set(settings.tuned_towers.split("+")) != set(TOWERS):
+        raise SettingError(f"tuning='none' tunes no tower, and tuned_towers='{settings.tuned_towers}' was given. Leave one "
+                           "of them out.")
     if not BACKBONES[settings.backbone].uses_features:
         raise SettingError(f"backbone='{settings.backbone}' uses no features, so there is nothing to tune. Take one of "
                            f"{', '.join(name for name, cls in BACKBONES.items() if cls.uses_features)}.")
@@ -176,28 +182,26 @@ class Stage2(nn.Module):
     "The trained part of Stage 2: the tuning of `encoder` and the projections W_m of `backbone`; see `TransferSettings`."
 
     def __init__(self, backbone, encoder, kt_source="id", similarity="cosine", tau=0.05, kt_weight=1.0, task_weight=0.0,
-                 tune_backbone=False, micro_batch=None):
+                 tune_backbone=False, micro_batch=None, kl_direction="forward"):
         super().__init__()
-        self.backbone, self.encoder = backbone, encoder
+        self.backbone, self.encoder, self.kl_direction = backbone, encoder, kl_direction
         self.similarity, self.tau, self.kt_weight, self.task_weight = similarity, tau, kt_weight, task_weight
         self.tune_backbone, self.micro_batch, self.bank = tune_backbone, micro_batch, {}
         self.teacher = teacher(backbone, kt_source)
         backbone.requires_grad_(tune_backbone).project.requires_grad_(True)
         self.live = encoder.tuning is not None and any(q.numel() for q in encoder.tuning.parameters())
-        self.fixed = {m: f.detach() for m, f in backbone.features.items() if m not in encoder.modalities}
+        self.start = {m: f.detach() for m, f in backbone.features.items()}
         self.refresh()
 
     def refresh(self):
         "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, once is enough."
         if self.live or not self.bank:
-            self.bank = self.encoder.encode_all(self.micro_batch or ENCODE_BATCH) | self.fixed
+            self.bank = self.start | self.encoder.encode_all(self.micro_batch or ENCODE_BATCH)
 
     def live_features(self, items):
-        "Features of `items` with gradients to the tuning; where nothing is tuned, those of the bank."
-        if not self.live:
-            return {m: f[items] for m, f in self.bank.items()}
-        live = split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items)
-        return live | {m: f[items] for m, f in self.fixed.items()}
+        "Features of `items` with gradients to the tuning; of a modality that is not tuned, those of the bank."
+        live = split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items) if self.live else {}
+        return {m: live[m] if m in live else f[items] for m, f in self.bank.items()}
 
     def losses(self, user, pos, neg, live=None):
         "Weighted terms {name: scalar} of triples (B,), of several ranks each its part; `live`: features of `pos.unique()`."
@@ -222,10 +226,9 @@ class Stage2(nn.Module):
 def transfer_terms(model: Stage2, user, items, live: dict) -> dict:
     "The weighted KL loss of each modality (Eq. 13); of several ranks, each has the rows of its share of users."
     id_user, id_item, modal_user = model.teacher
-    rows = my_share(user)
+    rows, how = my_share(user), (model.tau, model.similarity, len(user), model.kl_direction)
     return {f"kt_{m}": model.kt_weight * kt_loss(id_user[rows], id_item[items], modal_user[rows],
-                                                 model.backbone.project[m](f), model.tau, model.similarity, len(user))
-            for m, f in live.items()}
+                                                 model.backbone.project[m](f), *how) for m, f in live.items()}
 
 # %% ../nbs/05_stage2.ipynb #c68847c6
 def with_features(backbone, features: dict, projected: dict, feature_space: str):
@@ -361,7 +364,7 @@ def parameter_table(model: Stage2) -> pd.DataFrame:
     "Numbers of trained and frozen parameters of a `Stage2` model by group."
     clip, tuning, backbone = model.encoder.clip, model.encoder.tuning, model.backbone
     groups = {f"tuning, {tower}": group.values() for tower, group in tuning.groups().items()}
-    groups |= {f"CLIP, {tower} tower": tower_weights(clip, tower).parameters() for tower in model.encoder.modalities}
+    groups |= {f"CLIP, {tower} tower": tower_weights(clip, tower).parameters() for tower in TOWERS if tower in model.bank}
     groups |= {"projections": backbone.project.parameters(),
                "embeddings and the rest of the backbone": backbone.parameters()}
     rows, seen = {}, set()
@@ -376,21 +379,31 @@ def parameter_table(model: Stage2) -> pd.DataFrame:
 STAGE2_CODE = ("stage2.train_stage2",)
 
 
+def chosen_towers(settings, inputs: Inputs) -> list[str]:
+    "Those of `tuned_towers` that the data set has content for; raises `SettingError` if there is none."
+    there = [tower for tower in TOWERS if tower in inputs.features]
+    chosen = [tower for tower in there if tower in settings.tuned_towers.split("+")]
+    if there and not chosen:
+        raise SettingError(f"tuned_towers='{settings.tuned_towers}', and the items of '{inputs.data.name}' have nothing for "
+                           f"it to encode. Take {there[0]}.")
+    return chosen
+
+
 def find_stage2_run(settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = settings.key_parameters | {"device": inputs.device.type, "stage1": find_stage1_run(settings, inputs).key}
     code = stage1_code(settings, inputs.data) | code_of(*STAGE2_CODE)
     for method in tuning_methods(settings.tuning):
         code |= own_code(method)
-    arguments = run_arguments(settings) | {"towers": list(inputs.features)}
+    arguments = run_arguments(settings) | {"towers": chosen_towers(settings, inputs)}
     return new_run("stage2", inputs.data.name, params, inputs.data.fingerprint(), inputs.clip.fingerprint(), code,
                    arguments)
 
 
 def make_encoder(settings, inputs: Inputs) -> ItemEncoder:
-    "An encoder of items with the tuning of these settings attached."
+    "An encoder of items with the tuning of these settings attached; of towers that are tuned, or of all if none is."
     kind = PrefixEncoder if settings.cache_prefix else ItemEncoder
-    encoder = kind(inputs.clip, inputs.data, precision=settings.precision)
+    encoder = kind(inputs.clip, inputs.data, None, settings.precision, chosen_towers(settings, inputs))
     encoder.tuning = attach_tuning(settings, encoder)
     return encoder
 
@@ -457,7 +470,7 @@ def new_model(settings, backbone, encoder: ItemEncoder) -> Stage2:
     "The `Stage2` model of resolved settings."
     micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
     return Stage2(backbone, encoder, settings.kt_source, settings.similarity, settings.tau, settings.kt_weight,
-                  settings.task_weight, settings.tune_backbone, micro_batch)
+                  settings.task_weight, settings.tune_backbone, micro_batch, settings.kl_direction)
 
 
 def tune_with(settings, model: Stage2, evaluator: Evaluator, checkpoint) -> pd.DataFrame:
@@ -514,10 +527,15 @@ def score_variants(run: Run, inputs: Inputs, evaluator: Evaluator, stage1: Run) 
     return run.finish(metrics)
 
 # %% ../nbs/05_stage2.ipynb #b50c044f
+def without_tuning(params: dict) -> dict:
+    "The same settings with no tuning of CLIP; those that only a tuning uses are left out."
+    only = {*TUNINGS.settings(), "tuned_towers"}
+    return {k: v for k, v in params.items() if k not in only} | {"tuning": "none"}
+
+
 def projections_alone(params: dict) -> list[Run]:
-    "`run_stage2` with the same settings and no tuning of CLIP; settings of tuning methods are left out."
-    methods = TUNINGS.settings()
-    return run_stage2(**{k: v for k, v in params.items() if k not in methods} | {"tuning": "none"})
+    "`run_stage2` with the same settings and no tuning of CLIP."
+    return run_stage2(**without_tuning(params))
 
 # %% ../nbs/05_stage2.ipynb #16d93128
 def check_gain(runs: list[Run], control: list[Run]) -> dict:
