@@ -48,7 +48,7 @@ def execute(notebook: str | Path, output: str | Path, parameters: dict) -> str |
 
 # %% ../nbs/03f_processes.ipynb #15886ad6
 def call(function: str, output: str | Path, parameters: dict) -> str | None:
-    "Call `function`, as `ptmrec.module.name`, and write what it prints to `output`; returns what it raised, as text, or None."
+    "Call `function`, as `ptmrec.module.name`; what it prints goes to `output`. Returns what it raised, as text, or None."
     module, _, name = function.rpartition(".")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with open(output, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):

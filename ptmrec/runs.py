@@ -557,11 +557,12 @@ def _repr(run) -> str:
 Run.ended, Run.by_hand, Run.note_ended, Run.__repr__ = property(_ended), property(_by_hand), _note_ended, _repr
 
 # %% ../nbs/03c_runs.ipynb #567ae0b1
-TRAINED = ("backbone", "history", "valid", "tuning", "features", "embeddings_", "memory", "parameters")  # what training leaves
+# what training leaves; per_user, topk and metrics come with the test split
+TRAINED = ("backbone", "history", "valid", "tuning", "features", "embeddings_", "memory", "parameters")
 
 
 def heal(run: Run) -> Run:
-    "Discard what is damaged or half-made in a run's folder; damage is said, and the run is then not finished. Returns the run."
+    "Discard what is damaged or half-made in a run's folder; after damage, which is said, the run is not finished."
     if rank():
         return run
     sweep(run.folder)

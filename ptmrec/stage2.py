@@ -421,7 +421,7 @@ def check_encoder(settings, inputs: Inputs) -> None:
 
 # %% ../nbs/05_stage2.ipynb #6acc2f1b
 def stage1_of(settings, inputs: Inputs, test: bool = True) -> Run:
-    "The run of Stage 1 with these settings, trained and, with `test`, finished if need be; of several processes by the first."
+    "The run of Stage 1 with these settings, made by the first of several processes; with `test`, it is a finished one."
     with main_first():
         run = find_stage1_run(settings, inputs)
         with alone(run):

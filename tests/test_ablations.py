@@ -136,12 +136,13 @@ def test_a_cluster_whose_worker_dies(shop, runs):
 
 
 STOPPED = """
-import dask.distributed as d
-from ptmrec.grids import grid
-
 if __name__ == "__main__":
-    with d.LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, d.Client(cluster) as c:
-        grid("04_stage1", {base}, {{"emb_size": [8, 16, 32]}}, [0], "stopped", client=c)
+    import dask.distributed as d
+    from ptmrec.grids import grid
+
+    with d.LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster:
+        with d.Client(cluster) as client:
+            grid("04_stage1", {base}, {{"emb_size": [8, 16, 32]}}, [0], "stopped", client=client)
 """
 
 
@@ -218,7 +219,7 @@ def test_cells_that_make_the_same_run_wait(shop):
     assert {cell.status for cell in cells} == {"finished"} and most == 2
 
 
-@pytest.mark.parametrize("gpus, most", [(["cuda:0", "cuda:0", "cuda:0"], 1), (["cuda:0", "cuda:1", "cuda:0"], 2), ([None] * 3, 3)])
+@pytest.mark.parametrize("gpus, most", [(["cuda:0"] * 3, 1), (["cuda:0", "cuda:1", "cuda:0"], 2), ([None] * 3, 3)])
 def test_a_gpu_has_one_run_at_a_time(gpus, most):
     cells, running, seen = [Cell({}, {}, None) for _ in gpus], [], []
 
