@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'labelled_changes', 'combinations', 'Cell', 'plan', 'light_inputs', 'expected_run', 'finished_run',
            'claims', 'run_cells', 'outcome_of', 'forecast', 'gpu_of', 'how_many', 'time_left', 'status_table', 'Watch',
-           'run_row', 'as_table', 'runs_table', 'grid_table', 'trial', 'work_of', 'gpu_per_run', 'cluster_event',
+           'run_row', 'as_table', 'runs_table', 'grid_table', 'run_cell', 'work_of', 'gpu_per_run', 'cluster_event',
            'wait_for_workers', 'find_result', 'run_left', 'grid']
 
 # %% ../nbs/05c_grids.ipynb #24b9e21e
@@ -144,14 +144,14 @@ def finished_run(expected: Run, test: bool = True) -> Run | None:
     return None
 
 # %% ../nbs/05c_grids.ipynb #ab0858b5
-def claims(notebook: str, test: bool, cell: Cell) -> set[str]:
-    "Names of the runs that a cell makes unless they are there: its own, Stage 1, and with `test` 05_stage2's control."
+def claims(notebook: str, papermill: bool, cell: Cell) -> set[str]:
+    "Names of the runs that a cell makes unless they are there: its own, Stage 1, and 05_stage2 with papermill a control."
     settings, experiment = cell.settings, NOTEBOOKS[notebook].experiment
     stage1 = fingerprint("stage1", settings.dataset, stage1_parameters(settings))
     if notebook == "04_stage1":
         return {stage1}
     own = fingerprint("stage2", settings.dataset, settings.key_parameters)
-    if settings.training == "joint" or not test:
+    if settings.training == "joint" or not papermill:
         return {stage1, own}
     control = fingerprint("stage2", settings.dataset, resolve(experiment, without_tuning(cell.params)).key_parameters)
     return {stage1, own, control}
@@ -327,23 +327,24 @@ def grid_table(cells: list[Cell], test: bool = True) -> pd.DataFrame:
     return table if test else table.loc[:, ~table.columns.str.contains("test ")]
 
 # %% ../nbs/05c_grids.ipynb #aae406f0
-def trial(notebook: str, parameters: dict) -> Run:
-    "Train the run of a cell, Stage 1 first if need be, and leave the test split alone."
+def run_cell(notebook: str, parameters: dict, test: bool = True) -> Run:
+    "Make the run of a cell, Stage 1 first if need be; without `test` it is trained, and the test split left alone."
     settings = resolve(NOTEBOOKS[notebook].experiment, parameters)
     settings = joint_settings(settings) if parameters.get("training") == "joint" else settings
     inputs = load_inputs(settings)
     run = expected_run(notebook, settings, inputs)
     with alone(run):
         if not heal(run).finished:
-            (train_stage1 if notebook == "04_stage1" else train_stage2)(run.begin(), settings, inputs, test=False)
+            (train_stage1 if notebook == "04_stage1" else train_stage2)(run.begin(), settings, inputs, test)
     return run
 
 # %% ../nbs/05c_grids.ipynb #bdd9df12
-def work_of(notebook: str, cell: Cell, folder: Path, test: bool) -> tuple[str, str, dict]:
+def work_of(notebook: str, cell: Cell, folder: Path, papermill: bool, test: bool) -> tuple[str, str, dict]:
     "What `run_notebook` runs for a cell, where its output goes, and its parameters."
-    if test:
+    if papermill:
         return str(repo_root() / "nbs" / f"{notebook}.ipynb"), str(folder / f"{cell.expected.key}.ipynb"), cell.params
-    return "ptmrec.grids.trial", str(folder / f"{cell.expected.key}.txt"), {"notebook": notebook, "parameters": cell.params}
+    call = {"notebook": notebook, "parameters": cell.params, "test": test}
+    return "ptmrec.grids.run_cell", str(folder / f"{cell.expected.key}.txt"), call
 
 
 def gpu_per_run(client, cells: list[Cell]) -> dict:
@@ -383,13 +384,13 @@ def find_result(cell: Cell, test: bool = True) -> None:
         cell.status, cell.outcome["error"] = "failed", f"The notebook ended, but run {cell.expected.key} is not there."
 
 # %% ../nbs/05c_grids.ipynb #0c9c5c62
-def run_left(notebook, cells, left, folder, watch, threads=1, client=None, test=True) -> None:
+def run_left(notebook, cells, left, folder, watch, threads=1, client=None, papermill=True, test=True) -> None:
     "Run the cells `left` of a grid, and keep its table after each."
     place, started = {"PTMREC_RUNS": str(runs_dir()), "PTMREC_DATA": str(data_dir())}, []
     stop, asked = (cluster_event(client), {"resources": gpu_per_run(client, left)}) if client else (threading.Event(), {})
 
     def submit(cell):
-        what, cell.output, parameters = work_of(notebook, cell, folder, test)
+        what, cell.output, parameters = work_of(notebook, cell, folder, papermill, test)
         start = partial(client.submit, pure=False, **asked) if client else pool.submit
         started.append(start(run_notebook, what, cell.output, parameters, threads, place, stop))
         return started[-1]
@@ -403,7 +404,7 @@ def run_left(notebook, cells, left, folder, watch, threads=1, client=None, test=
 
     with ThreadPoolExecutor(max(1, watch.at_once)) as pool:
         try:
-            run_cells(left, submit, partial(claims, notebook, test), watch.at_once, after_each,
+            run_cells(left, submit, partial(claims, notebook, papermill), watch.at_once, after_each,
                       lambda cell: None if client else gpu_of(cell))
         except KeyboardInterrupt:
             print(f"Stopped: {time_left(cells, watch.at_once)} The same call goes on.")
@@ -424,7 +425,8 @@ def grid(
     at_once: int | None = None,  # runs at a time; None: as many as memory and cores allow, or the cluster's threads
     threads: int = 1,  # that each run computes with
     client=None,  # a `dask.distributed.Client` whose workers see the same folders; None: this machine
-    test: bool = True,  # False: trials, which train and validate alone, see `trial`
+    papermill: bool = True,  # False: no executed notebooks, see `run_cell`
+    test: bool = True,  # False: trials, which train and validate alone, without notebooks
 ) -> pd.DataFrame:
     """Run a notebook for every cell and seed; returns the table, also in runs/grids/<name>/table.parquet.
 
@@ -440,5 +442,5 @@ def grid(
     if left and at_once is None:
         at_once = sum(client.nthreads().values()) if client else how_many(notebook, left, threads)
     watch = Watch(cells, at_once or 1, cells[0].settings.metric)
-    run_left(notebook, cells, left, folder, watch, threads, client, test)
+    run_left(notebook, cells, left, folder, watch, threads, client, papermill and test, test)
     return pd.read_parquet(folder / "table.parquet")
