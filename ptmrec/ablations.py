@@ -36,7 +36,7 @@ from .stage2 import Stage2Settings, TransferSettings, make_batches
 from .yardsticks import YARDSTICK_NAMES, YARDSTICKS, run_yardstick
 
 # %% ../nbs/06_ablations.ipynb #4cf006ab
-SHORT = {"backbone": "vbpr", "stage2_epochs": 5, "patience": 10}  # on the sample: the fastest backbone, and less training
+SHORT = {"stage2_epochs": 3, "patience": 10}  # on the sample, whose defaults are 20 and 20
 
 
 def study_settings(dataset: str, base: dict | None = None) -> tuple[str, dict, bool]:
@@ -226,6 +226,9 @@ def yardsticks(dataset: str, base: dict) -> dict:
     return {"04_stage1": {"recommender": backbone_axis(*BACKBONE_NAMES)}}
 
 # %% ../nbs/06_ablations.ipynb #4e72c459
+SAMPLERS = ("random", "optuna")
+
+
 def check_study(experiment: str, dataset: str, metric: str, sampler: str = "random") -> Study:
     "The `Study` of a name; raises `SettingError` or `DataError` for what is wrong, before anything is made."
     if experiment not in STUDIES:
@@ -253,9 +256,6 @@ def draw_trials(spaces: dict, budget: int) -> dict:
     return trials
 
 # %% ../nbs/06_ablations.ipynb #f3e70b7a
-SAMPLERS = ("random", "optuna")
-
-
 def suggest(trial, space: dict) -> dict:
     "Values of a `space` {setting: values} that an Optuna trial suggests: numbers on a log scale, to three digits."
     cell = {}
