@@ -382,11 +382,12 @@ def by_popularity(rows: dict[str, Row]) -> dict[str, Row]:
     "Each row three times: for rare, middling and popular items."
     inter = inter_of(next(iter(rows.values())).runs[0])
     bought = np.bincount(inter.part("train")[1], minlength=inter.n_items)
-    low, high = np.quantile(bought[inter.part("test")[1]], [1 / 3, 2 / 3]).astype(int)
+    asked = inter.part("test")[1]
+    low, high = np.quantile(bought[asked], [1 / 3, 2 / 3]).astype(int)
     parts = {f"up to {low}": bought <= low, f"{low + 1} to {high}": (bought > low) & (bought <= high),
              f"over {high}": bought > high}
-    return {f"{name}, items bought {told}": replace(row, items=items)
-            for told, items in parts.items() for name, row in rows.items()}
+    return {f"{name}, items bought {told} times": replace(row, items=items)
+            for told, items in parts.items() if items[asked].any() for name, row in rows.items()}
 
 
 @study("Do tuned features help rare items or popular ones?", split=by_popularity)
@@ -559,16 +560,18 @@ def _dot(ax, y, seeds, colour, name):
 
 # %% ../nbs/06_ablations.ipynb #4deacf5e
 def plot_cost(result: StudyResult, metric: str = "recall@10"):
-    "Test metric against each cost, a point per row; filled: no other row is at least as good and as cheap."
+    "Test metric against each cost that differs, a point per row; filled: no other row is better and no dearer, or cheaper."
     costs = cost_table(result).drop(columns="items per batch", errors="ignore")
     quality = pd.Series({name: np.mean(row.values(metric)) for name, row in result.rows.items() if name in costs.index})
     costs = costs.loc[quality.index].dropna(axis=1)
-    figure, axes = plt.subplots(1, costs.shape[1], figsize=(3.1 * costs.shape[1] + 0.5, 3.6), sharey=True, squeeze=False,
+    costs = costs.loc[:, costs.nunique() > 1] if (costs.nunique() > 1).any() else costs
+    figure, axes = plt.subplots(1, costs.shape[1], figsize=(2.8 * costs.shape[1] + 0.5, 3.6), sharey=True, squeeze=False,
                                 layout="constrained")
     for ax, (cost, values) in zip(axes[0], costs.items()):
         for number, name in enumerate(quality.index):
-            better = (quality >= quality[name]) & (values <= values[name])
-            filled = f"C{number}" if better.sum() == 1 else "none"
+            as_good = (quality >= quality[name]) & (values <= values[name])
+            better = (quality > quality[name]) | (values < values[name])
+            filled = "none" if (as_good & better).any() else f"C{number}"
             ax.plot(values[name], quality[name], "osD^vP*X<>hp"[number % 12], color=f"C{number}", mfc=filled, ms=9, ls="",
                     label=name)
         ax.set(xlabel=cost, ylim=(0, 1.1 * quality.max()), xlim=(0, 1.1 * values.max()))
@@ -576,5 +579,5 @@ def plot_cost(result: StudyResult, metric: str = "recall@10"):
         ax.tick_params(axis="x", labelrotation=30, labelsize=8)
     axes[0, 0].set_ylabel(f"test {label(metric)}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle("Filled: no other is at least as good and as cheap", fontsize=10)
+    figure.suptitle("Filled: no other is as good and cheaper, or as cheap and better", fontsize=10)
     return figure

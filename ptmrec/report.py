@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'CLAIMS', 'DIFFERS', 'FIRST', 'Block', 'as_markdown', 'as_html', 'write_report', 'Claim', 'beside_the_paper',
            'saved_table', 'study_blocks', 'check_studies', 'paper', 'main']
 
-# %% ../nbs/06a_report.ipynb #e7773367
+# %% ../nbs/06a_report.ipynb #e1cc8c79
 import argparse
 import base64
 import html
@@ -25,7 +25,7 @@ import pandas as pd
 from .ablations import (SAMPLERS, STUDIES, StudyResult, cost_table, plot_cost, plot_study, run_study, study_settings,
                               verdicts, write_result)
 from .data import DataError, find_dataset, runs_dir, write_atomically
-from .runs import shown_path
+from .runs import open_run, shown_path
 from .settings import SettingError, did_you_mean
 from .significance import save_figure, to_markdown
 from .stage1 import label
@@ -171,7 +171,7 @@ def _trials(result):
                           f"validation {label(best.metric.iloc[0])}": best.valid.map("{:.4f}".format)})
     return table.loc[best.index].rename_axis("method")
 
-# %% ../nbs/06a_report.ipynb #6b225a2d
+# %% ../nbs/06a_report.ipynb #e13a5d9c
 def study_blocks(name: str, result: StudyResult, against: pd.DataFrame, folder: Path, metric: str) -> list[Block]:
     "What a report says about a study; `against`: the comparisons of `write_result`. Figures go into `folder`."
     n_seeds = max(len(row.runs) for row in result.rows.values())
@@ -181,19 +181,19 @@ def study_blocks(name: str, result: StudyResult, against: pd.DataFrame, folder: 
               _picture(plot_study(result, metric), folder / name)]
     blocks += [Block("text", told) for told in verdicts(result, against, metric).split("\n\n")]
     costs = cost_table(result)
-    blocks += [Block("table", costs.map("{:,.0f}".format))] if costs.size else []
+    blocks += [Block("table", costs.rename_axis("row").map("{:,.0f}".format))] if costs.size else []
     if result.study.tuned:
         blocks += [Block("table", _trials(result)), _picture(plot_cost(result, metric), folder / f"{name}-costs")]
     failed = result.failed()
     return blocks + [Block("text", f"Failed: {row.cell}, seed {row.seed}: {row.error}") for row in failed.itertuples()]
 
-# %% ../nbs/06a_report.ipynb #626ddb39
+# %% ../nbs/06a_report.ipynb #6c16440b
 FIRST = ("yardsticks", "methods", "knowledge_transfer")  # what the paper's summary asks for first
 
 
 def _about(dataset, result, base, n_seeds, budget, sampler):
     "Where, when and with what a report was made."
-    about = next(iter(result.rows.values())).runs[-1].about
+    about = open_run(next(iter(result.rows.values())).runs[-1].folder).about
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     told = {"data set": f"{dataset}, {about['data']}", "settings of every run": json.dumps(base) if base else "the defaults",
             "seeds": str(n_seeds), "trials per method": f"{budget}, {sampler}",

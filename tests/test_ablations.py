@@ -503,7 +503,7 @@ def test_equal_budgets_choose_on_validation_and_hide_the_test(shop, runs, here):
     for method, rows in trials.groupby("method"):
         winner = rows.loc[rows["valid recall@20"].idxmax()]
         assert (table[table.cell == method].lr == winner.lr).all()
-    assert len(table) == 4 and len(here) == 6 + 2 and "test recall@20" in table
+    assert len(table) == 4 and len(here) == 6 + 4 and "test recall@20" in table  # two winners are trained already
     with pytest.raises(SettingError, match="budget=4 is more than the 3 cells in the space of BPR"):
         draw_trials(spaces, 4)
 
@@ -552,8 +552,9 @@ def test_a_trial_of_stage2_scores_nothing_on_test_and_damage_is_made_anew(shop, 
     assert set(seen) == {"valid"} and tried.state == "trained" and not list(runs.rglob("metrics.json"))
     assert not [path for path in runs.rglob("*") if path.name in ("per_user.parquet", "topk.parquet")]
     best = best_variant([tried])
-    weights = tried.load_weights(f"embeddings_{best}")
+    weights = {side: w.clone() for side, w in tried.load_weights(f"embeddings_{best}").items()}
 
+    (tried.folder / f"embeddings_{best}.safetensors").unlink()
     (tried.folder / f"embeddings_{best}.safetensors").write_bytes(b"damaged")
     with pytest.warns(UserWarning, match=f"embeddings_{best}.safetensors .* is damaged"):
         again = grids.run_cell("05_stage2", how, test=False)
@@ -633,7 +634,8 @@ def test_a_generative_encoder_passes_through_both_stages(shop, runs, tmp_path):
                                        "pretrained": str(tmp_path / "tiny_coca.pt"), "prompt_depth": 2})
     assert run.state == "finished" and {"stage1", "as_is", "continued", "fresh"} == set(run.metrics())
     tuned = run.load_weights("tuning")
-    assert {name.split(".")[0] for name in tuned} == {"image", "text"} and all(w.isfinite().all() for w in tuned.values())
+    assert all(any(tower in name for name in tuned) for tower in ("image", "text"))
+    assert all(w.isfinite().all() for w in tuned.values())
 
 
 # ---------------------------------------------------------------- the report
