@@ -386,7 +386,7 @@ def by_popularity(rows: dict[str, Row]) -> dict[str, Row]:
     low, high = np.quantile(bought[asked], [1 / 3, 2 / 3]).astype(int)
     parts = {f"up to {low}": bought <= low, f"{low + 1} to {high}": (bought > low) & (bought <= high),
              f"over {high}": bought > high}
-    return {f"{name}, items bought {told} times": replace(row, items=items)
+    return {f"{name}, bought {told} times": replace(row, items=items)
             for told, items in parts.items() if items[asked].any() for name, row in rows.items()}
 
 
@@ -560,24 +560,25 @@ def _dot(ax, y, seeds, colour, name):
 
 # %% ../nbs/06_ablations.ipynb #4deacf5e
 def plot_cost(result: StudyResult, metric: str = "recall@10"):
-    "Test metric against each cost that differs, a point per row; filled: no other row is better and no dearer, or cheaper."
-    costs = cost_table(result).drop(columns="items per batch", errors="ignore")
-    quality = pd.Series({name: np.mean(row.values(metric)) for name, row in result.rows.items() if name in costs.index})
-    costs = costs.loc[quality.index].dropna(axis=1)
+    "Test metric, with 95 % intervals over users, against each cost that differs; filled: none is both as good and cheaper."
+    costs = cost_table(result).drop(columns=["items per batch", COSTS["peak_mb"]], errors="ignore")
+    users = {name: pd.concat(row.per_user(metric), axis=1).mean(axis=1) for name, row in result.rows.items()
+             if name in costs.index}
+    quality = pd.Series({name: values.mean() for name, values in users.items()})
+    costs = costs.loc[list(users)].dropna(axis=1)
     costs = costs.loc[:, costs.nunique() > 1] if (costs.nunique() > 1).any() else costs
-    figure, axes = plt.subplots(1, costs.shape[1], figsize=(2.8 * costs.shape[1] + 0.5, 3.6), sharey=True, squeeze=False,
+    figure, axes = plt.subplots(1, costs.shape[1], figsize=(3.4 * costs.shape[1] + 0.5, 4), sharey=True, squeeze=False,
                                 layout="constrained")
     for ax, (cost, values) in zip(axes[0], costs.items()):
         for number, name in enumerate(quality.index):
             as_good = (quality >= quality[name]) & (values <= values[name])
             better = (quality > quality[name]) | (values < values[name])
-            filled = "none" if (as_good & better).any() else f"C{number}"
-            ax.plot(values[name], quality[name], "osD^vP*X<>hp"[number % 12], color=f"C{number}", mfc=filled, ms=9, ls="",
-                    label=name)
-        ax.set(xlabel=cost, ylim=(0, 1.1 * quality.max()), xlim=(0, 1.1 * values.max()))
-        ax.ticklabel_format(axis="x", style="plain")
-        ax.tick_params(axis="x", labelrotation=30, labelsize=8)
+            ax.errorbar(values[name], quality[name], 1.96 * users[name].sem(), fmt="osD^vP*X<>hp"[number % 12], ms=9, lw=1,
+                        color=f"C{number % 10}", mfc="none" if (as_good & better).any() else f"C{number % 10}", label=name)
+        ax.set(xlabel=cost, xscale="log" if values.min() and values.max() > 20 * values.min() else "linear")
+        if ax.get_xscale() == "linear":
+            ax.set_xlim(0, 1.1 * values.max())
     axes[0, 0].set_ylabel(f"test {label(metric)}")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle("Filled: no other is as good and cheaper, or as cheap and better", fontsize=10)
     return figure
