@@ -22,6 +22,7 @@ if __name__ == "__main__" and "__file__" in globals():  # as a program, a stop d
 
 # %% ../nbs/05_stage2.ipynb #fbc578ee
 import math
+import time
 import warnings
 from typing import Annotated, Literal
 
@@ -431,6 +432,7 @@ def stage1_of(settings, inputs: Inputs, test: bool = True) -> Run:
 def train_stage2(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
     "Train a run of Stage 2 or of joint training, unless it is trained, and, with `test`, score and finish it."
     stage1, evaluator = stage1_of(settings, inputs, test), make_evaluator(settings, inputs)
+    run.start = time.time()  # Stage 1 has a time of its own
     run.note_ended(stage1.ended)
     if not broadcast({"trained": run.trained})["trained"]:
         tune_and_try(run, settings, inputs, evaluator, stage1)
