@@ -2,10 +2,11 @@
 SHELL   := bash -o pipefail
 PYTHON  ?= python3
 dataset ?= sample
+studies ?= yardsticks methods knowledge_transfer
 bin     := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help stage2 test lab notebooks lint sample
+.PHONY: help stage2 paper test lab notebooks lint sample
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +21,9 @@ stage2: .venv/installed  ## both stages on dataset=<name or folder>, default sam
 	@mkdir -p runs
 	$(bin)/papermill nbs/05_stage2.ipynb runs/stage2-$(notdir $(dataset)).ipynb -p dataset $(dataset) \
 	  --stdout-file /dev/stdout --no-progress-bar | cat
+
+paper: .venv/installed  ## a report on dataset=<one or several>: studies=<names, or all>, tables and figures, HTML and Markdown
+	$(bin)/python -m ptmrec.report $(dataset) --studies $(studies)
 
 test: .venv/installed lint  ## nbdev_test on every notebook, and pytest on tests/
 	$(bin)/python -m pytest

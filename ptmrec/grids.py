@@ -4,34 +4,41 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'labelled_changes', 'combinations', 'Cell', 'plan', 'light_inputs', 'expected_run', 'finished_run',
-           'claims', 'run_cells', 'outcome_of', 'forecast', 'how_many', 'time_left', 'status_table', 'Watch', 'run_row',
-           'as_table', 'runs_table', 'grid_table', 'find_result', 'run_left', 'grid']
+           'claims', 'run_cells', 'outcome_of', 'forecast', 'gpu_of', 'how_many', 'time_left', 'status_table', 'Watch',
+           'run_row', 'as_table', 'runs_table', 'grid_table', 'run_cell', 'work_of', 'gpu_per_run', 'cluster_event',
+           'wait_for_workers', 'find_result', 'run_left', 'grid']
 
 # %% ../nbs/05c_grids.ipynb #24b9e21e
+import contextlib
 import itertools
 import json
 import math
 import queue
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import joblib
 import pandas as pd
 import psutil
+import torch
 
 from .backbones import BACKBONES
 from .clip_prompting import load_clip
 from .data import DataError, data_dir, find_dataset, fingerprint, load_data, repo_root, runs_dir, write_atomically
 from .memory import free_bytes
 from .processes import run_notebook
-from .runs import Run, best_variant, list_runs, open_run, pick_device, read_json
+from .runs import Run, alone, best_variant, heal, list_runs, open_run, pick_device, read_json, validation
 from .settings import SettingError, did_you_mean, resolve
-from .stage1 import Inputs, find_stage1_run, load_inputs, new_backbone, run_stage1, stage1_parameters
-from .stage2 import find_stage2_run, joint_settings, make_encoder, need_of, new_model, run_stage2, without_tuning
+from .stage1 import (Inputs, find_stage1_run, load_inputs, new_backbone, run_stage1, stage1_parameters,
+                           train_stage1)
+from .stage2 import (find_stage2_run, joint_settings, make_encoder, need_of, new_model, run_stage2, train_stage2,
+                           without_tuning)
 
 # %% ../nbs/05c_grids.ipynb #ec7171d5
 def labelled_changes(axis: str, values: Iterable | dict) -> dict:
@@ -105,9 +112,8 @@ def light_inputs(settings, known: dict) -> Inputs:
     return known[key]
 
 
-def expected_run(notebook: str, settings, known: dict) -> Run:
+def expected_run(notebook: str, settings, inputs: Inputs) -> Run:
     "The run that a cell makes, finished or not; raises `DataError` if there is nothing to tune."
-    inputs = light_inputs(settings, known)
     if notebook == "04_stage1":
         return find_stage1_run(settings, inputs)
     if inputs.clip is None:
@@ -116,15 +122,18 @@ def expected_run(notebook: str, settings, known: dict) -> Run:
     return find_stage2_run(joint_settings(settings) if settings.training == "joint" else settings, inputs)
 
 # %% ../nbs/05c_grids.ipynb #b717bc73
-def finished_run(expected: Run) -> Run | None:
-    "The finished run with the key of `expected`, or one that differs by the kind of device alone; None if there is none."
+def finished_run(expected: Run, test: bool = True) -> Run | None:
+    """The finished run with the key of `expected`, or one that differs by the kind of device alone; None if there is none.
+
+    Without `test`, one that is trained will do.
+    """
     def same(about):
         ours, theirs = ({k: v for k, v in a["parameters"].items() if k not in ("device", "stage1")}
                         for a in (expected.about, about))
         return ours == theirs and all(about[k] == expected.about[k] for k in ("data", "encoder", "code"))
 
-    if expected.finished:
-        return expected
+    if expected.finished or not test and expected.trained:
+        return Run(expected.target, expected.on_disk() or expected.about)
     for path in expected.target.parent.glob("*/metrics.json"):
         try:
             about = read_json(path.with_name("run.json"))
@@ -135,14 +144,14 @@ def finished_run(expected: Run) -> Run | None:
     return None
 
 # %% ../nbs/05c_grids.ipynb #ab0858b5
-def claims(notebook: str, cell: Cell) -> set[str]:
-    "Names of the runs that a cell makes unless they are there: its own, Stage 1, and the control of 05_stage2."
+def claims(notebook: str, papermill: bool, cell: Cell) -> set[str]:
+    "Names of the runs that a cell makes unless they are there: its own, Stage 1, and 05_stage2 with papermill a control."
     settings, experiment = cell.settings, NOTEBOOKS[notebook].experiment
     stage1 = fingerprint("stage1", settings.dataset, stage1_parameters(settings))
     if notebook == "04_stage1":
         return {stage1}
     own = fingerprint("stage2", settings.dataset, settings.key_parameters)
-    if settings.training == "joint":
+    if settings.training == "joint" or not papermill:
         return {stage1, own}
     control = fingerprint("stage2", settings.dataset, resolve(experiment, without_tuning(cell.params)).key_parameters)
     return {stage1, own, control}
@@ -154,12 +163,14 @@ def run_cells(
     claimed: Callable,  # the names of the runs that a cell may make
     at_once: int,  # cells at most
     after_each: Callable = lambda: None,  # called when a cell starts or ends
+    alone_on: Callable = lambda cell: None,  # what a cell needs for itself, such as a GPU
 ) -> None:
-    "Run cells, no two at a time that would make the same run; fills in status and outcome. A failure stops nothing."
+    "Run cells, no two at a time that would make the same run, or need the same GPU; a failure stops nothing."
     waiting, running, done, ended = list(cells), {}, set(), queue.Queue()
 
     def free(cell):
-        return not any((claimed(cell) - done) & claimed(other) for other in running)
+        return not any((claimed(cell) - done) & claimed(other) or
+                       alone_on(cell) and alone_on(cell) == alone_on(other) for other in running)
 
     while waiting or running:
         while len(running) < at_once and (cell := next(filter(free, waiting), None)):
@@ -192,13 +203,19 @@ def forecast(settings) -> float:
     return need.total(1 if settings.micro_batch == "auto" else settings.micro_batch)
 
 
+def gpu_of(cell: Cell) -> str | None:
+    "The GPU that a cell computes on, as `cuda:0`; None for the CPU."
+    device = pick_device(cell.settings.device)
+    return f"cuda:{device.index or 0}" if device.type == "cuda" else None
+
+
 def how_many(notebook: str, cells: list[Cell], threads: int = 1) -> int:
     "How many of the cells may run at a time on this machine: cores, and 80 % of the free memory, allow them."
     names = ("dataset", "clip_model", "backbone", "tuning", "tuned_towers", "batch_by", "stage2_batch_size", "micro_batch",
              "cache_prefix")
     device = pick_device(cells[0].settings.device)
     if device.type == "cuda":
-        return 1
+        return len({gpu_of(cell) for cell in cells})
     each = {tuple(getattr(c.settings, name, None) for name in names): c.settings for c in cells}
     need = max(forecast(s) for s in each.values()) if notebook == "05_stage2" else 0
     need += psutil.Process().memory_info().rss
@@ -222,9 +239,8 @@ def status_table(cells: list[Cell], metric: str = "recall@20") -> pd.DataFrame:
     def shown(cell):
         if cell.run is None:
             return cell.status
-        metrics, variant = cell.run.metrics(), best_variant([cell.run])
-        found = (metrics[variant] if variant else metrics)["valid"][metric]
-        return f"{found:.4f}" + ("" if cell.outcome else " (was there)")
+        found = validation(cell.run)[best_variant([cell.run])]
+        return f"{found[metric]:.4f}" + ("" if cell.outcome else " (was there)")
 
     table = {}
     for cell in cells:
@@ -256,13 +272,15 @@ def run_row(run: Run, variant: str | None = None) -> dict:
     "A run as one flat row: identity, settings, metrics of a variant (None: its best on validation), cost."
     row = {k: run.about[k] for k in ("experiment", "dataset")} | {"key": run.key, "state": run.state}
     row |= {k: v for k, v in run.params.items() if k not in row}
-    if not run.finished:
+    if not (run.finished or run.trained):
         return row
-    metrics, variant = run.metrics(), best_variant([run]) if variant is None else variant
-    found = metrics[variant] if variant else metrics
-    row |= {"variant": variant} | {f"{split} {m}": v for split in ("valid", "test") for m, v in found[split].items()}
-    if "stage1" in metrics:
-        row |= {f"stage 1 {split} {m}": v for split in ("valid", "test") for m, v in metrics["stage1"][split].items()}
+    variant = best_variant([run]) if variant is None else variant
+    row |= {"variant": variant} | {f"valid {m}": v for m, v in validation(run)[variant].items()}
+    if run.finished:
+        metrics = run.metrics()
+        row |= {f"test {m}": v for m, v in (metrics[variant] if variant else metrics)["test"].items()}
+        row |= {f"stage 1 {split} {m}": v for split in ("valid", "test")
+                for m, v in metrics.get("stage1", {}).get(split, {}).items()}
     return row | {"run_seconds": run.about.get("seconds")} | _cost(run)
 
 
@@ -293,7 +311,7 @@ def runs_table(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     return as_table([run_row(open_run(runs_dir() / r.experiment / r.dataset / r.key)) for r in readable.itertuples()])
 
 # %% ../nbs/05c_grids.ipynb #9733ec3d
-def grid_table(cells: list[Cell]) -> pd.DataFrame:
+def grid_table(cells: list[Cell], test: bool = True) -> pd.DataFrame:
     "A row per run of a grid, finished or not: cell, labels of the axes, seed, status, `run_row`, cost, error."
     by_cell, rows = {}, []
     for cell in cells:
@@ -305,48 +323,96 @@ def grid_table(cells: list[Cell]) -> pd.DataFrame:
                "reused": cell.run is not None and not cell.outcome}
         cost = {k: cell.outcome.get(k) for k in ("seconds", "peak_mb", "error")}
         rows.append(row | made | cost | {"notebook": cell.output})  # an axis that is a setting has its value
-    return as_table(rows)
+    table = as_table(rows)
+    return table if test else table.loc[:, ~table.columns.str.contains("test ")]
+
+# %% ../nbs/05c_grids.ipynb #aae406f0
+def run_cell(notebook: str, parameters: dict, test: bool = True) -> Run:
+    "Make the run of a cell, Stage 1 first if need be; without `test` it is trained, and the test split left alone."
+    settings = resolve(NOTEBOOKS[notebook].experiment, parameters)
+    settings = joint_settings(settings) if parameters.get("training") == "joint" else settings
+    inputs = load_inputs(settings)
+    run = expected_run(notebook, settings, inputs)
+    with alone(run):
+        if not heal(run).finished:
+            (train_stage1 if notebook == "04_stage1" else train_stage2)(run.begin(), settings, inputs, test)
+    return run
+
+# %% ../nbs/05c_grids.ipynb #bdd9df12
+def work_of(notebook: str, cell: Cell, folder: Path, papermill: bool, test: bool) -> tuple[str, str, dict]:
+    "What `run_notebook` runs for a cell, where its output goes, and its parameters."
+    if papermill:
+        return str(repo_root() / "nbs" / f"{notebook}.ipynb"), str(folder / f"{cell.expected.key}.ipynb"), cell.params
+    call = {"notebook": notebook, "parameters": cell.params, "test": test}
+    return "ptmrec.grids.run_cell", str(folder / f"{cell.expected.key}.txt"), call
+
+
+def gpu_per_run(client, cells: list[Cell]) -> dict:
+    "What each run asks a cluster's workers for: a GPU, where they have some. Raises `SettingError` if they do not say so."
+    if all(cell.settings.device == "cpu" for cell in cells):
+        return {}
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if any("GPU" in worker["resources"] for worker in workers):
+        return {"GPU": 1}
+    if any(client.run(torch.cuda.device_count).values()):
+        raise SettingError("The workers have GPUs and do not say how many, so runs would share one. Start each worker with "
+                           "--resources 'GPU=1', or pass device='cpu'.")
+    return {}
+
+
+def cluster_event(client):
+    "An event that is known on all workers."
+    from dask.distributed import Event
+
+    return Event(f"ptmrec-{secrets.token_hex(4)}", client=client)
+
+
+def wait_for_workers(futures: list, seconds: float = 10) -> None:
+    "Wait until `futures` of a cluster have ended; those of workers that Ctrl-C reached as well never do."
+    from dask.distributed import wait
+
+    with contextlib.suppress(TimeoutError):
+        wait(futures, timeout=seconds)
 
 # %% ../nbs/05c_grids.ipynb #2bc6b695
-def find_result(cell: Cell) -> None:
-    "Look for the finished run of a cell; a process that ended well without it is a failure."
-    cell.run = finished_run(cell.expected)
+def find_result(cell: Cell, test: bool = True) -> None:
+    "Look for the finished run of a cell, or without `test` a trained one; a process that ended well without is a failure."
+    cell.run = finished_run(cell.expected, test)
     if cell.run:
         cell.status = "finished"
     elif cell.status == "finished":
         cell.status, cell.outcome["error"] = "failed", f"The notebook ended, but run {cell.expected.key} is not there."
 
 # %% ../nbs/05c_grids.ipynb #0c9c5c62
-def run_left(notebook, cells, left, folder, watch, threads=1, client=None, with_test=True) -> None:
+def run_left(notebook, cells, left, folder, watch, threads=1, client=None, papermill=True, test=True) -> None:
     "Run the cells `left` of a grid, and keep its table after each."
-    stop, place = threading.Event(), {"PTMREC_RUNS": str(runs_dir()), "PTMREC_DATA": str(data_dir())}
-    source = str(repo_root() / "nbs" / f"{notebook}.ipynb")
+    place, started = {"PTMREC_RUNS": str(runs_dir()), "PTMREC_DATA": str(data_dir())}, []
+    stop, asked = (cluster_event(client), {"resources": gpu_per_run(client, left)}) if client else (threading.Event(), {})
 
     def submit(cell):
-        output = folder / f"{cell.expected.key}.ipynb"
-        arguments = (source, str(output), cell.params, threads, place)
-        cell.output = str(output)
-        if client:
-            return client.submit(run_notebook, *arguments, pure=False)
-        return pool.submit(run_notebook, *arguments, stop)
+        what, cell.output, parameters = work_of(notebook, cell, folder, papermill, test)
+        start = partial(client.submit, pure=False, **asked) if client else pool.submit
+        started.append(start(run_notebook, what, cell.output, parameters, threads, place, stop))
+        return started[-1]
 
     def after_each():
         for cell in left:
             if cell.status == "finished" and cell.run is None:
-                find_result(cell)
-        table = grid_table(cells)
-        table = table if with_test else table.loc[:, ~table.columns.str.contains("test ")]
-        write_atomically(folder / "table.parquet", table.to_parquet)
+                find_result(cell, test)
+        write_atomically(folder / "table.parquet", grid_table(cells, test).to_parquet)
         watch.show()
 
     with ThreadPoolExecutor(max(1, watch.at_once)) as pool:
         try:
-            run_cells(left, submit, partial(claims, notebook), watch.at_once, after_each)
+            run_cells(left, submit, partial(claims, notebook, papermill), watch.at_once, after_each,
+                      lambda cell: None if client else gpu_of(cell))
         except KeyboardInterrupt:
             print(f"Stopped: {time_left(cells, watch.at_once)} The same call goes on.")
             raise
         finally:
-            stop.set()  # Ctrl-C and the Stop button end the processes, too
+            stop.set()  # Ctrl-C and the Stop button end the processes, on workers too
+            if client:
+                wait_for_workers(started)
     after_each()
 
 # %% ../nbs/05c_grids.ipynb #8dda1938
@@ -359,7 +425,8 @@ def grid(
     at_once: int | None = None,  # runs at a time; None: as many as memory and cores allow, or the cluster's threads
     threads: int = 1,  # that each run computes with
     client=None,  # a `dask.distributed.Client` whose workers see the same folders; None: this machine
-    with_test: bool = True,  # the table has test metrics; without, nobody chooses by them
+    papermill: bool = True,  # False: no executed notebooks, see `run_cell`
+    test: bool = True,  # False: trials, which train and validate alone, without notebooks
 ) -> pd.DataFrame:
     """Run a notebook for every cell and seed; returns the table, also in runs/grids/<name>/table.parquet.
 
@@ -368,12 +435,12 @@ def grid(
     """
     cells, folder, known = plan(notebook, base, axes, seeds), runs_dir() / "grids" / name, {}
     for cell in cells:
-        cell.expected = expected_run(notebook, cell.settings, known)
+        cell.expected = expected_run(notebook, cell.settings, light_inputs(cell.settings, known))
         cell.params["dataset"] = str(find_dataset(cell.settings.dataset))  # workers may be in another folder
-        find_result(cell)
+        find_result(cell, test)
     left = [cell for cell in cells if cell.run is None]
     if left and at_once is None:
         at_once = sum(client.nthreads().values()) if client else how_many(notebook, left, threads)
     watch = Watch(cells, at_once or 1, cells[0].settings.metric)
-    run_left(notebook, cells, left, folder, watch, threads, client, with_test)
+    run_left(notebook, cells, left, folder, watch, threads, client, papermill and test, test)
     return pd.read_parquet(folder / "table.parquet")

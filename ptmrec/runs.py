@@ -7,9 +7,9 @@ __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 
            'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
            'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
            'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'alone', 'train_alone', 'runs_to_do',
-           'stopped_by_hand', 'open_run', 'best_variant', 'check_variant', 'recommendation_table', 'RunEncoder',
-           'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser',
-           'command_line']
+           'stopped_by_hand', 'open_run', 'validation', 'best_variant', 'check_variant', 'recommendation_table',
+           'RunEncoder', 'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser',
+           'option_parser', 'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -297,7 +297,8 @@ def shown_path(path: Path) -> str:
 CONTENT = {"run": "settings", "metrics": "metrics", "history": "losses and metrics of each epoch",
            "per_user": "metrics of each user", "topk": "recommended lists", "backbone": "weights of the backbone",
            "embeddings": "final embeddings", "tuning": "what was tuned in CLIP", "features": "features of the items",
-           "memory": "the memory it took", "parameters": "numbers of parameters", "trials": "table of trials"}
+           "memory": "the memory it took", "parameters": "numbers of parameters", "trials": "table of trials",
+           "valid": "metrics on validation"}
 
 
 def content_of(name: str) -> str:
@@ -473,6 +474,7 @@ def _begin(run) -> Run:
     created = {"versions": versions, "created": datetime.now().isoformat(timespec="seconds")}
     run.about |= {name: before.get(name, value) for name, value in created.items()}
     run.about |= {name: {} if run.finished else before.get(name, {}) for name in ("files", "ended")}
+    run.about |= {"seconds": 0 if run.finished else before.get("seconds", 0)}
     if run.finished and not rank():
         (run.folder / "metrics.json").unlink()
     if run.about != before:
@@ -485,12 +487,15 @@ def _write_about(run):
     run.written.pop("run.json", None)
 
 
-def _seal(run, **more) -> None:
-    "Note in run.json the sha256 of all files that were written, and `more`; raises `DataError` if one is gone."
+def _seal(run) -> None:
+    "Note in run.json the sha256 of all files written, and the seconds so far; raises `DataError` if a file is gone."
     if gone := [name for name in run.written if not (run.folder / name).exists()]:
         raise DataError(f"{gone[0]} ({content_of(gone[0])}) disappeared from {run.folder} while run {run.key} was made. The "
                         "same call makes it anew.")
-    run.about |= {"files": run.about.get("files", {}) | run.written} | more
+    now = time.time()
+    seconds = run.about.get("seconds", 0) + now - run.start
+    run.about |= {"files": run.about.get("files", {}) | run.written, "seconds": seconds}
+    run.start = now
     _write_about(run)
 
 
@@ -512,7 +517,7 @@ def settle(target: Path) -> None:
 
 def _finish(run, metrics: dict) -> Run:
     "Write metrics.json, which makes the run a finished one; a rerun then takes the place of the old run."
-    run.seal(seconds=time.time() - run.start)
+    run.seal()
     text = json.dumps(metrics, indent=1) + "\n"
     run.about["files"]["metrics.json"] = hashlib.sha256(text.encode()).hexdigest()
     _write_about(run)
@@ -552,7 +557,8 @@ def _repr(run) -> str:
 Run.ended, Run.by_hand, Run.note_ended, Run.__repr__ = property(_ended), property(_by_hand), _note_ended, _repr
 
 # %% ../nbs/03c_runs.ipynb #567ae0b1
-TRAINED = ("backbone.safetensors", "history.csv")  # what Stage 1 leaves when its training is over
+# what training leaves; per_user, topk and metrics come with the test split
+TRAINED = ("backbone", "history", "valid", "tuning", "features", "embeddings_", "memory", "parameters")
 
 
 def heal(run: Run) -> Run:
@@ -567,15 +573,15 @@ def heal(run: Run) -> Run:
     if run.finished and files and "metrics.json" not in files:
         bad = ["metrics.json"]
     if not run.finished:
-        bad = [name for name in bad if name in ("run.json", *TRAINED)]
+        bad = [name for name in bad if name.startswith(("run.json", *TRAINED))]
     if bad:
         more = f" and {len(bad) - 1} more" * (len(bad) > 1)
         warnings.warn(f"{shown_path(run.folder / bad[0])} ({content_of(bad[0])}){more} is damaged, gone, or of another run: "
                       f"run {run.key} is made anew.")
-        whole = {name: files.get(name) for name in TRAINED if name not in bad}
+        whole = {name: expected for name, expected in files.items() if name.startswith(TRAINED)}
         for name in {"metrics.json", *bad}:
             (run.folder / name).unlink(missing_ok=True)
-        run.about["files"] = whole if len(whole) == len(TRAINED) and all(whole.values()) else {}
+        run.about["files"] = {} if whole.keys() & {*bad} or "run.json" in bad else whole
         _write_about(run)
     return run
 
@@ -679,11 +685,23 @@ def open_run(where: str | Path) -> Run:
     return Run(folder, read_json(folder / "run.json"))
 
 
+def validation(run: Run) -> dict[str, dict]:
+    "Validation metrics {variant: {metric: value}} of a run that is trained, finished or not; Stage 1 has one variant, \"\"."
+    if run.finished:
+        metrics = run.metrics()
+        return {"": metrics["valid"]} if "valid" in metrics else {
+            variant: found["valid"] for variant, found in metrics.items() if variant != "stage1"}
+    if run.about["experiment"] == "stage2":
+        return run.load_table("valid.parquet").T.to_dict()
+    history = run.load_table("history.csv")
+    best = history.loc[history[f"valid {run.params['metric']}"].idxmax()]
+    return {"": {name.removeprefix("valid "): best[name] for name in history if name.startswith("valid ")}}
+
+
 def best_variant(runs: list[Run]) -> str:
-    "The variant with the highest mean validation metric over `runs`; \"\" for runs of Stage 1, which have none."
-    metrics, metric = [run.metrics() for run in runs], runs[0].params["metric"]
-    names = [name for name in metrics[0] if name not in ("stage1", "valid", "test")]
-    return max(names, key=lambda name: np.mean([m[name]["valid"][metric] for m in metrics])) if names else ""
+    "The variant with the highest mean validation metric over `runs`; \"\" for runs of Stage 1."
+    found, metric = [validation(run) for run in runs], runs[0].params["metric"]
+    return max(found[0], key=lambda name: np.mean([each[name][metric] for each in found]))
 
 
 def check_variant(run: Run, variant: str | None) -> str:

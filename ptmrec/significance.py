@@ -127,14 +127,21 @@ def to_latex(text: pd.DataFrame, corner: str = "") -> str:
                       r"\bottomrule", r"\end{tabular}", ""])
 
 # %% ../nbs/03g_significance.ipynb #8ae00a29
-def save_result(stem: Path, values: dict, stars: Iterable[tuple] = (), corner: str = "") -> list[Path]:
+def save_result(
+    stem: Path,
+    values: dict,  # as of `result_text`
+    stars: Iterable[tuple] = (),
+    corner: str = "",  # what the rows are
+    more: dict | None = None,  # further columns of text {column: {row: text}}, such as the gain
+) -> list[Path]:
     "Write `stem`.md, .tex (needs booktabs) and .csv, the CSV with a row per seed and full precision; returns the files."
-    stars = set(stars)
+    stars, more = set(stars), pd.DataFrame(more or {}, index=list(values)).fillna("")
     long = [(row, column, n, value, (row, column) in stars) for row, cells in values.items()
             for column, seeds in cells.items() for n, value in enumerate(seeds)]
     table = pd.DataFrame(long, columns=["row", "column", "seed", "value", "significant"])
-    contents = {".md": to_markdown(result_text(values, stars, "**{}**"), corner), ".csv": table.to_csv(index=False),
-                ".tex": to_latex(result_text(values, stars, r"\textbf{{{}}}", r"$\pm$", r"$^*$"), corner)}
+    plain, latex = result_text(values, stars, "**{}**"), result_text(values, stars, r"\textbf{{{}}}", r"$\pm$", r"$^*$")
+    contents = {".md": to_markdown(plain.join(more), corner), ".csv": table.to_csv(index=False),
+                ".tex": to_latex(latex.join(more.map(latex_text)), corner)}
     return [write_atomically(stem.with_name(stem.name + end), lambda path, c=content: path.write_text(c, encoding="utf-8"))
             for end, content in contents.items()]
 

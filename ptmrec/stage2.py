@@ -8,9 +8,9 @@ __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_N
            'item_batches', 'interaction_batches', 'make_batches', 'teacher', 'attach_tuning', 'Stage2',
            'transfer_terms', 'with_features', 'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned',
            'tune', 'variants', 'joint_settings', 'parameter_table', 'chosen_towers', 'find_stage2_run', 'make_encoder',
-           'check_encoder', 'stage1_of', 'train_stage2', 'need_of', 'new_model', 'tune_with', 'tune_and_keep',
-           'score_variants', 'without_tuning', 'controls_of', 'metrics_of', 'check_gain', 'variant_name',
-           'results_table', 'verdict', 'report', 'plot_results', 'main']
+           'check_encoder', 'stage1_of', 'train_stage2', 'tune_and_try', 'need_of', 'new_model', 'tune_with',
+           'tune_and_keep', 'keep_variants', 'score_variants', 'without_tuning', 'controls_of', 'metrics_of',
+           'check_gain', 'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
 
 # %% ../nbs/05_stage2.ipynb #5ea8694e
 import os
@@ -22,6 +22,7 @@ if __name__ == "__main__" and "__file__" in globals():  # as a program, a stop d
 
 # %% ../nbs/05_stage2.ipynb #fbc578ee
 import math
+import time
 import warnings
 from collections.abc import Iterable
 from typing import Annotated, Literal
@@ -45,7 +46,7 @@ from .peft import TOWERS, TUNINGS, attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs
 from .runs import (Run, best_variant, code_of, command_line, compare, new_run, own_code, per_user_values,
-                         recommendation_table, runs_to_do, set_seed, shown_path, stopped_by_hand, train_alone)
+                         recommendation_table, runs_to_do, set_seed, shown_path, stopped_by_hand, train_alone, validation)
 from .settings import SettingError, Settings, experiment, setting
 from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
                            locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
@@ -420,17 +421,28 @@ def check_encoder(settings, inputs: Inputs) -> None:
         encoder(torch.tensor([0]))
 
 # %% ../nbs/05_stage2.ipynb #6acc2f1b
-def stage1_of(settings, inputs: Inputs) -> Run:
-    "The finished run of Stage 1 with these settings, trained if need be; of several processes, the first trains."
+def stage1_of(settings, inputs: Inputs, test: bool = True) -> Run:
+    "The run of Stage 1 with these settings, made by the first of several processes; with `test`, it is a finished one."
     with main_first():
-        return trained_stage1(settings, inputs)
+        return trained_stage1(settings, inputs, test)
 
 
-def train_stage2(run: Run, settings, inputs: Inputs) -> Run:
-    "Do and finish a run of Stage 2, or of joint training; the CLIP is the stock one before and after."
-    stage1, device = stage1_of(settings, inputs), inputs.device
+def train_stage2(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
+    "Train a run of Stage 2 or of joint training, unless it is trained, and, with `test`, score and finish it."
+    stage1, evaluator = stage1_of(settings, inputs, test), make_evaluator(settings, inputs)
+    run.start = time.time()  # Stage 1 has a time of its own
     run.note_ended(stage1.ended)
-    evaluator = make_evaluator(settings, inputs)
+    if not broadcast({"trained": run.trained})["trained"]:
+        tune_and_try(run, settings, inputs, evaluator, stage1)
+    if test and not rank():
+        score_variants(run, inputs, evaluator, stage1)
+    barrier()
+    return run
+
+
+def tune_and_try(run: Run, settings, inputs: Inputs, evaluator: Evaluator, stage1: Run) -> None:
+    "Tune, and train and validate the variants; the CLIP is the stock one before and after."
+    device = inputs.device
     set_seed(settings.seed, device)
     if settings.training == "two_stage":
         backbone = load_backbone(stage1, settings, inputs)
@@ -441,10 +453,8 @@ def train_stage2(run: Run, settings, inputs: Inputs) -> Run:
     with encoder.tuning:
         tuned, projected = tune_and_keep(run, settings, backbone, encoder, evaluator)
         if not rank():  # backbones train in one process
-            each = variants(backbone, tuned, projected, inputs, evaluator, settings, run)
-            score_variants(run, each, inputs.data.inter, evaluator, stage1)
+            keep_variants(run, variants(backbone, tuned, projected, inputs, evaluator, settings, run), evaluator)
         barrier()
-    return run
 
 # %% ../nbs/05_stage2.ipynb #6e0fd5a7
 def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1):
@@ -488,22 +498,32 @@ def tune_and_keep(run: Run, settings, backbone, encoder, evaluator: Evaluator) -
     return tuned, projected
 
 # %% ../nbs/05_stage2.ipynb #6d4624df
-def score_variants(run: Run, tuned_backbones, inter, evaluator: Evaluator, stage1: Run) -> Run:
-    "Score variants (name, backbone) on both splits, keep weights, embeddings, users' values and lists; finish the run."
-    metrics, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("topk.parquet")}
-    per_user = {"stage1": stage1.load_table("per_user.parquet")}
-    run.save_weights("embeddings_stage1", stage1.embeddings())
+def keep_variants(run: Run, tuned_backbones, evaluator: Evaluator) -> None:
+    "Keep weights, final embeddings and validation metrics of variants (name, backbone); the run then is trained."
+    valid = {}
     for name, backbone in tuned_backbones:
         run.save_weights(f"backbone_{name}", dict(backbone.named_parameters()))
         save_embeddings(run, f"embeddings_{name}", backbone)
-        metrics[name] = {"valid": mean_metrics(evaluate(backbone, evaluator, "valid")[0])}
-        table, top = evaluate(backbone, evaluator, "test")
-        metrics[name]["test"], per_user[name] = mean_metrics(table), table.reset_index()
-        lists[name] = recommendation_table(top[:, :20], table.index, inter)
-    run.save_table("topk.parquet", pd.concat(lists, names=["variant"]).reset_index("variant"))
-    run.save_table("per_user.parquet", pd.concat(per_user, names=["variant"]).reset_index("variant"))
+        valid[name] = mean_metrics(evaluate(backbone, evaluator, "valid")[0])
+    run.save_table("valid.parquet", pd.DataFrame(valid).T)
+    run.seal()
     for checkpoint in run.folder.glob("checkpoint*.pt"):
         checkpoint.unlink()
+
+
+def score_variants(run: Run, inputs: Inputs, evaluator: Evaluator, stage1: Run) -> Run:
+    "Score a trained run's variants on test by their embeddings, keep users' values and lists, and finish the run."
+    metrics, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("topk.parquet")}
+    per_user = {"stage1": stage1.load_table("per_user.parquet")}
+    run.save_weights("embeddings_stage1", stage1.embeddings())
+    for name, valid in validation(run).items():
+        embeddings = run.load_weights(f"embeddings_{name}")
+        table, top = evaluator("test", *(embeddings[side].to(inputs.device) for side in ("user", "item")))
+        metrics[name] = {"valid": valid, "test": mean_metrics(table)}
+        per_user[name] = table.reset_index()
+        lists[name] = recommendation_table(top[:, :20], table.index, inputs.data.inter)
+    run.save_table("topk.parquet", pd.concat(lists, names=["variant"]).reset_index("variant"))
+    run.save_table("per_user.parquet", pd.concat(per_user, names=["variant"]).reset_index("variant"))
     return run.finish(metrics)
 
 # %% ../nbs/05_stage2.ipynb #b50c044f

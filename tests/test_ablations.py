@@ -1,11 +1,13 @@
 """Grids of notebook runs, their statistics and tables, derived data sets, yardsticks, and the studies made of them."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from small import make_shop
 
 import ptmrec.ablations as ablations
 import ptmrec.grids as grids
+import ptmrec.report as report
 from ptmrec.ablations import (METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study, tune_equally,
                               verdicts, write_result)
 from ptmrec.data import DataError, load_data
@@ -24,7 +27,7 @@ from ptmrec.derived import miniature, random_features, shuffled, thinned, with_c
 from ptmrec.grids import Cell, Watch, grid, plan, run_cells, runs_table, time_left
 from ptmrec.processes import run_notebook
 from ptmrec.ranking import Evaluator
-from ptmrec.runs import compare, open_run
+from ptmrec.runs import best_variant, compare, open_run
 from ptmrec.settings import SettingError, resolve
 from ptmrec.significance import (bootstrap_interval, comparisons, in_words, result_text, save_figure, save_result,
                                  smallest_gain)
@@ -46,9 +49,12 @@ def here(monkeypatch):
     done = []
 
     def run(notebook, output, parameters, *more):
-        done.append(parameters)
+        done.append(parameters.get("parameters", parameters))
         try:
-            grids.NOTEBOOKS[os.path.basename(notebook).removesuffix(".ipynb")](**parameters)
+            if notebook == "ptmrec.grids.run_cell":
+                grids.run_cell(**parameters)
+            else:
+                grids.NOTEBOOKS[os.path.basename(notebook).removesuffix(".ipynb")](**parameters)
         except FloatingPointError as error:
             return {"seconds": 1.0, "peak_mb": 1.0, "error": f"{type(error).__name__}: {error}"}
         return {"seconds": 1.0, "peak_mb": 1.0, "error": None}
@@ -131,6 +137,44 @@ def test_a_cluster_whose_worker_dies(shop, runs):
     assert len(pids) == 2 and table.key.nunique() == 3 and not table.reused.any()
 
 
+STOPPED = """
+if __name__ == "__main__":
+    import dask.distributed as d
+    from ptmrec.grids import grid
+
+    with d.LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster:
+        with d.Client(cluster) as client:
+            grid("04_stage1", {base}, {{"emb_size": [8, 16, 32]}}, [0], "stopped", client=client)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc, as on Linux")
+@pytest.mark.parametrize("to_group", [False, True])
+def test_ctrl_c_ends_the_runs_on_a_cluster(shop, runs, tmp_path, to_group):
+    "To the process alone, as by the Stop button, and to all, as in a terminal: no process is left, and the call goes on."
+    pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 100_000, "patience": 100_000}
+    (tmp_path / "stopped.py").write_text(STOPPED.format(base=base))
+    first = subprocess.Popen([sys.executable, tmp_path / "stopped.py"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    while len(list((runs / "stage1").glob("*/*/run.json"))) < 2:
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.05)
+    started = below(first.pid)
+    (os.killpg if to_group else os.kill)(first.pid, signal.SIGINT)
+    said, _ = first.communicate(timeout=120)
+    for _ in range(600):
+        if not any(map(alive, started)):
+            break
+        time.sleep(0.05)
+    assert not any(map(alive, started)) and first.returncode != 0
+    assert "Stopped: 0 of 3 runs are done" in said and "The same call goes on." in said, said
+    left = [path.name for path in (runs / "stage1").rglob("*") if path.is_file() and "lock" not in path.name]
+    assert set(left) <= {"run.json", "checkpoint.pt"}, left
+    table = grid("04_stage1", base | {"epochs": 1}, {"emb_size": [8]}, [0], "stopped", at_once=1)
+    assert table.status.tolist() == ["finished"]
+
+
 def test_a_process_that_dies_says_so(tmp_path):
     outcome = run_notebook(str(tmp_path / "none.ipynb"), str(tmp_path / "out.ipynb"), {})
     assert "ended with status 1" in outcome["error"] and "none.ipynb" in outcome["error"]
@@ -173,8 +217,41 @@ def test_cells_that_make_the_same_run_wait(shop):
 
     stage1 = set()
     with ThreadPoolExecutor(4) as pool:
-        run_cells(cells, submit, lambda cell: grids.claims("05_stage2", cell), at_once=4)
+        run_cells(cells, submit, lambda cell: grids.claims("05_stage2", True, cell), at_once=4)
     assert {cell.status for cell in cells} == {"finished"} and most == 2
+
+
+@pytest.mark.parametrize("gpus, most", [(["cuda:0"] * 3, 1), (["cuda:0", "cuda:1", "cuda:0"], 2), ([None] * 3, 3)])
+def test_a_gpu_has_one_run_at_a_time(gpus, most):
+    cells, running, seen = [Cell({}, {}, None) for _ in gpus], [], []
+
+    def submit(cell):
+        running.append(cell)
+        seen.append(len(running))
+
+        def work():
+            time.sleep(0.05)
+            running.remove(cell)
+            return {"error": None}
+
+        return pool.submit(work)
+
+    with ThreadPoolExecutor(3) as pool:
+        run_cells(cells, submit, lambda cell: set(), at_once=3, alone_on=lambda cell: gpus[cells.index(cell)])
+    assert max(seen) == most and {cell.status for cell in cells} == {"finished"}
+
+
+@pytest.mark.parametrize("resources, n_gpus, device, asked", [
+    ({"GPU": 1.0}, 1, "auto", {"GPU": 1}), ({}, 0, "auto", {}), ({}, 2, "cpu", {}), ({}, 2, "auto", None)])
+def test_workers_say_how_many_gpus_they_have(resources, n_gpus, device, asked):
+    client = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": {"a": {"resources": resources}}},
+                             run=lambda function: {"a": n_gpus})
+    cells = [Cell({}, {}, SimpleNamespace(device=device))]
+    if asked is None:
+        with pytest.raises(SettingError, match="--resources 'GPU=1'"):
+            grids.gpu_per_run(client, cells)
+    else:
+        assert grids.gpu_per_run(client, cells) == asked
 
 
 def test_a_failed_maker_leaves_the_run_to_the_next():
@@ -421,10 +498,12 @@ def test_equal_budgets_choose_on_validation_and_hide_the_test(shop, runs, here):
     assert trials.method.value_counts().to_dict() == {"BPR": 3, "LightGCN": 3}
     kept = pd.read_parquet(runs / "grids" / "tuned-trials" / "table.parquet")
     assert not [c for c in (*trials, *kept) if "test" in c] and "valid recall@20" in kept
+    states = trials.assign(state=[open_run(key).state for key in trials.key]).groupby("method").state
+    assert states.value_counts().to_dict() == {(m, s): n for m in spaces for s, n in (("finished", 1), ("trained", 2))}
     for method, rows in trials.groupby("method"):
         winner = rows.loc[rows["valid recall@20"].idxmax()]
         assert (table[table.cell == method].lr == winner.lr).all()
-    assert len(table) == 4 and len(here) == 6 + 2 and "test recall@20" in table
+    assert len(table) == 4 and len(here) == 6 + 4 and "test recall@20" in table  # two winners are trained already
     with pytest.raises(SettingError, match="budget=4 is more than the 3 cells in the space of BPR"):
         draw_trials(spaces, 4)
 
@@ -459,3 +538,140 @@ def test_stage2_through_papermill_in_a_study(shop, runs, monkeypatch):
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["2"]
     ablations.plt.close(figure)
     assert resolve(grids.run_stage2.experiment, {"dataset": shop}).n_ctx == 8
+
+
+# ---------------------------------------------------------------- trials, samplers, buckets, encoders
+
+
+def test_a_trial_of_stage2_scores_nothing_on_test_and_damage_is_made_anew(shop, runs, monkeypatch):
+    seen = []
+    ranks = Evaluator.__call__
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, split, *more: seen.append(split) or ranks(self, split, *more))
+    how = {"dataset": shop, **QUICK, "stage2_epochs": 1, "n_ctx": 2, "prompt_depth": 2}
+    tried = grids.run_cell("05_stage2", how, test=False)
+    assert set(seen) == {"valid"} and tried.state == "trained" and not list(runs.rglob("metrics.json"))
+    assert not [path for path in runs.rglob("*") if path.name in ("per_user.parquet", "topk.parquet")]
+    best = best_variant([tried])
+    weights = {side: w.clone() for side, w in tried.load_weights(f"embeddings_{best}").items()}
+
+    (tried.folder / f"embeddings_{best}.safetensors").unlink()
+    (tried.folder / f"embeddings_{best}.safetensors").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=f"embeddings_{best}.safetensors .* is damaged"):
+        again = grids.run_cell("05_stage2", how, test=False)
+    assert all(torch.equal(w, weights[side]) for side, w in again.load_weights(f"embeddings_{best}").items())
+
+    seconds = again.on_disk()["seconds"]
+    won = grids.run_cell("05_stage2", how)
+    assert won.state == "finished" and won.about["seconds"] > seconds and "test" in seen
+    assert {v: m["valid"] for v, m in won.metrics().items() if v != "stage1"} == grids.validation(again)
+
+
+def test_optuna_chooses_between_the_values_and_repeats_itself(shop, runs, here, monkeypatch):
+    pytest.importorskip("optuna", reason="pip install -e '.[optuna]'")
+    spaces = {"BPR": ({"backbone": "bpr"}, {"lr": [1e-4, 1e-1]}),
+              "LightGCN": ({"backbone": "lightgcn"}, {"lr": [1e-4, 1e-2], "n_layers": [1, 4]})}
+    trials, table = tune_equally("04_stage1", {"dataset": shop, **QUICK}, spaces, 3, [0], "tpe", "optuna", at_once=1)
+    assert trials.method.value_counts().to_dict() == {"BPR": 3, "LightGCN": 3} and (table.status == "finished").all()
+    for changes in map(json.loads, trials.changes):
+        assert 1e-4 <= changes["lr"] <= 1e-1 and f"{changes['lr']:.3g}" == f"{changes['lr']:.10g}"
+        assert changes.get("n_layers", 1) in (1, 2, 3, 4)
+    n_runs = len(here)
+    again, _ = tune_equally("04_stage1", {"dataset": shop, **QUICK}, spaces, 3, [0], "tpe", "optuna", at_once=1)
+    assert again.changes.tolist() == trials.changes.tolist() and again.reused.all() and len(here) == n_runs
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SettingError, match="needs the package optuna: pip install"):
+        tune_equally("04_stage1", {"dataset": shop, **QUICK}, spaces, 3, [0], "tpe", "optuna", at_once=1)
+
+
+def test_values_among_some_items_are_those_of_a_dense_count(shop, runs):
+    run, = run_stage1(dataset=shop, backbone="bpr", n_seeds=1, **QUICK)
+    inter, lists = load_data(shop).inter, run.load_table("topk.parquet")
+    items = np.arange(inter.n_items) % 3 == 0
+    found = ablations.values_among(run, items, "", "recall@10")
+    expected = {}
+    for user, item in zip(*inter.part("test")):
+        if items[item]:
+            shown = lists[(lists.user == inter.user_ids[user]) & (lists["rank"] <= 10)].item.tolist()
+            expected.setdefault(user, []).append(inter.item_ids[item] in shown)
+    assert found.to_dict() == {user: np.mean(hits) for user, hits in expected.items()} and 0 < found.mean() < 1
+    parts = ablations.by_popularity({"BPR": ablations.Row([run], "")})
+    assert len(parts) == 3 and (sum(row.items.astype(int) for row in parts.values()) == 1).all()
+
+
+def test_a_batch_of_interactions_has_fewer_items(shop, runs):
+    how = {"dataset": shop, **QUICK, "stage2_epochs": 1, "n_ctx": 2, "prompt_depth": 2, "stage2_batch_size": 16}
+    counts = {by: ablations.items_per_batch(grids.run_cell("05_stage2", how | {"batch_by": by}, test=False))
+              for by in ("items", "interactions")}
+    n_items = len(np.unique(load_data(shop).inter.part("train")[1]))
+    assert counts["items"] == pytest.approx(n_items / np.ceil(n_items / 16)) and 8 < counts["interactions"] < 16
+
+
+def test_an_encoder_without_weights_is_one_sentence(shop, runs, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match="The weights 'laion2b_s34b_b79k' of ViT-B-32 are not on this machine") as error:
+        run_study("generative", shop, [0], QUICK, at_once=1)
+    assert "\n" not in str(error.value) and not (runs / "stage1").exists()
+
+
+def test_a_generative_encoder_passes_through_both_stages(shop, runs, tmp_path):
+    "A tiny CoCa without pretrained weights, with prompts in both towers."
+    import open_clip
+
+    heads = {"attn_pooler_heads": 2, "output_tokens": True}
+    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "attentional_pool": True,
+              "attn_pooler_queries": 8} | heads
+    config = {"embed_dim": 32, "custom_text": True, "vision_cfg": vision, "text_cfg": text | {"embed_cls": True,
+              "output_tokens": True}, "multimodal_cfg": text | {"attn_pooler_heads": 2}}
+    (tmp_path / "tiny_coca.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny_coca.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny_coca")
+    assert isinstance(model, open_clip.CoCa)
+    torch.nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves it as memory was
+    torch.save(model.state_dict(), tmp_path / "tiny_coca.pt")
+    run = grids.run_cell("05_stage2", {"dataset": shop, **QUICK, "clip_model": "tiny_coca", "stage2_epochs": 1, "n_ctx": 2,
+                                       "pretrained": str(tmp_path / "tiny_coca.pt"), "prompt_depth": 2})
+    assert run.state == "finished" and {"stage1", "as_is", "continued", "fresh"} == set(run.metrics())
+    tuned = run.load_weights("tuning")
+    assert all(any(tower in name for name in tuned) for tower in ("image", "text"))
+    assert all(w.isfinite().all() for w in tuned.values())
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_a_report_in_two_formats(shop, runs, here, monkeypatch):
+    base = {"epochs": 2, "batch_size": 64, "device": "cpu", "stage2_epochs": 1, "validate_every": 1, "prompt_depth": 2}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = report.paper([shop], ["yardsticks", "knowledge_transfer", "generative"], n_seeds=2, base=base, at_once=1)
+    text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    for said in ("Do the backbones beat what is simple?", "What does knowledge transfer add?", "torch", "task loss alone",
+                 "`generative` was not run: The weights", "What differs from the paper", '"stage2_epochs": 1', "2 seeds"):
+        assert said in text, said
+    assert "cannot tell with" in text or ": a difference" in text
+    pictures = [folder / name for name in re.findall(r"!\[.*?\]\((.*?)\)", text)]
+    assert len(pictures) == 2 and all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
+    assert page.count("data:image/png;base64,") == 2 and "<table>" in page and "**" not in page
+    against = pd.read_csv(folder / "verdicts.csv")
+    assert set(against.study) == {"yardsticks", "knowledge_transfer"} and against.p_holm.between(0, 1).all()
+    n_runs = len(here)
+    report.paper([shop], ["yardsticks", "knowledge_transfer"], n_seeds=2, base=base, at_once=1)
+    assert text.count("Failed: SMORE") == 2 and "knn_k" in text  # it wants 40 neighbours of 37 items
+    assert len(here) == n_runs + 2  # they are tried again; what was there is used
+
+
+def test_the_papers_numbers_are_beside_ours():
+    row = SimpleNamespace(values=lambda metric: [0.05, 0.07])
+    result = SimpleNamespace(rows={"FREEDOM": row, "task loss alone": row, "task loss and transfer": row})
+    table = report.beside_the_paper("baby", {"yardsticks": result})
+    assert table.loc["Recall@10 of FREEDOM on frozen features"].tolist() == ["0.064", "FREEDOM 0.0600"]
+    assert report.beside_the_paper("sports", {"knowledge_transfer": result}).ours.tolist() == ["+0.0%"]
+    assert not len(report.beside_the_paper("mine", {"yardsticks": result}))
+
+
+def test_a_wrong_report_is_one_sentence():
+    with pytest.raises(SystemExit, match="'method' is no study. Did you mean methods"):
+        report.main(["sample", "--studies", "method"])
+    with pytest.raises(SettingError, match="sampler='optima' is not known. Did you mean optuna"):
+        check_study("methods", "sample", "recall@10", "optima")

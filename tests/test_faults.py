@@ -210,7 +210,8 @@ def test_a_killed_stage2_resumes(tmp_path, monkeypatch, backbone, settings):
     pd.testing.assert_frame_equal(history("killed"), whole)
 
 
-def test_what_stage2_has_trained_survives_a_kill_in_its_evaluation(tmp_path, monkeypatch, runs):
+@pytest.mark.parametrize("function, asked", [("keep_variants", 1), ("score_variants", 0)])  # 1: for the memory it takes
+def test_what_stage2_has_trained_survives_a_kill_in_its_evaluation(tmp_path, monkeypatch, runs, function, asked):
     import ptmrec.stage2 as stage2
 
     monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
@@ -222,11 +223,10 @@ def test_what_stage2_has_trained_survives_a_kill_in_its_evaluation(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage2, "score_variants", dies)
+        patch.setattr(stage2, function, dies)
         run_stage2("shop", **SHORT)
     trained = len(calls)
     run, = run_stage2("shop", **SHORT)
-    asked = 1  # for the memory it takes
     assert len(calls) == trained + asked and run.finished and len(run.load_table("history.csv")) == SHORT["stage2_epochs"]
 
 
