@@ -726,6 +726,7 @@ def check_category(category: str) -> None:
 # %% ../nbs/00a_amazon.ipynb #1f5a8cca
 def _prepare_alone(short, official, release, folder, raw, base_url, text_fields, images, split_seed, download):
     "`prepare`: no other process prepares this folder."
+    sweep(folder)
     reviews, meta = raw_files(official, release, raw, base_url)
     interactions = make_interactions(read_reviews(reviews, release), split_seed)
     items = read_meta(meta, sorted(interactions["item"].unique()), release, text_fields)

@@ -26,6 +26,7 @@ import psutil
 from .backbones import BACKBONES
 from .clip_prompting import load_clip
 from .data import DataError, data_dir, find_dataset, fingerprint, load_data, repo_root, runs_dir, write_atomically
+from .files import sweep
 from .memory import free_bytes
 from .peft import TUNINGS
 from .processes import run_notebook
@@ -368,6 +369,7 @@ def grid(
     on. Raises `SettingError` for any wrong setting before anything starts.
     """
     cells, folder, known = plan(notebook, base, axes, seeds), runs_dir() / "grids" / name, {}
+    sweep(folder)
     for cell in cells:
         cell.expected = expected_run(notebook, cell.settings, known)
         cell.params["dataset"] = str(find_dataset(cell.settings.dataset))  # workers may be in another folder
