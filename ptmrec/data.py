@@ -1041,7 +1041,7 @@ def show_items(data: RecData, items: Sequence[int], columns: int = 6):
                 ax.imshow(load_image(data.images[item], 128))
             except PictureError:
                 pass
-        ax.set_title(data.texts[item][:26], fontsize=9)
+        ax.set_title(data.texts[item][:26], fontsize=9, parse_math=False)
     return figure
 
 # %% ../nbs/00_data.ipynb #2b5a5ff2

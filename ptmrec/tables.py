@@ -85,8 +85,9 @@ def standard_columns(
         plain = [_plain(h) for h in headers]
         if name not in columns and (found := [s for s in spellings.split() if s in plain]):
             columns[plain.index(found[0])] = name
+    twice = [standard_name(str(h).rsplit(".")[0]) if re.search(r".\.\d+$", str(h)) else None for h in headers]  # pandas's
     for name in SPELLINGS:
-        same = [h for h, c in zip(headers, columns) if c == name]
+        same = [h for h, c, t in zip(headers, columns, twice) if c == name or t == name and name in columns]
         if len(same) > 1:
             raise DataError(f"{source}: columns {same} all mean '{name}'. Keep one of them.")
     return table.set_axis(columns, axis=1)
@@ -98,7 +99,7 @@ TEXT_HEADERS = {s for name in READ_AS_TEXT for names in (SPELLINGS, OTHER_SPELLI
 # %% ../nbs/00f_tables.ipynb #a0be344f
 def integers_if_lossless(ids: pd.Series) -> pd.Series:
     "Ids as integers if every one is written as an integer (`7`, but not `007`, `7.0` or nothing); else unchanged."
-    plain = pd.api.types.is_string_dtype(ids) and len(ids) and ids.str.fullmatch(r"0|-?[1-9]\d{0,17}").fillna(False).all()
+    plain = pd.api.types.is_string_dtype(ids) and len(ids) and ids.str.fullmatch("0|-?[1-9][0-9]{0,17}").fillna(False).all()
     return ids.astype(np.int64) if plain else ids
 
 # %% ../nbs/00f_tables.ipynb #8f93169b
