@@ -284,14 +284,19 @@ def _json_records(path) -> Iterator[dict]:
             raise DataError(f"{path}{where} cannot be read as JSON: {e}.") from None
 
 # %% ../nbs/00f_tables.ipynb #1388497b
+def _json_value(value, separator):
+    "A value of a record as a table can hold it."
+    return plain_text(value, separator) if isinstance(value, list) else storable(value) if isinstance(value, str) else value
+
+
 def _read_json(path):
     "The known columns of a JSON file."
     rows = []
     for number, record in enumerate(_json_records(path), 1):
         if not isinstance(record, dict):
             raise DataError(f"{path}, record {number}: expected {{name: value}}, found {str(record)[:40]!r}.")
-        rows.append({k: plain_text(v, "|" if standard_name(k) == "categories" else " ") if isinstance(v, list) else v
-                     for k, v in record.items() if _is_known(k) and not isinstance(v, dict)})
+        rows.append({k: _json_value(v, "|" if standard_name(k) == "categories" else " ") for k, v in record.items()
+                     if _is_known(k) and not isinstance(v, dict)})
     table = pd.DataFrame([row for row in rows if row])
     return table.astype({c: str for c in table if _plain(c) in TEXT_HEADERS and table[c].map(type).nunique() > 1
                          and table[c].notna().all()})

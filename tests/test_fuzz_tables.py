@@ -113,14 +113,17 @@ def test_folders(tmp_path, monkeypatch, n):
         lambda odd: (".csv", quoted([("user", "item"), *usual, *odd])))
     items = st.lists(st.tuples(CELLS, CELLS, CELLS), max_size=6).map(lambda r: quoted([("item", "title", "image"), *r]))
 
-    @drawn(n, file=nearly | nearly | FILES, items=st.none() | items | TEXT,
+    odd_items = st.lists(st.fixed_dictionaries({"item": st.integers(0, 9) | VALUES, "title": VALUES}), max_size=5).map(
+        lambda rows: (".jsonl", "\n".join(map(json.dumps, rows)).encode()))
+
+    @drawn(n, file=nearly | nearly | FILES, items=st.none() | st.tuples(st.just(".csv"), items | TEXT) | odd_items,
            split=st.sampled_from([None, "random", "user_time"]))
     def check(file, items, split):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / f"interactions{file[0]}").write_bytes(file[1])
         if items is not None:
-            (folder / "items.csv").write_bytes(items)
+            (folder / f"items{items[0]}").write_bytes(items[1])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:

@@ -525,3 +525,13 @@ def test_titles_that_look_like_formulas_are_shown(home):
     figure = show_items(data, range(3))
     figure.savefig(io.BytesIO(), format="png")
     assert [ax.get_title() for ax in figure.axes[:3]] == [title[:26] for title in titles]
+
+
+def test_values_of_json_that_no_table_can_hold(home):
+    "Half a character, numbers, lists, records, nothing: text that can be stored, or none."
+    titles = ["\ud800 mug", None, 5, {"a": 1}, ["a", ["b"]], True, "\0", "x" * 100_000]
+    data, _ = load(folder_of(home, {
+        "interactions.csv": "user,item\n" + "".join(f"{u},{(u + i) % 9}\n" for u in range(9) for i in range(5)),
+        "items.jsonl": "\n".join(json.dumps({"item": n, "title": title}) for n, title in enumerate(titles))}))
+    assert data.texts[:5] == ["? mug", "", "5", "", "a b"] and data.texts[7] == "x" * 100_000
+    assert "\n".join(data.texts).encode() and data.fingerprint()

@@ -352,7 +352,7 @@ def test_poor_results_are_warnings_with_their_numbers(tmp_path):
     assert re.match(r"The text features have collapsed \(mean cosine 1\.000, effective rank \d\.\d\): items look", line)
     history = pd.DataFrame({"valid recall@20": [0.0, popular / 2]})
     line, = said(check_fit, history, inter, evaluator)
-    assert f"validation recall@20 is {popular / 2:.4f}, and showing everybody the most bought items has {popular:.4f}" in line
+    assert f"recall@20 is {popular / 2:.4f}, and showing everybody the most bought items has {popular:.4f}" in line
     line, = said(check_gain, runs(0.1), runs(0.12))
     assert "nothing to learn here: the best validation recall@20 is 0.1000 with a tuned CLIP, and 0.1200 with proj" in line
     assert not said(check_fit, history * 3, inter, evaluator) + said(check_gain, runs(0.13), runs(0.12))
