@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -75,31 +75,33 @@ def watch_ranks(
     every: float = 5.0,  # seconds between two signs of life
     limit: float = 90.0,  # seconds of silence after which a rank counts as gone
 ) -> None:
-    "Start the thread that ends this process, with a sentence, when it waits for a rank that is gone."
+    "Start the threads that end this process, with a sentence, when it waits for a rank that is gone."
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store, seen = dist.TCPStore(*address, is_master=False, wait_for_workers=False), {}
-    others = [r for r in range(world_size()) if r != rank()]
+    told = {r: b"" for r in range(world_size()) if r != rank()}
+
+    def tell():  # in a thread of its own: the store may be on a machine that does not answer any more
+        for beat in itertools.count():
+            with suppress(RuntimeError):  # the store went with the process that kept it
+                store.set(f"ptmrec/{rank()}", str(beat))
+                told.update({r: store.get(f"ptmrec/{r}") for r in told if store.check([f"ptmrec/{r}"])})
+            time.sleep(every)
 
     def watch():
-        for beat in itertools.count():
-            gone = silent(seen, dict.fromkeys(others, b"") | _exchange(store, beat, others), time.monotonic(), limit)
-            since = _waiting_since
-            if gone and since and time.monotonic() - since > limit:
+        now = time.monotonic()
+        while True:
+            before, now, since = now, time.monotonic(), _waiting_since
+            if now - before > limit / 2:  # this process was halted, and the others perhaps as well
+                seen.clear()
+            gone = silent(seen, told, now, limit)
+            if gone and since and now - since > limit:
                 names = " and ".join(str(r + 1) for r in gone)
                 os.write(2, f"{_lost(f'process {names} has shown no sign of life for {limit:.0f} seconds')}\n".encode())
                 os._exit(1)
             time.sleep(every)
 
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _exchange(store, beat, others):
-    "Tell the store that this rank lives; returns what `others` told, {rank: bytes}."
-    try:
-        store.set(f"ptmrec/{rank()}", str(beat))
-        return {r: store.get(f"ptmrec/{r}") for r in others if store.check([f"ptmrec/{r}"])}
-    except RuntimeError:  # the store went with the process that kept it
-        return {}
+    for work in (tell, watch):
+        threading.Thread(target=work, daemon=True).start()
 
 # %% ../nbs/00c_distributed.ipynb #98e1fd66
 def init_distributed(device: str | torch.device = "auto") -> None:

@@ -149,10 +149,11 @@ def leaves_within(
     writer.setblocking(False)
 
     def watch():
-        while number := reader.recv(1):
-            if number[0] == signal.SIGTERM and not left.wait(seconds):
-                os.write(2, b"Stopped. The same call goes on from the last checkpoint.\n")
-                os._exit(128 + signal.SIGTERM)
+        with reader:
+            while number := reader.recv(1):
+                if number[0] == signal.SIGTERM and not left.wait(seconds):
+                    os.write(2, b"Stopped. The same call goes on from the last checkpoint.\n")
+                    os._exit(128 + signal.SIGTERM)
 
     ours = threading.current_thread() is threading.main_thread()
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False) if ours else None

@@ -276,7 +276,7 @@ try:
         d.init_distributed("cpu")
         d.barrier()
         print("together", flush=True)
-        if d.rank():
+        if d.rank() == int(sys.argv[2]):
             os.kill(os.getpid(), getattr(signal, how)) if how else time.sleep(60)
         d.barrier()
 except d.RankLost as error:
@@ -284,26 +284,28 @@ except d.RankLost as error:
 """
 
 
-@pytest.mark.parametrize("how, code, said", [
-    ("SIGKILL", 1, "Process 1 of 2 ends: the connection to another process broke (.*). Look for the error of the process"),
-    ("SIGSTOP", 1, "Process 1 of 2 ends: process 2 has shown no sign of life for 3 seconds. Look for"),  # as without power
-    ("", 143, r"Stopped\.")], ids=["killed", "silent", "asked to stop"])
-def test_a_rank_that_waits_for_another_ends_with_a_sentence(tmp_path, how, code, said):
-    "Two processes without a launcher that would end both; the first waits in torch for the second."
+@pytest.mark.parametrize("how, gone, code, said", [
+    ("SIGKILL", 1, 1, "Process 1 of 2 ends: the connection to another process broke (.*). Look for the error of the proc"),
+    ("SIGSTOP", 1, 1, "Process 1 of 2 ends: process 2 has shown no sign of life for 3 seconds. Look"),  # as without power
+    ("SIGSTOP", 0, 1, "Process 2 of 2 ends: process 1 has shown no sign of life for 3 seconds. Look for"),
+    ("", 1, 143, r"Stopped\.")], ids=["killed", "silent", "the one with the store is silent", "asked to stop"])
+def test_a_rank_that_waits_for_another_ends_with_a_sentence(tmp_path, how, gone, code, said):
+    "Two processes without a launcher that would end both; one waits in torch for the one that is `gone`."
     port = free_port()
-    first, second = (subprocess.Popen([sys.executable, "-c", WAITS, how], text=True, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, env=environment(
+    both = [subprocess.Popen([sys.executable, "-c", WAITS, how, str(gone)], text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, env=environment(
         tmp_path, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=r, LOCAL_RANK=r))
-        for r in "01")
+        for r in "01"]
+    waits = both[1 - gone]
     try:
-        assert first.stdout.readline() == "together\n"
+        assert waits.stdout.readline() == "together\n"
         if not how:
-            first.terminate()
-        _, errors = first.communicate(timeout=60)
-        line, = (line for line in errors.splitlines() if line and not line.startswith("["))  # those are of torch
-        assert first.returncode == code and re.match(said, line), errors
+            waits.terminate()
+        _, errors = waits.communicate(timeout=60)
+        assert waits.returncode == code and "Traceback" not in errors, errors
+        assert len(re.findall(f"^{said}", errors, re.M)) == 1, errors
     finally:
-        second.kill(), second.communicate()
+        both[gone].kill(), both[gone].communicate()
 
 
 def test_command_line_has_the_notebooks_parameters(capsys):
