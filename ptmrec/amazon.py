@@ -40,7 +40,7 @@ from pyarrow import parquet
 from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from .data import (IMAGE_ENDINGS, MAX_RATING, TEXT_FIELDS, DataError, find_dataset, has_interactions, k_core,
-                         make_split, progress)
+                         make_split, progress, too_many_scans)
 from .files import data_dir, locked, scratch_folder, sweep, write_atomically, writing
 from .tables import plain_text, storable
 
@@ -382,6 +382,8 @@ def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, byte
         raise ImageRefused("HTML page" if b"<html" in content[:1000].lower() else "not an image") from None
     if image.width * image.height > max_pixels:
         raise ImageRefused("too many pixels")
+    if image.format in ("JPEG", "MPO") and too_many_scans(content):
+        raise ImageRefused("too many scans")
     if min(image.size) < MIN_SIDE:
         raise ImageRefused("placeholder")
     try:
@@ -726,6 +728,7 @@ def check_category(category: str) -> None:
 # %% ../nbs/00a_amazon.ipynb #1f5a8cca
 def _prepare_alone(short, official, release, folder, raw, base_url, text_fields, images, split_seed, download):
     "`prepare`: no other process prepares this folder."
+    sweep(folder)
     reviews, meta = raw_files(official, release, raw, base_url)
     interactions = make_interactions(read_reviews(reviews, release), split_seed)
     items = read_meta(meta, sorted(interactions["item"].unique()), release, text_fields)

@@ -601,7 +601,7 @@ def read_config(clip_model: str) -> tuple[dict, dict]:
         config = json.loads(path.read_text(encoding="utf-8"))
         model = config.get("model_cfg", config)
         text, _ = dict(model["text_cfg"]), (model["vision_cfg"], model["embed_dim"])
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{path} is not a config of open_clip, which is JSON with embed_dim, vision_cfg and text_cfg "
                         f"({type(e).__name__}: {e}).") from e
     folders = {k: str(path.parent / v) for k, v in text.items()

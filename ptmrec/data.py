@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SPLIT_NAMES', 'MAX_RATING', 'SPLIT_RULES', 'TIMED_RULES', 'IMAGE_ENDINGS', 'MODALITIES', 'ENTITY',
-           'PICTURE_BYTES', 'OUTSIDE', 'FORMATS', 'PICTURE_PIXELS', 'PIXELS', 'TURNS', 'RESIZE_MODES', 'INTERPOLATIONS',
-           'LONGEST', 'checked_path', 'search_places', 'find_path', 'split_files', 'interaction_files',
-           'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings', 'progress', 'read_interactions',
-           'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality', 'RecData', 'odd_values',
-           'noting', 'load_data', 'data_of_frames', 'PictureError', 'open_picture', 'upright', 'as_rgb', 'load_image',
-           'image_map', 'describe', 'show_items', 'show_statistics']
+           'PICTURE_BYTES', 'OUTSIDE', 'FORMATS', 'PICTURE_PIXELS', 'PICTURE_SCANS', 'PIXELS', 'TURNS', 'RESIZE_MODES',
+           'INTERPOLATIONS', 'LONGEST', 'checked_path', 'search_places', 'find_path', 'split_files',
+           'interaction_files', 'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings', 'progress',
+           'read_interactions', 'k_core', 'random_split', 'check_split', 'make_split', 'Interactions', 'Modality',
+           'RecData', 'odd_values', 'noting', 'load_data', 'data_of_frames', 'PictureError', 'too_many_scans',
+           'open_picture', 'upright', 'as_rgb', 'load_image', 'image_map', 'describe', 'show_items', 'show_statistics']
 
 # %% ../nbs/00_data.ipynb #5cd4bdd3
 import difflib
@@ -883,6 +883,7 @@ def data_of_frames(
 # %% ../nbs/00_data.ipynb #e6402438
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow tries these and no others
 PICTURE_PIXELS = 50_000_000  # of a picture that is decoded
+PICTURE_SCANS = 100  # of a JPEG: a progressive one has about ten, and each takes the time of the whole picture
 PIXELS = 2  # version of what `load_image` makes of a picture; a new one makes cached images anew
 
 
@@ -897,6 +898,11 @@ class PictureError(DataError):
         return f"{self.path}: {self.reason}."
 
 # %% ../nbs/00_data.ipynb #edd28297
+def too_many_scans(jpeg: bytes) -> bool:
+    "Whether a JPEG says so often that a scan begins that decoding it could take hours."
+    return jpeg.count(b"\xff\xda") > PICTURE_SCANS
+
+
 @contextmanager
 def open_picture(path) -> Iterator[Image.Image]:
     "A picture file, opened and decoded. Whatever goes wrong with it, in the block too, is a `PictureError`."
@@ -907,6 +913,8 @@ def open_picture(path) -> Iterator[Image.Image]:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > PICTURE_PIXELS:
                 raise Image.DecompressionBombError
+            if image.format in ("JPEG", "MPO") and too_many_scans(Path(path).read_bytes()):
+                raise PictureError(path, f"more than {PICTURE_SCANS} scans")
             image.load()
             yield image
     except PictureError:
@@ -1062,7 +1070,7 @@ def show_items(data: RecData, items: Sequence[int], columns: int = 6):
                 ax.imshow(load_image(data.images[item], 128))
             except PictureError:
                 pass
-        ax.set_title(data.texts[item][:26], fontsize=9)
+        ax.set_title(data.texts[item][:26], fontsize=9, parse_math=False)
     return figure
 
 # %% ../nbs/00_data.ipynb #2b5a5ff2

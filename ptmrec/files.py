@@ -189,10 +189,10 @@ def sweep(folder: Path) -> list[str]:
     names = [n for n in os.listdir(folder) if re.match(r"\.(tmp|\d+-)", n)] if folder.is_dir() else []
     left = []
     for path in (folder / name for name in names):
-        with suppress(FileNotFoundError):  # its owner, or another process, was faster
+        with suppress(OSError):  # its owner, or another process, was faster; or it is of a colleague
             if _is_left(path):
-                left.append(path.name)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+                left.append(path.name)
     return left
 
 # %% ../nbs/00i_files.ipynb #0813be1e

@@ -31,6 +31,7 @@ import torch
 from .backbones import BACKBONES
 from .clip_prompting import load_clip
 from .data import DataError, data_dir, find_dataset, fingerprint, load_data, repo_root, runs_dir, write_atomically
+from .files import sweep
 from .memory import free_bytes
 from .processes import run_notebook
 from .runs import Run, alone, best_variant, heal, list_runs, open_run, pick_device, read_json, validation
@@ -434,6 +435,7 @@ def grid(
     on. Raises `SettingError` for any wrong setting before anything starts.
     """
     cells, folder, known = plan(notebook, base, axes, seeds), runs_dir() / "grids" / name, {}
+    sweep(folder)
     for cell in cells:
         cell.expected = expected_run(notebook, cell.settings, light_inputs(cell.settings, known))
         cell.params["dataset"] = str(find_dataset(cell.settings.dataset))  # workers may be in another folder

@@ -45,7 +45,7 @@ from safetensors.torch import load_file, save_file
 
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
 from .data import MODALITIES, DataError, RecData, load_data, load_image
-from .distributed import broadcast, main_first, rank
+from .distributed import RankLost, broadcast, main_first, rank
 from .files import cached, fingerprint, locked, repo_root, runs_dir, sweep, write_atomically
 from .peft import attach
 from .ranking import Evaluator, paired_test, rank_items
@@ -949,7 +949,7 @@ def command_line(function, arguments: list[str] | None = None):
     """Call an experiment with the options of `arguments` (None: the shell's).
 
     A wrong setting ends the program with one sentence and exit status 2, data that cannot be used or a training that
-    diverges with 1, Ctrl-C with 130, SIGTERM with 143.
+    diverges or loses a rank with 1, Ctrl-C with 130, SIGTERM with 143.
     """
     try:
         with exits_when_stopped():
@@ -957,7 +957,7 @@ def command_line(function, arguments: list[str] | None = None):
     except SettingError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    except (DataError, FloatingPointError) as error:
+    except (DataError, FloatingPointError, RankLost) as error:
         sys.exit(str(error))
 
 

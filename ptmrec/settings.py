@@ -357,7 +357,8 @@ def resolve(experiment: Experiment, given: dict, folder: Path | None = None) -> 
     defaults, own = experiment.defaults(), experiment.own
     if unknown := [name for name in given if name not in defaults]:
         guess = did_you_mean(unknown[0], defaults) or f" It takes: {', '.join(defaults)}."
-        raise SettingError(f"{experiment.function.__name__} has no parameter {unknown[0]}.{guess}")
+        name = unknown[0] if unknown[0].isidentifier() else shown(unknown[0])
+        raise SettingError(f"{experiment.function.__name__} has no parameter {name}.{guess}")
     given = {k: _as_text(v) if k == "dataset" else v for k, v in given.items()}
     mine = {k: v for k, v in given.items() if k in own.model_fields and (v is not None or defaults[k] is not None)}
     check_settings(own, mine, experiment.function.__name__)

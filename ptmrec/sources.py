@@ -25,6 +25,7 @@ from .amazon import HOME, PUBLISHED, SHORT_NAMES, download_images, download_miss
 from .amazon import find_or_prepare as find_or_prepare_amazon
 from .amazon import prepare as prepare_amazon
 from .data import IMAGE_ENDINGS, data_dir, find_dataset, has_interactions, write_atomically
+from .files import locked, sweep
 from .tables import TEXT_FIELDS, DataError, column_names, integers_if_lossless, open_text, read_raw, standard_columns
 
 # %% ../nbs/00g_sources.ipynb #37e62f8f
@@ -274,8 +275,16 @@ def prepare_source(
     """
     if name not in SOURCES:
         raise DataError(f"No public set '{name}'. Known: {', '.join(SOURCES)}.")
-    source, folder = SOURCES[name], data_dir() / name
-    files = source_files(source, Path(raw or folder / "raw"), addresses, images)
+    folder = data_dir() / name
+    with locked(folder, f"data set {name}"):
+        return _prepare_alone(name, folder, Path(raw or folder / "raw"), addresses, images, download)
+
+
+def _prepare_alone(name, folder, raw, addresses, images, download):
+    "`prepare_source`: no other process prepares this folder."
+    sweep(folder)
+    source = SOURCES[name]
+    files = source_files(source, raw, addresses, images)
     table = _interactions_of(source, files["interactions"][0])
     counts = table.user.nunique(), table["item"].nunique(), len(table)
     check_counts(source, counts)

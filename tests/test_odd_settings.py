@@ -322,3 +322,8 @@ def test_a_program_that_is_stopped_while_it_starts_says_one_line(tmp_path):
         _, said = program.communicate(timeout=120)
         assert program.returncode in (143, 0, -15), program.returncode  # -15: before Python ran a line of it
         assert said in ("", "Stopped while starting.\n"), said
+
+
+@pytest.mark.parametrize("name", ["\n", "a\nb", "", "x y" * 10_000, "--", "\ud800"], ids=ascii)
+def test_odd_names_are_one_sentence(name):
+    assert "run_stage2 has no parameter '" in refused(resolve, run_stage2.experiment, {name: 1})

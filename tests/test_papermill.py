@@ -8,8 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from conftest import ROOT
 from small import make_shop
+
+from ptmrec.training import read_snapshot
 
 BIN = Path(sys.executable).parent
 SHORT = {"epochs": 3, "stage2_epochs": 1, "n_seeds": 1}
@@ -100,17 +103,33 @@ def test_real_posters(runs, tmp_path, movielens):
     assert metrics["fresh"]["test"]["recall@10"] > 3 * popular_by_chance
 
 
-def test_ctrl_c_stops_papermill_with_the_trainings_one_line(runs, tmp_path):
-    make_shop(tmp_path / "mine")
-    command = [BIN / "papermill", "nbs/04_stage1.ipynb", tmp_path / "out.ipynb", "--no-progress-bar",
-               *(x for name, value in {"dataset": tmp_path / "mine", "backbone": "bpr", "epochs": 10**6, "patience": 10**6}
+def endless(folder):
+    "papermill with a training that never ends, and its kernels once it has written a checkpoint."
+    make_shop(folder / "mine")
+    command = [BIN / "papermill", "nbs/04_stage1.ipynb", folder / "out.ipynb", "--no-progress-bar",
+               *(x for name, value in {"dataset": folder / "mine", "backbone": "bpr", "epochs": 10**6, "patience": 10**6}
                  .items() for x in ("-p", name, str(value)))]
     env = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}  # ipykernel asks for it
-    stopped = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    while stopped.poll() is None and not list(runs.glob("stage1/mine/*/checkpoint.pt")):
+    return subprocess.Popen(command, cwd=ROOT, env=env | {"PTMREC_RUNS": str(folder)}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_ctrl_c_and_sigterm_stop_papermill(tmp_path):
+    """Ctrl-C, which a terminal sends to papermill and its kernel, shows the training's one line.
+
+    SIGTERM, of a cluster that wants its machine back, ends papermill with the signal's code; its kernel follows. Both
+    leave a checkpoint.
+    """
+    processes = {signal.SIGINT: endless(tmp_path / "a"), signal.SIGTERM: endless(tmp_path / "b")}
+    while all(p.poll() is None for p in processes.values()) and len(list(tmp_path.rglob("checkpoint.pt"))) < 2:
         time.sleep(0.2)
-    os.killpg(stopped.pid, signal.SIGINT)  # as a terminal does: to papermill and to its kernel
-    said = "".join(stopped.communicate(timeout=60))
-    assert stopped.returncode != 0
-    assert re.search(r"^Stage 1, seed 0: stopped during epoch \d+\. Kept: the first \d+ epochs", said, re.M), said
+    kernels = psutil.Process(processes[signal.SIGTERM].pid).children(recursive=True)
+    os.killpg(processes[signal.SIGINT].pid, signal.SIGINT)
+    processes[signal.SIGTERM].terminate()
+    said = {number: "".join(process.communicate(timeout=60)) for number, process in processes.items()}
+    assert processes[signal.SIGINT].returncode not in (0, -signal.SIGTERM)
+    assert processes[signal.SIGTERM].returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert kernels and not psutil.wait_procs(kernels, timeout=30)[1]
+    line = r"^Stage 1, seed 0: stopped during epoch \d+\. Kept: the first \d+ epochs"
+    assert re.search(line, said[signal.SIGINT], re.M), said
+    assert [len(read_snapshot(path)["history"]) > 1 for path in tmp_path.rglob("checkpoint.pt")] == [True, True]

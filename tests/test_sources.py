@@ -2,7 +2,10 @@
 import gzip
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 import warnings
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,11 +13,12 @@ from threading import Thread
 
 import pandas as pd
 import pytest
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from PIL import Image
 
 from ptmrec.amazon import prepare
 from ptmrec.data import DataError, has_interactions, load_data
+from ptmrec.files import _host
 from ptmrec.sources import (
     PUBLIC_SETS,
     SOURCES,
@@ -345,3 +349,23 @@ def test_movielens_of_posters_as_a_public_set(movielens, home, monkeypatch):
     expected = load_data(movielens)
     assert len(data.inter) == 100_836 and sum(map(bool, data.images)) == sum(map(bool, expected.images)) == 3627
     assert any("6,097 of 9,724 items have no picture" in s for s in said)
+
+
+TWICE = """
+import sys
+from ptmrec.sources import prepare_source
+prepare_source("movielens-1m")
+"""
+
+
+def test_two_that_prepare_the_same_set_end_as_one(home):
+    "What two processes at once leave is what one leaves; half-made files of a killed one are gone."
+    archive, found = zipped(LAYOUTS["movielens-1m"][0]), {}
+    for name, n in (("alone", 1), ("both", 2)):
+        put(home / name / "movielens-1m" / "raw", {"ml-1m.zip": archive})
+        (left := home / name / "movielens-1m" / f".tmp-{_host()}-99999999-ab").mkdir()
+        environment = os.environ | {"PTMREC_DATA": str(home / name), "PYTHONPATH": str(ROOT)}
+        both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", TWICE], env=environment) for _ in range(n)]
+        assert [process.wait(120) for process in both] == [0] * n and not left.exists()
+        found[name] = {p.relative_to(home / name): p.read_bytes() for p in (home / name).rglob("*") if p.is_file()}
+    assert found["both"] == found["alone"] and len(found["alone"]) == 7

@@ -1,7 +1,11 @@
 """The files that people have: each kind read right, or refused in one sentence."""
+import csv
 import gzip
+import io
 import json
 import warnings
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +14,7 @@ from conftest import SHARED
 from PIL import Image
 
 from ptmrec.clip_prompting import cut_texts, load_clip, warn_of_cut_texts
-from ptmrec.data import RecData, describe, load_data
+from ptmrec.data import RecData, describe, load_data, show_items
 from ptmrec.derived import write_data
 from ptmrec.settings import SettingError, resolve
 from ptmrec.stage1 import run_stage1
@@ -479,3 +483,96 @@ def test_read_table_keeps_what_it_does_not_know(tmp_path):
     path = tmp_path / "items.csv"
     path.write_text("item;title;price\n0012;A mug;3\n")
     assert read_table(path).to_dict("list") == {"item": ["0012"], "title": ["A mug"], "price": [3]}
+
+
+# sizes, and ids that are nearly the same
+
+def packed_lines(path, size):
+    "A .csv.gz of so many bytes, in lines."
+    with gzip.open(path, "wb", 1) as file:
+        file.write(b"user,item\n")
+        for _ in range(size // 1_000_000):
+            file.write(b"1,2\n" * 250_000)
+
+
+def sheet_bomb(path, size):
+    "An Excel file with a member of so many zeros."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("xl/workbook.xml", bytes(size))
+
+
+def parquet_bomb(path, size):
+    "A Parquet file of so many bytes of zeros."
+    pd.DataFrame(np.zeros((size // 16, 2), int), columns=["user", "item"]).to_parquet(path)
+
+
+@pytest.mark.parametrize("name, write, said", [
+    ("interactions.csv.gz", packed_lines, "half of the memory that is free"),
+    ("interactions.parquet", parquet_bomb, "half of the memory that is free"),
+    ("interactions.xlsx", sheet_bomb, "half of the memory that is free"),
+    ("interactions.json.gz", lambda path, size: path.write_bytes(gzip.compress(b"[" + b" " * size, 1)), "half of the mem"),
+    ("interactions.csv", lambda path, size: path.write_bytes(b"user,item\n1," + b"x" * size), "a line of more than 50 MB")
+], ids=["csv.gz", "parquet", "xlsx", "json.gz", "one field"])
+def test_tables_that_are_too_large_are_refused_before_they_are_read(home, monkeypatch, name, write, said):
+    "60 MB where 100 MB are free, or in one field; of the packed ones the files are small."
+    monkeypatch.setattr("ptmrec.tables.psutil.virtual_memory", lambda: SimpleNamespace(
+        available=10**12 if name.endswith(".csv") else 10**8))
+    for reader in ("read_csv", "read_parquet", "ExcelFile"):
+        monkeypatch.setattr(pd, reader, lambda *args, **more: pytest.fail("it is read"))
+    path = home / "shop" / name
+    path.parent.mkdir()
+    write(path, 60_000_000)
+    assert path.stat().st_size < 2_000_000 or name.endswith(".csv")
+    with pytest.raises(DataError, match=f"{name} .*{said}"):
+        load_data("shop")
+
+
+@pytest.mark.parametrize("file", ["interactions.csv", "interactions.xlsx"])
+def test_two_columns_of_one_name_are_refused(home, file):
+    rows = [["user", "item", "item"], *([u, (u + i) % 9, i] for u in range(9) for i in range(4))]
+    (home / "shop").mkdir()
+    pd.DataFrame(rows).to_csv(home / "shop" / "interactions.csv", index=False, header=False)
+    if file.endswith("xlsx"):
+        pytest.importorskip("openpyxl")
+        (home / "shop" / "interactions.csv").unlink()
+        pd.DataFrame(rows).to_excel(home / "shop" / file, index=False, header=False)
+    with pytest.raises(DataError, match=r"columns \['item', 'item.1'\] all mean 'item'. Keep one of them."):
+        load_data("shop")
+
+
+ODD_IDS = ["12", "1\u0662", "\u00e9", "e\u0301", "None", "NULL", "true", "a\0b", "a", "x" * 300, "../x", "/etc/passwd",
+           "1e5", "-0", "007", "$_$", "<b>", "=1+1", "9" * 30]
+
+
+def test_ids_that_are_nearly_the_same_stay_apart(home):
+    "Digits of other scripts, characters in one piece and in two, paths, NUL, words for nothing."
+    rows = [(u, ODD_IDS[(u + i) % len(ODD_IDS)]) for u in range(30) for i in range(6)]
+    csv.writer(file := io.StringIO()).writerows([("user", "item"), *rows])
+    items = io.StringIO()
+    csv.writer(items).writerows([("item", "title"), *((i, f"title of {n}") for n, i in enumerate(ODD_IDS))])
+    data, _ = load(folder_of(home, {"interactions.csv": file.getvalue(), "items.csv": items.getvalue()}))
+    assert sorted(data.inter.item_ids) == sorted(ODD_IDS) and len(data.inter.item) == len(set(rows))
+    place = {item: n for n, item in enumerate(data.inter.item_ids)}
+    assert [data.texts[place[item]] for item in ODD_IDS] == [f"title of {n}" for n in range(len(ODD_IDS))]
+    with pytest.raises(DataError, match="line 32, column 'item': nan is not an id"):
+        load_data(folder_of(home, {"interactions.csv": "user,item\n" + "1,2\n" * 30 + "3,nan\n"}, "other"))
+
+
+def test_titles_that_look_like_formulas_are_shown(home):
+    rows = "".join(f"{u},{(u + i) % 9}\n" for u in range(9) for i in range(5))
+    titles = ["$_$", "$\\frac{$", "<script>alert(1)</script>"]
+    data, _ = load(folder_of(home, {"interactions.csv": "user,item\n" + rows, "items.csv": "item,title\n" + "".join(
+        f"{n},{title}\n" for n, title in enumerate(titles))}))
+    figure = show_items(data, range(3))
+    figure.savefig(io.BytesIO(), format="png")
+    assert [ax.get_title() for ax in figure.axes[:3]] == [title[:26] for title in titles]
+
+
+def test_values_of_json_that_no_table_can_hold(home):
+    "Half a character, numbers, lists, records, nothing: text that can be stored, or none."
+    titles = ["\ud800 mug", None, 5, {"a": 1}, ["a", ["b"]], True, "\0", "x" * 100_000]
+    data, _ = load(folder_of(home, {
+        "interactions.csv": "user,item\n" + "".join(f"{u},{(u + i) % 9}\n" for u in range(9) for i in range(5)),
+        "items.jsonl": "\n".join(json.dumps({"item": n, "title": title}) for n, title in enumerate(titles))}))
+    assert data.texts[:5] == ["? mug", "", "5", "", "a b"] and data.texts[7] == "x" * 100_000
+    assert "\n".join(data.texts).encode() and data.fingerprint()

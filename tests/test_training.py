@@ -1,23 +1,31 @@
 """The loop and its callbacks: stopping and going on, damaged checkpoints, and the line that a bar ends with."""
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import warnings
 from contextlib import redirect_stderr
+from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from small import make_shop
 
 import ptmrec.training
-from ptmrec.training import (Checkpoint, Diverged, Health, Loop, LowerRate, Stopped, check_losses, read_snapshot,
-                             sigterm_stops, write_snapshot)
+from ptmrec.data import load_data
+from ptmrec.ranking import Evaluator
+from ptmrec.stage1 import check_fit, most_bought
+from ptmrec.stage2 import check_gain
+from ptmrec.training import (Checkpoint, Diverged, Health, Loop, LowerRate, Stopped, check_features, check_losses,
+                             read_snapshot, sigterm_stops, write_snapshot)
 
 TOY = '''
 import os, signal, sys, time
@@ -320,3 +328,31 @@ for n in range(3):
     lines = result.stderr.splitlines()
     assert [line for line in lines if "collapsed" in line] == [lines[0]] and lines[0].startswith("Warning: The text")
     assert "program.py" in lines[1] and "mine" in lines[1]  # those of others are left alone
+
+
+def test_poor_results_are_warnings_with_their_numbers(tmp_path):
+    "Collapsed features, underfitting, and a tuned CLIP that is no better than projections alone; none where all is well."
+    make_shop(tmp_path / "shop")
+    inter = load_data(tmp_path / "shop").inter
+    evaluator = Evaluator(inter)
+    popular = most_bought(inter, evaluator)["recall@20"].mean()
+
+    def said(check, *arguments):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check(*arguments)
+        return [str(w.message) for w in caught]
+
+    def runs(value):
+        "A run of Stage 2 with this validation metric."
+        return [SimpleNamespace(params={"metric": "recall@20"}, metrics=lambda: {"as_is": {"valid": {"recall@20": value}}})]
+
+    good, alike = torch.randn(30, 8), torch.ones(30, 8) + torch.randn(30, 8) / 1000
+    line, = said(check_features, {"image": good, "text": alike})
+    assert re.match(r"The text features have collapsed \(mean cosine 1\.000, effective rank \d\.\d\): items look", line)
+    history = pd.DataFrame({"valid recall@20": [0.0, popular / 2]})
+    line, = said(check_fit, history, inter, evaluator)
+    assert f"recall@20 is {popular / 2:.4f}, and showing everybody the most bought items has {popular:.4f}" in line
+    line, = said(check_gain, runs(0.1), runs(0.12))
+    assert "nothing to learn here: the best validation recall@20 is 0.1000 with a tuned CLIP, and 0.1200 with proj" in line
+    assert not said(check_fit, history * 3, inter, evaluator) + said(check_gain, runs(0.13), runs(0.12))
