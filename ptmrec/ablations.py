@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'STUDIES', 'BACKBONE_NAMES', 'LR', 'METHODS', 'SAMPLERS', 'SHOWN', 'COSTS', 'study_settings', 'Study',
-           'study', 'backbone_axis', 'stage1_settings', 'main_table', 'methods', 'knowledge_transfer',
-           'transfer_settings', 'prompts', 'smallest_that_works', 'batch_size', 'sparsity', 'cold_items',
-           'null_content', 'missing_modality', 'generative', 'another_domain', 'controls', 'yardsticks', 'check_study',
-           'draw_trials', 'suggest', 'optuna_trials', 'run_trials', 'tune_equally', 'Row', 'rows_of', 'inter_of',
-           'values_among', 'by_popularity', 'long_tail', 'compared', 'yardstick_rows', 'StudyResult', 'run_study',
-           'result_values', 'write_result', 'verdicts', 'items_per_batch', 'cost_table', 'plot_study', 'plot_cost']
+           'study', 'backbone_axis', 'main_table', 'methods', 'knowledge_transfer', 'transfer_settings', 'prompts',
+           'smallest_that_works', 'batch_size', 'sparsity', 'cold_items', 'null_content', 'missing_modality',
+           'generative', 'another_domain', 'controls', 'yardsticks', 'check_study', 'draw_trials', 'suggest',
+           'optuna_trials', 'run_trials', 'tune_equally', 'Row', 'rows_of', 'inter_of', 'values_among', 'by_popularity',
+           'long_tail', 'compared', 'yardstick_rows', 'StudyResult', 'run_study', 'result_values', 'write_result',
+           'verdicts', 'items_per_batch', 'cost_table', 'plot_study', 'plot_cost']
 
 # %% ../nbs/06_ablations.ipynb #08c090bf
 import json
@@ -31,7 +31,7 @@ from .runs import Run, best_variant, open_run, per_user_values
 from .search import cells
 from .settings import SettingError, did_you_mean, resolve
 from .significance import comparisons, in_words, save_result
-from .stage1 import label, load_inputs, run_stage1
+from .stage1 import label, load_inputs, run_stage1, stage1_settings
 from .stage2 import Stage2Settings, TransferSettings, make_batches
 from .yardsticks import YARDSTICK_NAMES, YARDSTICKS, run_yardstick
 
@@ -86,11 +86,6 @@ BACKBONE_NAMES = {"bpr": "BPR-MF", "lightgcn": "LightGCN", "vbpr": "VBPR", "free
 def backbone_axis(*names: str, **settings) -> dict:
     "Labelled changes {backbone in words: {\"backbone\": name} and `settings`}."
     return {BACKBONE_NAMES[name]: {"backbone": name} | settings for name in names}
-
-
-def stage1_settings(base: dict) -> dict:
-    "Those of `base` that Stage 1 has."
-    return {k: v for k, v in base.items() if k in run_stage1.experiment.defaults()}
 
 # %% ../nbs/06_ablations.ipynb #895012d9
 @study("What do two stages gain over frozen features?", yardsticks=True)
@@ -212,11 +207,11 @@ def another_domain(dataset: str, base: dict) -> dict:
 # %% ../nbs/06_ablations.ipynb #916c208d
 @study("Is it the tuning of CLIP?", reference="Stage 1")
 def controls(dataset: str, base: dict) -> dict:
-    "Both stages beside projections alone, more patience in Stage 1, and Stage 1 on random features."
+    "Both stages beside projections alone, Stage 1 in two rounds, and Stage 1 on random features."
     settings = resolve(run_stage1.experiment, stage1_settings(base) | {"dataset": dataset})
     sizes = {m: f.shape[1] for m, f in load_inputs(settings).features.items()}
-    longer, random = {"patience": 100}, {"dataset": str(derive(dataset, random_features, sizes=sizes, seed=0))}
-    return {"04_stage1": {"control": {"Stage 1": {}, "Stage 1, patience 100": longer, "Stage 1, random features": random}},
+    longer, random = {"rounds": 2}, {"dataset": str(derive(dataset, random_features, sizes=sizes, seed=0))}
+    return {"04_stage1": {"control": {"Stage 1": {}, "Stage 1, two rounds": longer, "Stage 1, random features": random}},
             "05_stage2": {"control": {"projections alone": {"tuning": "none"}, "prompts": {}}}}
 
 # %% ../nbs/06_ablations.ipynb #558c27cb

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .graphs import knn_graph, max_graphs, mix_graphs, propagate, rows_of, sample_edges, smooth, user_item_graph
+from .graphs import Graph, knn_graph, max_graphs, mix_graphs, propagate, rows_of, sample_edges, smooth, user_item_graph
 from .losses import bpr_loss, emb_loss, info_nce, norm_loss
 from .settings import Registry, Settings, check_settings, setting
 
@@ -119,10 +119,10 @@ class LightGCN(Backbone):
 
     uses_features = False
 
-    def forward(self):
+    def forward(self) -> tuple[Tensor, Tensor]:
         return self.id_path()
 
-    def loss(self, user, pos, neg, features=None):
+    def loss(self, user: Tensor, pos: Tensor, neg: Tensor, features: dict | None = None) -> dict[str, Tensor]:
         item = torch.cat([pos, neg])
         users, items = self.id_path(user, item)
         ego = rows_of(self.user_emb, user), *rows_of(self.item_emb, item).chunk(2)
@@ -154,16 +154,17 @@ class VBPR(Backbone):
         super().__init__(*args, **how)
         self.modal_emb = nn.Parameter(nn.init.xavier_uniform_(torch.empty_like(self.user_emb)))  # theta_u
 
-    def modal_users(self):
+    def modal_users(self) -> Tensor:
         return self.modal_emb
 
-    def forward(self, user=None, item=None, features=None):
+    def forward(self, user: Tensor | None = None, item: Tensor | None = None,
+                features: dict | None = None) -> tuple[Tensor, Tensor]:
         features = features or self.features
         modal = sum(project(rows_of(features[m], item)) for m, project in self.project.items())
         return (torch.cat([rows_of(self.user_emb, user), rows_of(self.modal_emb, user)], 1),
                 torch.cat([rows_of(self.item_emb, item), modal], 1))
 
-    def loss(self, user, pos, neg, features=None):
+    def loss(self, user: Tensor, pos: Tensor, neg: Tensor, features: dict | None = None) -> dict[str, Tensor]:
         users, items = self(user, torch.cat([pos, neg]), features)
         batch = users, *items.chunk(2)
         return {"bpr": bpr_loss(*batch), "reg": self.settings.reg_weight * NORMS[self.settings.reg_norm](*batch)}
@@ -194,23 +195,23 @@ class FREEDOM(Backbone):
         super().__init__(*args, **how)
         self.sampled = self.graph
 
-    def set_features(self, features, graph_features=None):
+    def set_features(self, features: dict, graph_features: dict | None = None) -> None:
         super().set_features(features)
         tables = graph_features or features
         self.item_graph = mix_graphs([knn_graph(f, self.settings.knn_k) for f in tables.values()],
                                      graph_weights(list(tables), self.settings.image_weight))
 
-    def start_epoch(self):
+    def start_epoch(self) -> None:
         if self.settings.edge_dropout:
             kept = sample_edges(self.user, self.item, 1 - self.settings.edge_dropout, self.n_users, self.n_items)
             self.sampled = user_item_graph(self.user[kept], self.item[kept], self.n_users, self.n_items)
 
-    def forward(self, user=None, item=None):
+    def forward(self, user: Tensor | None = None, item: Tensor | None = None) -> tuple[Tensor, Tensor]:
         graph = self.sampled if self.training else self.graph
         users, items = propagate(graph, self.user_emb, self.item_emb, self.n_layers, user, item)
         return users, items + smooth(self.item_graph, self.item_emb, self.settings.n_item_layers, item)
 
-    def loss(self, user, pos, neg, features=None):
+    def loss(self, user: Tensor, pos: Tensor, neg: Tensor, features: dict | None = None) -> dict[str, Tensor]:
         features, item = features or self.features, torch.cat([pos, neg])
         users, items = self(user, item)
         terms = {"bpr": bpr_loss(users, *items.chunk(2))}
@@ -232,31 +233,32 @@ class MultiView(Backbone):
 
     lr_decay = 0.96
 
-    def to_gate(self, features):
+    def to_gate(self, features: dict) -> dict[str, Tensor]:
         "What goes through each view's gate: {view: (I, d)}."
         return {m: project(features[m]) for m, project in self.project.items()}
 
-    def view(self, item_graph, item_emb, user=None, item=None):
+    def view(self, item_graph: Graph, item_emb: Tensor, user: Tensor | None = None,
+             item: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Smooth `item_emb` (I, d) over an item graph and hand it to users: (U + I, d), or the rows `user` and `item`."
         item_emb = smooth(item_graph, item_emb, self.settings.n_item_layers)
         graph = self.graph if user is None else self.graph.rows(user)
         return torch.cat([graph @ item_emb, rows_of(item_emb, item)])
 
-    def views(self, features, user=None, item=None):
+    def views(self, features: dict, user: Tensor | None = None, item: Tensor | None = None) -> dict:
         "{view: (U + I, d)}, or the rows `user` and `item` of them."
         return {m: self.view(self.item_graphs[m], self.item_emb * self.gate[m](x), user, item)
                 for m, x in self.to_gate(features).items()}
 
-    def paths(self, user=None, item=None, features=None):
+    def paths(self, user: Tensor | None = None, item: Tensor | None = None, features: dict | None = None) -> tuple:
         "ID path and side embeddings, (U + I, d) each, or the rows `user` and `item` of them."
         id_emb = torch.cat(self.id_path(user, item))
         return id_emb, self.fuse(self.views(features or self.features, user, item), id_emb)
 
-    def forward(self):
+    def forward(self) -> tuple[Tensor, Tensor]:
         id_emb, side_emb = self.paths()
         return (id_emb + side_emb).split([self.n_users, self.n_items])
 
-    def loss(self, user, pos, neg, features=None):
+    def loss(self, user: Tensor, pos: Tensor, neg: Tensor, features: dict | None = None) -> dict[str, Tensor]:
         s, (id_emb, side_emb) = self.settings, self.paths(user, torch.cat([pos, neg]), features)
         batch = (id_emb + side_emb).chunk(3)
         agree = sum(info_nce(side, own, s.cl_tau) for side, own in zip(side_emb.chunk(3)[:2], id_emb.chunk(3)))
@@ -288,12 +290,12 @@ class MGCN(MultiView):
         self.preference = nn.ModuleDict({m: _gate(d) for m in self.project})
         self.attention = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
 
-    def set_features(self, features, graph_features=None):
+    def set_features(self, features: dict, graph_features: dict | None = None) -> None:
         super().set_features(features)
         self.item_graphs = {m: knn_graph(f.detach(), self.settings.knn_k, weighted=True)
                             for m, f in (graph_features or features).items()}
 
-    def fuse(self, views, id_emb):
+    def fuse(self, views: dict, id_emb: Tensor) -> Tensor:
         each = torch.stack(list(views.values()))  # (M, U + I, d)
         common = (self.attention(each).softmax(0) * each).sum(0)
         own = [self.preference[m](id_emb) * (view - common) for m, view in views.items()]
@@ -335,16 +337,16 @@ class SMORE(MultiView):
         self.attention = nn.ModuleDict({m: nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, d, bias=False))
                                         for m in self.project})
 
-    def set_features(self, features, graph_features=None):
+    def set_features(self, features: dict, graph_features: dict | None = None) -> None:
         super().set_features(features)
         k = {m: self.settings.knn_k_image if m == "image" else self.settings.knn_k_text for m in features}
         graphs = {m: knn_graph(f.detach(), k[m], weighted=True) for m, f in (graph_features or features).items()}
         self.item_graphs = graphs | {"fused": max_graphs(list(graphs.values()))}
 
-    def to_gate(self, features):
+    def to_gate(self, features: dict) -> dict[str, Tensor]:
         return filter_spectra(self.filter, super().to_gate(features))
 
-    def fuse(self, views, id_emb):
+    def fuse(self, views: dict, id_emb: Tensor) -> Tensor:
         fused = views["fused"]
         parts = {m: attention(fused).softmax(-1) * views[m] for m, attention in self.attention.items()} | {"fused": fused}
         return sum(part * self.preference[m](id_emb) for m, part in parts.items()) / len(parts)

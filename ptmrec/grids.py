@@ -146,16 +146,16 @@ def finished_run(expected: Run, test: bool = True) -> Run | None:
 
 # %% ../nbs/05c_grids.ipynb #ab0858b5
 def claims(notebook: str, papermill: bool, cell: Cell) -> set[str]:
-    "Names of the runs that a cell makes unless they are there: its own, Stage 1, and 05_stage2 with papermill a control."
-    settings, experiment = cell.settings, NOTEBOOKS[notebook].experiment
-    stage1 = fingerprint("stage1", settings.dataset, stage1_parameters(settings))
-    if notebook == "04_stage1":
-        return {stage1}
-    own = fingerprint("stage2", settings.dataset, settings.key_parameters)
-    if settings.training == "joint" or not papermill:
-        return {stage1, own}
-    control = fingerprint("stage2", settings.dataset, resolve(experiment, without_tuning(cell.params)).key_parameters)
-    return {stage1, own, control}
+    "Names of the runs that a cell makes unless they are there: its own, Stage 1, and 05_stage2 with papermill its controls."
+    settings, controls = cell.settings, papermill and notebook == "05_stage2"
+    rounds = (settings.replace(rounds=n) for n in range(1, (1 + controls) * settings.rounds + 1))
+    names = {fingerprint("stage1", settings.dataset, stage1_parameters(each)) for each in rounds}
+    if notebook == "05_stage2":
+        names.add(fingerprint("stage2", settings.dataset, settings.key_parameters))
+    if controls and settings.training != "joint":
+        control = resolve(run_stage2.experiment, without_tuning(cell.params))
+        names.add(fingerprint("stage2", settings.dataset, control.key_parameters))
+    return names
 
 # %% ../nbs/05c_grids.ipynb #b6ee36a2
 def run_cells(

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
-from .data import MODALITIES, DataError, RecData, load_data, load_image
+from .data import MODALITIES, DataError, Interactions, RecData, load_data, load_image
 from .distributed import RankLost, broadcast, main_first, rank
 from .files import cached, fingerprint, locked, repo_root, runs_dir, sweep, write_atomically
 from .peft import attach
@@ -53,7 +53,7 @@ from .settings import SettingError, described, did_you_mean, resolve, shown
 from .training import exits_when_stopped
 
 # %% ../nbs/03c_runs.ipynb #df7dd55c
-def set_seed(seed: int, device="cpu") -> None:
+def set_seed(seed: int, device: torch.device | str = "cpu") -> None:
     "Seed Python, NumPy and torch. A CPU then adds up in a fixed order, which torch's threads otherwise do not."
     torch.use_deterministic_algorithms(torch.device(device).type == "cpu")
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
@@ -224,7 +224,7 @@ def _parts(name, thing):
     return None, wrapped
 
 # %% ../nbs/03c_runs.ipynb #99955a52
-def own_code(thing) -> dict[str, str]:
+def own_code(thing: object) -> dict[str, str]:
     "As `code_of`, for a function or class, of the package or the user's own, with all that it uses, wraps and inherits."
     found, left, seen = {}, [(thing.__qualname__, thing)], []
     while left:
@@ -263,7 +263,7 @@ def _encoded(name, paths):
     return torch.from_numpy(np.load(cached(f"features-{name}-{key}.npy", write)))
 
 
-def first_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, torch.Tensor]:
+def first_features(data: RecData, clip: Clip | None, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     "Features to start from, {modality: (I, d_m)}: ready-made, of the stock CLIP, and of other modalities' encoders."
     with main_first():
         others = {name: _encoded(name, paths).to(device) for name, paths in data.files.items()}
@@ -399,33 +399,33 @@ class Run(RunFolder):
         self.target, self.about, self.start = folder, about, time.time()
 
     @property
-    def key(self):
+    def key(self) -> str:
         return self.target.name
 
     @property
-    def params(self):
+    def params(self) -> dict:
         "The settings that can change the result, each with its value."
         return self.about["parameters"]
 
     @property
-    def checkpoint(self):
+    def checkpoint(self) -> Path:
         "File that a training resumes from; removed once the result is kept."
         return self.folder / "checkpoint.pt"
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return (self.folder / "metrics.json").exists()
 
     @property
-    def trained(self):
+    def trained(self) -> bool:
         "Whether the training is over; if the run is not finished, only the test split is left to score."
         return "history.csv" in self.on_disk().get("files", {})
 
     @property
-    def state(self):
+    def state(self) -> str:
         return "finished" if self.finished else "trained" if self.trained else "not finished"
 
-    def metrics(self):
+    def metrics(self) -> dict:
         "Metrics of the finished run; raises `DataError` if it is not finished."
         if not self.finished:
             raise DataError(f"Run {self.key} is not finished ({self.state}). The call that began it goes on with it.")
@@ -725,7 +725,7 @@ def _data(run):
 Run.data = _data
 
 
-def recommendation_table(lists: np.ndarray, users: np.ndarray, inter) -> pd.DataFrame:
+def recommendation_table(lists: np.ndarray, users: np.ndarray, inter: Interactions) -> pd.DataFrame:
     "Item numbers (n, k), -1 where none is left, for user numbers (n,) as a table of user, rank, item with original ids."
     row, rank = (lists >= 0).nonzero()
     return pd.DataFrame({"user": inter.user_ids[users][row], "rank": rank + 1, "item": inter.item_ids[lists[row, rank]]})
@@ -929,11 +929,11 @@ class Once(argparse.Action):
 class OptionParser(argparse.ArgumentParser):
     "A parser that raises `SettingError`."
 
-    def error(self, message):
+    def error(self, message) -> None:
         raise SettingError(f"{message[:1].upper()}{message[1:]}. Options are written --name value; --help lists them.")
 
 
-def option_parser(function) -> argparse.ArgumentParser:
+def option_parser(function: Callable) -> argparse.ArgumentParser:
     "Options for the arguments of an experiment, in groups by topic."
     parser = OptionParser(description=inspect.getdoc(function), allow_abbrev=False, argument_default=argparse.SUPPRESS,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -945,7 +945,7 @@ def option_parser(function) -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/03c_runs.ipynb #d09fb361
-def command_line(function, arguments: list[str] | None = None):
+def command_line(function: Callable, arguments: list[str] | None = None):
     """Call an experiment with the options of `arguments` (None: the shell's).
 
     A wrong setting ends the program with one sentence and exit status 2, data that cannot be used or a training that

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import warnings
+from collections.abc import Callable, Iterator
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -21,9 +22,9 @@ from .backbones import BACKBONES, grid_of
 from .data import progress
 from .processes import exit_with_parent
 from .runs import Run, alone, heal, new_run
-from .settings import SettingError, check_settings, did_you_mean, resolve, shown
-from .stage1 import (Stage1Settings, TrainingSettings, check_inputs, find_stage1_run, label, load_inputs, one_per_seed,
-                           run_stage1, train_stage1)
+from .settings import SettingError, Settings, check_settings, did_you_mean, resolve, shown
+from .stage1 import (Inputs, Stage1Settings, TrainingSettings, check_inputs, find_stage1_run, label, load_inputs,
+                           one_per_seed, run_stage1, train_stage1)
 
 # %% ../nbs/04b_search.ipynb #6e0d9c4d
 def check_grid(backbone: str, grid: dict) -> None:
@@ -53,7 +54,7 @@ def cells(grid: dict, n_trials: int | None = None, seed: int = 0) -> list[dict]:
     return found[:n_trials]
 
 # %% ../nbs/04b_search.ipynb #18bf2c80
-def attempt(run: Run, settings, inputs, test: bool):
+def attempt(run: Run, settings: Settings, inputs: Inputs, test: bool) -> Run | Exception:
     "The trained run (scored, with `test`), or the exception that it raised."
     try:
         with alone(run):
@@ -62,7 +63,7 @@ def attempt(run: Run, settings, inputs, test: bool):
         return error
 
 
-def attempt_elsewhere(n: int, backbone: type, run: Run, settings, test: bool) -> tuple:
+def attempt_elsewhere(n: int, backbone: type, run: Run, settings: Settings, test: bool) -> tuple:
     "`attempt` in a worker process: the trial's number, and what came of it."
     exit_with_parent()
     os.environ["TQDM_DISABLE"] = "1"
@@ -74,7 +75,7 @@ def attempt_elsewhere(n: int, backbone: type, run: Run, settings, test: bool) ->
     return n, attempt(run, settings, inputs, test)
 
 # %% ../nbs/04b_search.ipynb #c3a992c2
-def finished_trials(runs: dict, trials: list, inputs, processes: int, test: bool):
+def finished_trials(runs: dict, trials: list, inputs: Inputs, processes: int, test: bool) -> Iterator[tuple]:
     "Runs {number: run} of `trials` (settings) as they end: yields (number, the run or an exception)."
     left = [n for n, run in runs.items() if not (run.finished if test else run.trained)]
     yield from ((n, run) for n, run in runs.items() if n not in left)
@@ -86,7 +87,8 @@ def finished_trials(runs: dict, trials: list, inputs, processes: int, test: bool
             delayed(attempt_elsewhere)(n, BACKBONES[trials[n].backbone], runs[n], trials[n], test) for n in left)
 
 # %% ../nbs/04b_search.ipynb #95d31b16
-def run_all(trials: list, names: list, inputs, processes: int, test: bool, title: str, after_each=lambda runs: None) -> dict:
+def run_all(trials: list, names: list, inputs: Inputs, processes: int, test: bool, title: str,
+            after_each: Callable = lambda runs: None) -> dict:
     """Run all `trials` (settings); returns {number: run}. `after_each` gets the runs that are done, each time one is.
 
     A trial (not `test`) that diverges is done too: its run is None. Raises `RuntimeError` when all have ended, if some
@@ -168,7 +170,7 @@ def search(
     return table, winners
 
 # %% ../nbs/04b_search.ipynb #76638409
-def plot_search(table: pd.DataFrame):
+def plot_search(table: pd.DataFrame) -> plt.Figure:
     "Validation metric of the trials against each setting that varies; the winner is marked. Returns the figure."
     varied = [name for name in table.loc[:, :"seed"] if table[name].nunique() > 1]
     metric = next(c for c in table if c.startswith("valid "))

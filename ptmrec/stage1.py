@@ -14,16 +14,19 @@ __all__ = ['SAMPLE', 'LARGEST', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'Encode
 # %% ../nbs/04_stage1.ipynb #c8e5f1fc
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, Backbone
 from .clip_prompting import Clip, load_clip, warn_of_cut_texts
-from .data import MAX_RATING, MODALITIES, SPLIT_RULES, DataError, RecData, find_dataset, load_data, repo_root
+from .data import (MAX_RATING, MODALITIES, SPLIT_RULES, DataError, Interactions, RecData, find_dataset, load_data,
+                         repo_root)
 from .distributed import init_distributed, main_first, rank
 from .leaks import say_leaks
 from .memory import free_bytes
@@ -92,7 +95,7 @@ class Stage1Settings(TrainingSettings, EvaluationSettings, EncoderSettings, Data
                           allowed="auto, cpu, cuda, or the number of a GPU as in cuda:1")
 
 # %% ../nbs/04_stage1.ipynb #984c89fc
-def locate_dataset(dataset: str):
+def locate_dataset(dataset: str) -> Path | None:
     "Folder of a data set; None for a public set that has to be prepared first. Raises `DataError`."
     try:
         return find_dataset(dataset, PUBLIC_SETS)
@@ -102,7 +105,7 @@ def locate_dataset(dataset: str):
         raise
 
 
-def fetch_dataset(settings):
+def fetch_dataset(settings: Settings) -> Path:
     "Folder of the data set of `settings`, prepared if need be; of several processes, the first one prepares."
     init_distributed(settings.device)
     pick_device(settings.device)
@@ -111,7 +114,7 @@ def fetch_dataset(settings):
 
 # %% ../nbs/04_stage1.ipynb #982062a8
 @experiment(Stage1Settings, {"backbone": BACKBONES}, locate_dataset, fetch_dataset)
-def run_stage1(settings) -> list[Run]:
+def run_stage1(settings: Settings) -> list[Run]:
     """Stage 1: train a backbone on frozen features, for each seed; returns the finished runs.
 
     Finished runs are used again, a stopped one goes on; `rerun` makes them anew. Raises `SettingError` for a wrong
@@ -124,7 +127,7 @@ def run_stage1(settings) -> list[Run]:
     return runs
 
 
-def one_per_seed(settings) -> list:
+def one_per_seed(settings: Settings) -> list:
     "The settings of each seed's run."
     return [settings.replace(seed=seed) for seed in range(settings.seed, settings.seed + settings.n_seeds)]
 
@@ -172,7 +175,7 @@ class Inputs:
     device: torch.device
 
 
-def check_inputs(settings, inputs: Inputs) -> None:
+def check_inputs(settings: Settings, inputs: Inputs) -> None:
     "Raise `SettingError` or `DataError` if settings do not go with the size of a data set, before anything is trained."
     data, inter = inputs.data, inputs.data.inter
     counts = np.bincount(inter.part("train")[0], minlength=inter.n_users)
@@ -189,7 +192,7 @@ def check_inputs(settings, inputs: Inputs) -> None:
                            f"{inter.n_items:,} items, and {free / 1e9:.2g} GB is free. Lower emb_size.")
 
 # %% ../nbs/04_stage1.ipynb #75bf1a09
-def load_inputs(settings) -> Inputs:
+def load_inputs(settings: Settings) -> Inputs:
     "The inputs for these settings; raises `DataError` for data that cannot be used."
     device = pick_device(settings.device)
     with main_first():
@@ -213,13 +216,13 @@ def load_inputs(settings) -> Inputs:
 # %% ../nbs/04_stage1.ipynb #fcbb61e0
 def build_backbone(
     name: str,  # of `BACKBONES`
-    inter,  # `Interactions`
+    inter: Interactions,  # `Interactions`
     features: dict,  # {modality: (I, d_m)}
     settings: dict | None = None,  # of the backbone; what is left out has its default
     emb_size: int = 64,
     train_features: bool = False,
-    device="cpu",
-):
+    device: torch.device | str = "cpu",
+) -> Backbone:
     "A backbone on the training pairs of `inter`; raises `DataError` if there are none, or no features that it needs."
     user, item = (torch.as_tensor(x, device=device) for x in inter.part("train"))
     if not len(user):
@@ -235,7 +238,7 @@ def build_backbone(
     return backbone
 
 
-def new_backbone(settings, inputs: Inputs, features: dict | None = None):
+def new_backbone(settings: Settings, inputs: Inputs, features: dict | None = None) -> Backbone:
     "An untrained backbone for resolved settings, on the features of `inputs` unless others are given."
     return build_backbone(settings.backbone, inputs.data.inter, inputs.features if features is None else features,
                           settings.components["backbone"], settings.emb_size, settings.train_features, inputs.device)
@@ -253,7 +256,7 @@ def label(name: str) -> str:
 
 # %% ../nbs/04_stage1.ipynb #b18ef182
 @torch.no_grad()
-def evaluate(backbone, evaluator: Evaluator, split: str):
+def evaluate(backbone: Backbone, evaluator: Evaluator, split: str) -> tuple[pd.DataFrame, np.ndarray]:
     "Per-user metrics and top-50 lists of a backbone on a split."
     backbone.eval()
     return evaluator(split, *backbone())
@@ -264,7 +267,7 @@ def mean_metrics(per_user: pd.DataFrame) -> dict:
     return {name: float(value) for name, value in per_user.mean().items()}
 
 
-def make_evaluator(settings, inputs: Inputs) -> Evaluator:
+def make_evaluator(settings: Settings, inputs: Inputs) -> Evaluator:
     "The evaluator that these settings ask for; raises `DataError` if it has nobody to evaluate."
     evaluator = Evaluator(inputs.data.inter, inputs.device, settings.eval_items, settings.eval_users, settings.mask_valid)
     for split in ("valid", "test"):
@@ -273,14 +276,14 @@ def make_evaluator(settings, inputs: Inputs) -> Evaluator:
 
 # %% ../nbs/04_stage1.ipynb #ee8aa1fe
 @torch.no_grad()
-def most_bought(inter, evaluator: Evaluator) -> pd.DataFrame:
+def most_bought(inter: Interactions, evaluator: Evaluator) -> pd.DataFrame:
     "Per-user validation metrics of showing everybody the items with the most training interactions."
     n_bought = np.bincount(inter.part("train")[1], minlength=inter.n_items)
     item_emb = torch.as_tensor(n_bought, dtype=torch.float32, device=evaluator.masked["valid"].item.device)[:, None]
     return evaluator("valid", torch.ones_like(item_emb[:1]).expand(inter.n_users, 1), item_emb)[0]
 
 # %% ../nbs/04_stage1.ipynb #7c066783
-def train_one_epoch(backbone, optimiser, batches) -> dict:
+def train_one_epoch(backbone: Backbone, optimiser: torch.optim.Optimizer, batches: Iterable) -> dict:
     "One pass over `batches` of triples; returns the mean of each loss term. Raises `Diverged`."
     backbone.train()
     backbone.start_epoch()
@@ -297,7 +300,7 @@ def train_one_epoch(backbone, optimiser, batches) -> dict:
     return means
 
 
-def validate(backbone, evaluator: Evaluator, metric: str) -> dict:
+def validate(backbone: Backbone, evaluator: Evaluator, metric: str) -> dict:
     "Mean validation metrics for a history: `metric`, and three that everybody reports."
     per_user, _ = evaluate(backbone, evaluator, "valid")
     shown = dict.fromkeys(("recall@10", metric, "recall@20", "ndcg@20"))
@@ -305,7 +308,7 @@ def validate(backbone, evaluator: Evaluator, metric: str) -> dict:
 
 # %% ../nbs/04_stage1.ipynb #3b0db41a
 def train_backbone(
-    backbone,
+    backbone: Backbone,
     evaluator: Evaluator,
     lr: float = 1e-3,
     batch_size: int = 2048,
@@ -313,7 +316,7 @@ def train_backbone(
     patience: int = 20,  # epochs without a better validation metric that end the training
     metric: str = "recall@20",
     name: str = "Stage 1",  # on the progress bar
-    checkpoint=None,  # a file to go on from
+    checkpoint: Path | None = None,  # a file to go on from
     on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
 ) -> pd.DataFrame:
     """Train a backbone and keep its best epoch; returns the history, a row per epoch: losses, validation metrics, seconds.
@@ -345,14 +348,15 @@ def train_backbone(
     return history
 
 
-def train_with(settings, backbone, evaluator: Evaluator, name: str, checkpoint) -> pd.DataFrame:
+def train_with(settings: Settings, backbone: Backbone, evaluator: Evaluator, name: str,
+               checkpoint: Path | None) -> pd.DataFrame:
     "`train_backbone` with resolved settings; freed memory is kept, since this process goes on with work of the kind."
     keep_freed_memory()
     return train_backbone(backbone, evaluator, settings.lr, settings.batch_size, settings.epochs, settings.patience,
                           settings.metric, f"{name}, seed {settings.seed}", checkpoint, settings.on_nan)
 
 # %% ../nbs/04_stage1.ipynb #6e082828
-def check_fit(history: pd.DataFrame, inter, evaluator: Evaluator, metric: str = "recall@20") -> dict:
+def check_fit(history: pd.DataFrame, inter: Interactions, evaluator: Evaluator, metric: str = "recall@20") -> dict:
     "Warn if Stage 1 underfits: its best validation metric is below that of the most bought items. Returns both."
     popular = most_bought(inter, evaluator)[metric].mean()
     report = {"trained": float(history[f"valid {metric}"].max()), "most bought": float(popular)}
@@ -371,13 +375,13 @@ def stage1_settings(params: dict) -> dict:
     return {k: v for k, v in params.items() if k in run_stage1.experiment.defaults()}
 
 
-def stage1_parameters(settings) -> dict:
+def stage1_parameters(settings: Settings) -> dict:
     "The settings among `settings` that can change a result of Stage 1."
     own = [name for name in Stage1Settings.model_fields if name in settings.key_parameters]
     return {name: settings.key_parameters[name] for name in [*own, *settings.components["backbone"]]}
 
 
-def stage1_code(settings, data: RecData) -> dict[str, str]:
+def stage1_code(settings: Settings, data: RecData) -> dict[str, str]:
     "The code that Stage 1 passes through: training, backbone, encoders of files, and metrics, the package's and the chosen."
     code, chosen = code_of(*STAGE1_CODE) | own_code(BACKBONES[settings.backbone]), METRICS[settings.metric.split("@")[0]]
     for metric in METRICS.values():
@@ -388,7 +392,7 @@ def stage1_code(settings, data: RecData) -> dict[str, str]:
     return code
 
 
-def find_stage1_run(settings, inputs: Inputs) -> Run:
+def find_stage1_run(settings: Settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = stage1_parameters(settings) | {"device": inputs.device.type}
     return new_run("stage1", inputs.data.name, params, inputs.data.fingerprint(),
@@ -396,13 +400,13 @@ def find_stage1_run(settings, inputs: Inputs) -> Run:
                    run_arguments(settings))
 
 
-def run_arguments(settings) -> dict:
+def run_arguments(settings: Settings) -> dict:
     "All settings, with the data set's folder, to load the same inputs again."
     everything = {k: v for k, v in vars(settings).items() if k != "key_parameters"}
     return everything | {"dataset": str(find_dataset(settings.dataset))}
 
 # %% ../nbs/04_stage1.ipynb #58a3744f
-def train_stage1(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
+def train_stage1(run: Run, settings: Settings, inputs: Inputs, test: bool = True) -> Run:
     "Train a run of Stage 1 and, with `test`, score it and finish it; what is trained already is not trained again."
     set_seed(settings.seed, inputs.device)
     evaluator = make_evaluator(settings, inputs)
@@ -424,7 +428,7 @@ def train_stage1(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
     return score_stage1(run, backbone, evaluator, inputs.data.inter) if test else run
 
 
-def trained_stage1(settings, inputs: Inputs, test: bool = True) -> Run:
+def trained_stage1(settings: Settings, inputs: Inputs, test: bool = True) -> Run:
     "The run of Stage 1 with these settings, trained and, with `test`, scored, unless it is there."
     run = find_stage1_run(settings, inputs)
     with alone(run):
@@ -432,7 +436,7 @@ def trained_stage1(settings, inputs: Inputs, test: bool = True) -> Run:
         return run if there else train_stage1(run.begin(), settings, inputs, test)
 
 # %% ../nbs/04_stage1.ipynb #000d05f2
-def score_stage1(run: Run, backbone, evaluator: Evaluator, inter) -> Run:
+def score_stage1(run: Run, backbone: Backbone, evaluator: Evaluator, inter: Interactions) -> Run:
     "Score a trained run on both splits, keep what it recommends, and finish it."
     check_fit(run.load_table("history.csv"), inter, evaluator, run.params["metric"])
     metrics = {}
@@ -446,13 +450,13 @@ def score_stage1(run: Run, backbone, evaluator: Evaluator, inter) -> Run:
 
 
 @torch.no_grad()
-def save_embeddings(run: Run, name: str, backbone) -> None:
+def save_embeddings(run: Run, name: str, backbone: Backbone) -> None:
     "Keep the final embeddings of a backbone: they rank as it does, without its graphs and features."
     user_emb, item_emb = backbone.eval()()
     run.save_weights(name, {"user": user_emb, "item": item_emb})
 
 
-def load_backbone(run: Run, settings, inputs: Inputs):
+def load_backbone(run: Run, settings: Settings, inputs: Inputs) -> Backbone:
     "The trained backbone of a finished run of Stage 1, with the features that it was trained on."
     backbone = new_backbone(settings, inputs)
     load_parameters(backbone, run.load_weights("backbone"), f"{run.folder}/backbone.safetensors")
@@ -468,7 +472,7 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
     return table.rename(columns=label)
 
 # %% ../nbs/04_stage1.ipynb #ae5b40f7
-def plot_history(runs: list[Run], columns: list[str], title: str = ""):
+def plot_history(runs: list[Run], columns: list[str], title: str = "") -> plt.Figure:
     "A panel per history column, a line per run; returns the figure."
     figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 2.8), squeeze=False, layout="constrained")
     for ax, column in zip(axes[0], columns):

@@ -24,7 +24,8 @@ if __name__ == "__main__" and "__file__" in globals():  # as a program, a stop d
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
@@ -34,15 +35,15 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, Backbone
 from .clip_prompting import ENCODE_BATCH, PRECISIONS, ItemEncoder
 from .data import DataError
 from .distributed import (all_reduce, barrier, broadcast, main_first, my_share, rank, split_work, sum_gradients,
                                 world_size)
 from .losses import DIRECTIONS, SIMILARITIES, kt_loss
-from .memory import encode_in_parts, fit_memory, free_bytes, memory_need
+from .memory import MemoryNeed, encode_in_parts, fit_memory, free_bytes, memory_need
 from .monitor import watch
-from .peft import TOWERS, TUNINGS, attach, tower_weights, tuning_methods
+from .peft import TOWERS, TUNINGS, Tuning, attach, tower_weights, tuning_methods
 from .prefix import PrefixEncoder
 from .ranking import Evaluator, Pairs
 from .runs import (Run, best_variant, code_of, command_line, compare, new_run, own_code, per_user_values,
@@ -98,7 +99,7 @@ class Stage2Settings(TransferSettings, Stage2TrainingSettings, Stage1Settings):
     cache_prefix: bool = setting(False, "keep the frozen layers' output per item; for tunings of the last layers")
 
 # %% ../nbs/05_stage2.ipynb #9a98cee6
-def check_stage2(settings) -> None:
+def check_stage2(settings: Settings) -> None:
     "Raise `SettingError` if settings of Stage 2 do not go together."
     tuning_methods(settings.tuning)
     if settings.tuning == "none" and set(settings.tuned_towers.split("+")) != set(TOWERS):
@@ -116,13 +117,13 @@ def check_stage2(settings) -> None:
         check_joint(settings)
 
 # %% ../nbs/05_stage2.ipynb #1477b6fc
-def joint_values(settings) -> dict:
+def joint_values(settings: Settings) -> dict:
     "What joint training decides itself: the backbone learns, by its own loss, as long as Stage 1 may."
     return {"kt_weight": 0.0, "task_weight": 1.0, "tune_backbone": True, "project_lr": settings.lr,
             "stage2_epochs": settings.epochs}
 
 
-def check_joint(settings) -> None:
+def check_joint(settings: Settings) -> None:
     "Raise `SettingError` for a setting that somebody changed although joint training decides it, or does not use it."
     decided = joint_values(settings)
     for name in (*decided, *TransferSettings.model_fields):
@@ -133,7 +134,7 @@ def check_joint(settings) -> None:
 
 # %% ../nbs/05_stage2.ipynb #37a157fa
 @experiment(Stage2Settings, {"backbone": BACKBONES, "tuning": TUNINGS}, locate_dataset, fetch_dataset, check_stage2)
-def run_stage2(settings) -> list[Run]:
+def run_stage2(settings: Settings) -> list[Run]:
     """Both stages, for each seed; returns the finished runs of Stage 2.
 
     Finished runs, of Stage 1 too, are used again, and stopped ones go on; `rerun` makes those of Stage 2 anew. Raises
@@ -148,7 +149,7 @@ def run_stage2(settings) -> list[Run]:
     return runs
 
 # %% ../nbs/05_stage2.ipynb #a85c1480
-def item_batches(user: torch.Tensor, item: torch.Tensor, batch_size: int):
+def item_batches(user: torch.Tensor, item: torch.Tensor, batch_size: int) -> Iterator[tuple]:
     "Batches of `batch_size` distinct items with all their training pairs: (user, item); each item is in one batch."
     by_item = Pairs(item.numpy(), user.numpy(), int(item.max()) + 1)
     items = torch.nonzero(by_item.count).flatten()
@@ -157,26 +158,26 @@ def item_batches(user: torch.Tensor, item: torch.Tensor, batch_size: int):
         yield users, batch[row]
 
 
-def interaction_batches(user: torch.Tensor, item: torch.Tensor, batch_size: int):
+def interaction_batches(user: torch.Tensor, item: torch.Tensor, batch_size: int) -> Iterator[tuple]:
     "Batches of `batch_size` training pairs in random order, (user, item): the paper's recipe."
     for rows in torch.randperm(len(user)).split(batch_size):
         yield user[rows], item[rows]
 
 
-def make_batches(batch_by: str, user: torch.Tensor, item: torch.Tensor, batch_size: int):
+def make_batches(batch_by: str, user: torch.Tensor, item: torch.Tensor, batch_size: int) -> Iterator[tuple]:
     "Batches of training pairs by \"items\" or \"interactions\"."
     return (item_batches if batch_by == "items" else interaction_batches)(user, item, batch_size)
 
 # %% ../nbs/05_stage2.ipynb #73338353
 @torch.no_grad()
-def teacher(backbone, kt_source: str) -> tuple:
+def teacher(backbone: Backbone, kt_source: str) -> tuple:
     "Fixed embeddings of Stage 1: id_user (U, d), id_item (I, d), and modal_user (U, d) that features are matched with."
     backbone.eval()
     id_user, id_item = backbone.id_path() if kt_source == "id" else backbone()
     return tuple(table.detach().clone() for table in (id_user, id_item, backbone.modal_users()))
 
 # %% ../nbs/05_stage2.ipynb #f04f310c
-def attach_tuning(settings, encoder: ItemEncoder):
+def attach_tuning(settings: Settings, encoder: ItemEncoder) -> Tuning:
     "Attach the tuning of resolved settings to the towers of `encoder`; returns the `Tuning`."
     return attach(encoder.clip, settings.tuning, encoder.modalities, **settings.components["tuning"])
 
@@ -196,16 +197,17 @@ class Stage2(nn.Module):
         self.start = {m: f.detach() for m, f in backbone.features.items()}
         self.refresh()
 
-    def refresh(self):
+    def refresh(self) -> None:
         "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, it is what the backbone started with."
         self.bank = self.start | (self.encoder.encode_all(self.micro_batch or ENCODE_BATCH) if self.live else {})
 
-    def live_features(self, items):
+    def live_features(self, items: torch.Tensor) -> dict[str, torch.Tensor]:
         "Features of `items` with gradients to the tuning; of a modality that is not tuned, those of the bank."
         live = split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items) if self.live else {}
         return {m: live[m] if m in live else f[items] for m, f in self.bank.items()}
 
-    def losses(self, user, pos, neg, live=None):
+    def losses(self, user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor,
+               live: dict | None = None) -> dict[str, torch.Tensor]:
         "Weighted terms {name: scalar} of triples (B,), of several ranks each its part; `live`: features of `pos.unique()`."
         items = pos.unique()
         live = live or self.live_features(items)  # {m: (J, d_m)}
@@ -218,14 +220,14 @@ class Stage2(nn.Module):
         return terms
 
     @torch.no_grad()
-    def tuned(self):
+    def tuned(self) -> tuple[dict, dict]:
         "All items encoded anew: features {m: (I, d_m)} and their projections {m: (I, d)}."
         self.refresh()
         return ({m: f.clone() for m, f in self.bank.items()},
                 {m: self.backbone.project[m](f) for m, f in self.bank.items()})
 
 # %% ../nbs/05_stage2.ipynb #1784c61c
-def transfer_terms(model: Stage2, user, items, live: dict) -> dict:
+def transfer_terms(model: Stage2, user: torch.Tensor, items: torch.Tensor, live: dict) -> dict:
     "The weighted KL loss of each modality (Eq. 13); of several ranks, each has the rows of its share of users."
     id_user, id_item, modal_user = model.teacher
     rows, how = my_share(user), (model.tau, model.similarity, len(user), model.kl_direction)
@@ -233,7 +235,7 @@ def transfer_terms(model: Stage2, user, items, live: dict) -> dict:
                                                  model.backbone.project[m](f), *how) for m, f in live.items()}
 
 # %% ../nbs/05_stage2.ipynb #c68847c6
-def with_features(backbone, features: dict, projected: dict, feature_space: str):
+def with_features(backbone: Backbone, features: dict, projected: dict, feature_space: str) -> Backbone:
     "Give `backbone` tuned features, and an item graph built from them (\"raw\") or from their projections."
     backbone.set_features(features, projected if feature_space == "projected" else features)
     return backbone
@@ -254,7 +256,7 @@ class MissingImages(Callback):
         self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
 
 # %% ../nbs/05_stage2.ipynb #ae9e7b0b
-def tune_one_epoch(model: Stage2, optimiser, sampler: TripleSampler, steps: Iterable[list]) -> dict:
+def tune_one_epoch(model: Stage2, optimiser: torch.optim.Optimizer, sampler: TripleSampler, steps: Iterable[list]) -> dict:
     """One pass over the `steps`, each a list of batches of pairs; returns mean loss terms.
 
     Raises `Diverged`.
@@ -295,7 +297,7 @@ def tune(
     epochs: int = 20, validate_every: int = 5,  # epochs
     patience: int | None = None,  # validations without a better one that end the training; None: never
     feature_space: str = "projected",  # of the item graphs
-    name: str = "Stage 2", checkpoint=None,  # on the progress bar; a file to go on from
+    name: str = "Stage 2", checkpoint: Path | None = None,  # on the progress bar; a file to go on from
     metric: str = "recall@20",  # the validated epoch where it is best is kept
     on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
 ) -> pd.DataFrame:
@@ -336,7 +338,8 @@ def tune(
 VARIANTS = ("as_is", "continued", "fresh")  # of two stages; joint training has one
 
 
-def variants(backbone, features, projected, inputs: Inputs, evaluator, settings, run: Run):
+def variants(backbone: Backbone, features: dict, projected: dict, inputs: Inputs, evaluator: Evaluator, settings: Settings,
+             run: Run) -> Iterator[tuple[str, Backbone]]:
     "The backbones to evaluate after tuning, one after the other: yields (name, backbone)."
     check_features(features)
     backbone = with_features(backbone, features, projected, settings.feature_space)
@@ -356,7 +359,7 @@ def variants(backbone, features, projected, inputs: Inputs, evaluator, settings,
     yield "fresh", fresh
 
 # %% ../nbs/05_stage2.ipynb #14f4711f
-def joint_settings(settings):
+def joint_settings(settings: Settings) -> Settings:
     "The settings with those that joint training decides replaced."
     return settings.replace(**joint_values(settings))
 
@@ -380,7 +383,7 @@ def parameter_table(model: Stage2) -> pd.DataFrame:
 STAGE2_CODE = ("stage2.train_stage2",)
 
 
-def chosen_towers(settings, inputs: Inputs) -> list[str]:
+def chosen_towers(settings: Settings, inputs: Inputs) -> list[str]:
     "Those of `tuned_towers` that the data set has content for; raises `SettingError` if there is none."
     there = [tower for tower in TOWERS if tower in inputs.features]
     chosen = [tower for tower in there if tower in settings.tuned_towers.split("+")]
@@ -390,7 +393,7 @@ def chosen_towers(settings, inputs: Inputs) -> list[str]:
     return chosen
 
 
-def find_stage2_run(settings, inputs: Inputs) -> Run:
+def find_stage2_run(settings: Settings, inputs: Inputs) -> Run:
     "The run of these settings, finished or not; nothing is written."
     params = settings.key_parameters | {"device": inputs.device.type, "stage1": find_stage1_run(settings, inputs).key}
     code = stage1_code(settings, inputs.data) | code_of(*STAGE2_CODE)
@@ -401,7 +404,7 @@ def find_stage2_run(settings, inputs: Inputs) -> Run:
                    arguments)
 
 
-def make_encoder(settings, inputs: Inputs) -> ItemEncoder:
+def make_encoder(settings: Settings, inputs: Inputs) -> ItemEncoder:
     "An encoder of items with the tuning of these settings attached; of towers that are tuned, or of all if none is."
     kind = PrefixEncoder if settings.cache_prefix else ItemEncoder
     encoder = kind(inputs.clip, inputs.data, None, settings.precision, chosen_towers(settings, inputs))
@@ -409,7 +412,7 @@ def make_encoder(settings, inputs: Inputs) -> ItemEncoder:
     return encoder
 
 # %% ../nbs/05_stage2.ipynb #518e9f01
-def check_encoder(settings, inputs: Inputs) -> None:
+def check_encoder(settings: Settings, inputs: Inputs) -> None:
     "Raise `DataError` if there is nothing to tune, or if the tuning does not suit the CLIP, before Stage 1 is trained."
     if inputs.clip is None:
         how = ("Move its .npy files away, and the CLIP encodes its own images and texts." if inputs.data.has_content else
@@ -421,13 +424,13 @@ def check_encoder(settings, inputs: Inputs) -> None:
         encoder(torch.tensor([0]))
 
 # %% ../nbs/05_stage2.ipynb #6acc2f1b
-def stage1_of(settings, inputs: Inputs, test: bool = True) -> Run:
+def stage1_of(settings: Settings, inputs: Inputs, test: bool = True) -> Run:
     "The run of Stage 1 with these settings, made by the first of several processes; with `test`, it is a finished one."
     with main_first():
         return trained_stage1(settings, inputs, test)
 
 
-def train_stage2(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
+def train_stage2(run: Run, settings: Settings, inputs: Inputs, test: bool = True) -> Run:
     "Train a run of Stage 2 or of joint training, unless it is trained, and, with `test`, score and finish it."
     stage1, evaluator = stage1_of(settings, inputs, test), make_evaluator(settings, inputs)
     run.start = time.time()  # Stage 1 has a time of its own
@@ -440,7 +443,7 @@ def train_stage2(run: Run, settings, inputs: Inputs, test: bool = True) -> Run:
     return run
 
 
-def tune_and_try(run: Run, settings, inputs: Inputs, evaluator: Evaluator, stage1: Run) -> None:
+def tune_and_try(run: Run, settings: Settings, inputs: Inputs, evaluator: Evaluator, stage1: Run) -> None:
     "Tune, and train and validate the variants; the CLIP is the stock one before and after."
     device = inputs.device
     set_seed(settings.seed, device)
@@ -457,7 +460,7 @@ def tune_and_try(run: Run, settings, inputs: Inputs, evaluator: Evaluator, stage
         barrier()
 
 # %% ../nbs/05_stage2.ipynb #6e0fd5a7
-def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1):
+def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1) -> MemoryNeed:
     "Memory that training `model` will take, found on one batch: a `MemoryNeed`. Draws from no generator."
     backbone = model.backbone.train()
     with torch.random.fork_rng():
@@ -466,14 +469,14 @@ def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1):
         return memory_need(model, *(x.to(backbone.user.device) for x in (user, pos)), accumulate)
 
 # %% ../nbs/05_stage2.ipynb #0e43399d
-def new_model(settings, backbone, encoder: ItemEncoder) -> Stage2:
+def new_model(settings: Settings, backbone: Backbone, encoder: ItemEncoder) -> Stage2:
     "The `Stage2` model of resolved settings."
     micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
     return Stage2(backbone, encoder, settings.kt_source, settings.similarity, settings.tau, settings.kt_weight,
                   settings.task_weight, settings.tune_backbone, micro_batch, settings.kl_direction)
 
 
-def tune_with(settings, model: Stage2, evaluator: Evaluator, checkpoint) -> pd.DataFrame:
+def tune_with(settings: Settings, model: Stage2, evaluator: Evaluator, checkpoint: Path | None) -> pd.DataFrame:
     "`tune` with resolved settings; joint training ends with Stage 1's patience."
     keep_freed_memory(limit=2**25)
     patience = max(1, settings.patience // settings.validate_every) if settings.training == "joint" else None
@@ -482,7 +485,8 @@ def tune_with(settings, model: Stage2, evaluator: Evaluator, checkpoint) -> pd.D
                 f"Stage 2, seed {settings.seed}", checkpoint, settings.metric, settings.on_nan)
 
 
-def tune_and_keep(run: Run, settings, backbone, encoder, evaluator: Evaluator) -> tuple[dict, dict]:
+def tune_and_keep(run: Run, settings: Settings, backbone: Backbone, encoder: ItemEncoder,
+                  evaluator: Evaluator) -> tuple[dict, dict]:
     "Tune, and write what was learnt into the run's folder; returns tuned features and their projections."
     model = new_model(settings, backbone, encoder)
     need = need_of(model, settings.batch_by, settings.stage2_batch_size, settings.accumulate)
@@ -498,7 +502,7 @@ def tune_and_keep(run: Run, settings, backbone, encoder, evaluator: Evaluator) -
     return tuned, projected
 
 # %% ../nbs/05_stage2.ipynb #6d4624df
-def keep_variants(run: Run, tuned_backbones, evaluator: Evaluator) -> None:
+def keep_variants(run: Run, tuned_backbones: Iterable[tuple[str, Backbone]], evaluator: Evaluator) -> None:
     "Keep weights, final embeddings and validation metrics of variants (name, backbone); the run then is trained."
     valid = {}
     for name, backbone in tuned_backbones:

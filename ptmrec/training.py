@@ -71,26 +71,26 @@ class Callback:
 
     state = {}
 
-    def resume(self, loop):
+    def resume(self, loop: "Loop") -> None:
         "Called first: puts the loop where an earlier call left it."
 
-    def before(self, loop):
+    def before(self, loop: "Loop") -> None:
         "Called once, before the first epoch."
 
-    def after_epoch(self, loop):
+    def after_epoch(self, loop: "Loop") -> None:
         "Called after each epoch; `loop.history[-1]` is its row, and `loop.stop = True` ends the training."
 
-    def recovers(self, loop, error) -> bool:
+    def recovers(self, loop: "Loop", error: Exception) -> bool:
         "Called when an epoch raised a `FloatingPointError`: True if the callback has put the loop right, and it can go on."
         return False
 
-    def after(self, loop):
+    def after(self, loop: "Loop") -> None:
         "Called once, after the last epoch."
 
-    def interrupted(self, loop):
+    def interrupted(self, loop: "Loop") -> str | None:
         "Called when the training is stopped from outside; may return a sentence that says what is kept of it."
 
-    def failed(self, loop):
+    def failed(self, loop: "Loop") -> None:
         "Called when the training ends with an error."
 
 
@@ -125,7 +125,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def sigterm_stops():
+def sigterm_stops() -> Iterator[None]:
     "A block that SIGTERM ends with `Stopped`, if it runs in the main thread and nobody else handles SIGTERM."
     def stop(number, frame):
         raise Stopped("Stopped.", number)
@@ -143,7 +143,7 @@ def sigterm_stops():
 @contextmanager
 def leaves_within(
     seconds: float = 8.0,  # that the main thread has to leave by itself
-):
+) -> Iterator[None]:
     "A block in which SIGTERM ends the process soon, whatever its main thread waits for."
     (reader, writer), left = socket.socketpair(), threading.Event()
     writer.setblocking(False)
@@ -168,7 +168,7 @@ def leaves_within(
 
 # %% ../nbs/03b_training.ipynb #860becdd
 @contextmanager
-def exits_when_stopped():
+def exits_when_stopped() -> Iterator[None]:
     "A block of a program: a stop ends the program with one line and the exit code 128 + signal, SIGTERM within ten seconds."
     try:
         with leaves_within(), sigterm_stops():
@@ -232,7 +232,7 @@ class KeepBest(Callback):
         self.metric, self.patience = metric, patience
         self.state = {"best": -math.inf, "epoch": 0, "misses": 0, "weights": {}}
 
-    def after_epoch(self, loop):
+    def after_epoch(self, loop: "Loop") -> None:
         value = loop.history[-1].get(self.metric)
         if value is None:
             return
@@ -243,7 +243,7 @@ class KeepBest(Callback):
             self.state["misses"] += 1
             loop.stop = loop.stop or self.state["misses"] >= self.patience
 
-    def after(self, loop):
+    def after(self, loop: "Loop") -> None:
         loop.module.load_state_dict(self.state["weights"], strict=False)
 
 # %% ../nbs/03b_training.ipynb #3f5e97b0
@@ -269,23 +269,23 @@ class Progress(Callback):
     def __init__(self, name: str, shown: Iterable[str]):
         self.name, self.shown, self.latest, self.bar = name, shown, {}, None
 
-    def before(self, loop):
+    def before(self, loop: "Loop") -> None:
         loop.name = self.name
         self.bar = progress(desc=self.name, total=loop.epochs, initial=len(loop.history), bar_format=self.layout,
                             leave=True, disable=rank() > 0)
 
-    def after_epoch(self, loop):
+    def after_epoch(self, loop: "Loop") -> None:
         self.latest |= {k: f"{loop.history[-1][k]:.4f}" for k in self.shown if k in loop.history[-1]}
         self.bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in self.latest.items()), refresh=False)
         self.bar.update(len(loop.history) - self.bar.n)
 
-    def after(self, loop):
+    def after(self, loop: "Loop") -> None:
         self.bar.total = len(loop.history)
         self.bar.set_description_str(f"{self.name}, {how_it_ended(loop)}", refresh=False)
         self.bar.refresh()
         self.bar.close()
 
-    def interrupted(self, loop):
+    def interrupted(self, loop: "Loop") -> str | None:
         if self.bar is not None:
             self.bar.close()
 
@@ -399,7 +399,7 @@ class Checkpoint(Callback):
     def __init__(self, path: str | Path, seconds: float = 10):
         self.path, self.seconds, self.kept = Path(path), seconds, None
 
-    def resume(self, loop):
+    def resume(self, loop: "Loop") -> None:
         self.written = time.monotonic()
         if not self.path.exists():
             return
@@ -409,13 +409,13 @@ class Checkpoint(Callback):
         except DataError as error:
             warnings.warn(f"The checkpoint {self.path} is not used, and the training starts anew: {error}.")
 
-    def after_epoch(self, loop):
+    def after_epoch(self, loop: "Loop") -> None:
         if rank() or not loop.by_hand and time.monotonic() - self.written < self.seconds:
             return
         write_snapshot(self.path, take_snapshot(loop))
         self.written, self.kept = time.monotonic(), what_is_kept(loop, self.path)
 
-    def interrupted(self, loop):
+    def interrupted(self, loop: "Loop") -> str | None:
         return self.kept
 
 # %% ../nbs/03b_training.ipynb #6ca0972c
@@ -481,11 +481,11 @@ class LowerRate(Callback):
         "What the learning rate is multiplied with."
         return 0.1 ** self.state["lowered"]
 
-    def before(self, loop):
+    def before(self, loop: "Loop") -> None:
         if self.on_nan == "lower_lr":
             self.good = copy.deepcopy(take_snapshot(loop))
 
-    def after_epoch(self, loop):
+    def after_epoch(self, loop: "Loop") -> None:
         learnt = [(n, p) for n, p in loop.module.named_parameters() if p.requires_grad]
         sums = {f"the sum of the weights {n}": float(p.detach().sum()) for n, p in learnt}
         for name, value in (loop.history[-1] | sums).items():
@@ -493,7 +493,7 @@ class LowerRate(Callback):
                 raise Diverged(f"{name} became {value}")
         self.before(loop)
 
-    def recovers(self, loop, error):
+    def recovers(self, loop: "Loop", error: Exception) -> bool:
         said = f"{loop.name}, epoch {loop.epoch}, {error}."
         if self.good is None or self.state["lowered"] == self.times:
             _notify(loop, "interrupted")
@@ -515,7 +515,7 @@ class Health(Callback):
     def __init__(self, loss: str, remedy: str, spike: float = 3.0):
         self.loss, self.remedy, self.spike, self.warned = loss, remedy, spike, False
 
-    def after_epoch(self, loop):
+    def after_epoch(self, loop: "Loop") -> None:
         losses = [r[self.loss] for r in loop.history]
         lowest = min(losses)
         scale = lowest if lowest > 0 else max(-lowest, losses[0] - lowest)

@@ -15,13 +15,14 @@ import pandas as pd
 import torch
 from scipy import sparse
 
+from .data import Interactions
 from .ranking import METRICS, Evaluator
 from .runs import Run, code_of, new_run, own_code, recommendation_table
-from .settings import SettingError, did_you_mean, resolve
+from .settings import SettingError, Settings, did_you_mean, resolve
 from .stage1 import Inputs, load_inputs, make_evaluator, mean_metrics, run_stage1
 
 # %% ../nbs/04c_yardsticks.ipynb #bf8e403b
-def training_matrix(inter) -> sparse.csr_matrix:
+def training_matrix(inter: Interactions) -> sparse.csr_matrix:
     "Training interactions as a matrix (U, I) of zeros and ones."
     user, item = inter.part("train")
     return sparse.csr_matrix((np.ones(len(user), np.float32), (user, item)), (inter.n_users, inter.n_items))
@@ -83,7 +84,7 @@ class DenseRows:
         return torch.from_numpy(self.matrix[rows.cpu().numpy()].toarray()).to(self.device)
 
 
-def as_embeddings(R: sparse.csr_matrix, B: np.ndarray, device="cpu") -> tuple:
+def as_embeddings(R: sparse.csr_matrix, B: np.ndarray, device: torch.device | str = "cpu") -> tuple:
     "What `Evaluator` ranks by: users' rows of R and the columns of B; or ones and scores, if B is scores (I,)."
     R = R if B.ndim == 2 else sparse.csr_matrix(np.ones((R.shape[0], 1), np.float32))
     return DenseRows(R, device), torch.from_numpy(B.T.copy() if B.ndim == 2 else B[:, None]).to(device)
@@ -103,7 +104,7 @@ def choose_yardstick(name: str, R, features: dict, evaluator: Evaluator, metric:
     return table, best[1]
 
 # %% ../nbs/04c_yardsticks.ipynb #8da58a62
-def find_yardstick_run(name: str, settings, inputs: Inputs) -> Run:
+def find_yardstick_run(name: str, settings: Settings, inputs: Inputs) -> Run:
     "The run of a yardstick on the data and evaluation of `settings`, those of `run_stage1`, finished or not."
     kept = ("min_rating", "core", "split", "split_seed", "metric", "eval_users", "eval_items", "mask_valid")
     params = {"backbone": name} | {k: settings.key_parameters[k] for k in kept} | {"grid": YARDSTICKS[name][1]}
@@ -124,7 +125,7 @@ def run_yardstick(name: str, **params) -> Run:
     return run if run.finished else score_yardstick(run.begin(), name, settings, inputs)
 
 # %% ../nbs/04c_yardsticks.ipynb #18384d1e
-def score_yardstick(run: Run, name: str, settings, inputs: Inputs) -> Run:
+def score_yardstick(run: Run, name: str, settings: Settings, inputs: Inputs) -> Run:
     "Choose on validation, score the winner on test, and finish the run."
     inter, evaluator = inputs.data.inter, make_evaluator(settings, inputs)
     R = training_matrix(inter)
