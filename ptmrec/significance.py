@@ -45,7 +45,8 @@ def smallest_gain(difference: Iterable[float], power: float = 0.8, level: float 
     difference = np.asarray(difference)
     if len(difference) < 3 or not difference.std():
         return float("nan")
-    return float(TTestPower().solve_power(nobs=len(difference), alpha=level, power=power) * difference.std(ddof=1))
+    effect = TTestPower().solve_power(nobs=len(difference), alpha=level, power=power)  # an array for some numbers of users
+    return np.asarray(effect).item() * float(difference.std(ddof=1))
 
 # %% ../nbs/03g_significance.ipynb #fce48586
 def compare_users(before: list[pd.Series], after: list[pd.Series]) -> dict:

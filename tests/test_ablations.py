@@ -324,10 +324,10 @@ def test_the_bootstrap_covers_and_seeds_widen_it():
     assert np.allclose(bootstrap_interval(one, draws=4000), reference, atol=0.02)
 
 
-def test_the_smallest_gain_is_what_statsmodels_solves_for():
-    difference = np.random.default_rng(2).normal(0, 0.3, 50)
-    gain = smallest_gain(difference)
-    effect, n = gain / difference.std(ddof=1), 50
+@pytest.mark.parametrize("n", [50, 1500])  # for 1,500, statsmodels answers with an array
+def test_the_smallest_gain_is_what_statsmodels_solves_for(n):
+    difference = np.random.default_rng(2).normal(0, 0.3, n)
+    effect = smallest_gain(difference) / difference.std(ddof=1)
     critical = stats.t.ppf(0.975, n - 1)
     power = stats.nct.sf(critical, n - 1, effect * n**0.5) + stats.nct.cdf(-critical, n - 1, effect * n**0.5)
     assert abs(power - 0.8) < 1e-3
