@@ -1,5 +1,6 @@
 """Paths, and the real data that some tests run on when they are there."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # with more threads than cores, torch is several times slower
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # programs under test get it, also if a shell ignores Ctrl-C
 SHARED = Path(os.environ.get("PTMREC_SHARED", ROOT.parent / "shared" / "data"))
 
 
