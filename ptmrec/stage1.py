@@ -348,8 +348,7 @@ def train_backbone(
     return history
 
 
-def train_with(settings: Settings, backbone: Backbone, evaluator: Evaluator, name: str,
-               checkpoint: Path | None) -> pd.DataFrame:
+def train_with(settings: Settings, backbone: Backbone, evaluator: Evaluator, name: str, checkpoint) -> pd.DataFrame:
     "`train_backbone` with resolved settings; freed memory is kept, since this process goes on with work of the kind."
     keep_freed_memory()
     return train_backbone(backbone, evaluator, settings.lr, settings.batch_size, settings.epochs, settings.patience,

@@ -216,7 +216,7 @@ def views_shop(request):
 @torch.no_grad()
 def test_mgcn_equals_a_dense_reference(views_shop):
     shop, features = views_shop
-    b = BACKBONES["mgcn"](*shop, emb_size=8, knn_k=4)
+    b = BACKBONES["mgcn"](*shop, emb_size=8, knn_k=4, fusion="paper")
     b.set_features(features)
     R, e_id, item_graph = dense_views(b, features)
     views = []
@@ -296,7 +296,7 @@ def test_losses_are_those_of_the_papers(views_shop, name):
     "Written out pair by pair, from the embeddings that the tests above check."
     shop, features = views_shop
     changes = {"knn_k": 4, "knn_k_image": 5, "knn_k_text": 4, "edge_dropout": 0.0, "aux_weight": 0.3, "cl_weight": 0.5,
-               "cl_tau": 0.7, "reg_weight": 0.2}
+               "cl_tau": 0.7, "reg_weight": 0.2, "reg_norm": "squared"}
     settings = {k: v for k, v in changes.items() if k in BACKBONES[name].Settings.model_fields}
     b = BACKBONES[name](*shop, emb_size=8, **settings).eval()
     if b.uses_features:
