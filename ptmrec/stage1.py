@@ -216,7 +216,7 @@ def load_inputs(settings: Settings) -> Inputs:
 # %% ../nbs/04_stage1.ipynb #fcbb61e0
 def build_backbone(
     name: str,  # of `BACKBONES`
-    inter: Interactions,  # `Interactions`
+    inter: Interactions,
     features: dict,  # {modality: (I, d_m)}
     settings: dict | None = None,  # of the backbone; what is left out has its default
     emb_size: int = 64,
