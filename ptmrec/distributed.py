@@ -77,19 +77,20 @@ def watch_ranks(
 ) -> None:
     "Start the threads that end this process, with a sentence, when it waits for a rank that is gone."
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store, seen = dist.TCPStore(*address, is_master=False, wait_for_workers=False), {}
-    told = {r: b"" for r in range(world_size()) if r != rank()}
+    store, seen, ended = dist.TCPStore(*address, is_master=False, wait_for_workers=False), {}, threading.Event()
+    told, mine = {r: b"" for r in range(world_size()) if r != rank()}, rank()
 
     def tell():  # in a thread of its own: the store may be on a machine that does not answer any more
         for beat in itertools.count():
             with suppress(RuntimeError):  # the store went with the process that kept it
-                store.set(f"ptmrec/{rank()}", str(beat))
+                store.set(f"ptmrec/{mine}", str(beat))
                 told.update({r: store.get(f"ptmrec/{r}") for r in told if store.check([f"ptmrec/{r}"])})
-            time.sleep(every)
+            if ended.wait(every):
+                return
 
     def watch():
         now = time.monotonic()
-        while True:
+        while not ended.wait(every):
             before, now, since = now, time.monotonic(), _waiting_since
             if now - before > limit / 2:  # this process was halted, and the others perhaps as well
                 seen.clear()
@@ -98,10 +99,12 @@ def watch_ranks(
                 names = " and ".join(str(r + 1) for r in gone)
                 os.write(2, f"{_lost(f'process {names} has shown no sign of life for {limit:.0f} seconds')}\n".encode())
                 os._exit(1)
-            time.sleep(every)
 
-    for work in (tell, watch):
-        threading.Thread(target=work, daemon=True).start()
+    threads = [threading.Thread(target=work, daemon=True) for work in (tell, watch)]
+    for thread in threads:
+        thread.start()
+    # a thread that is inside torch when the interpreter ends would abort the process
+    atexit.register(lambda: (ended.set(), [thread.join(timeout=5) for thread in threads]))
 
 # %% ../nbs/00c_distributed.ipynb #98e1fd66
 def init_distributed(device: str | torch.device = "auto") -> None:

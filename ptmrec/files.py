@@ -135,7 +135,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     scratch.mkdir()
     lock = FileLock(scratch / "owner")
     with suppress(OSError):  # a file system without locks
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=5)  # another process may be looking whether it is free
     try:
         yield scratch
     finally:
@@ -171,10 +171,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
 # %% ../nbs/00i_files.ipynb #539d9990
 def _is_left(path):
     "Whether a hidden file or folder was left by a process that is gone."
-    old = time.time() - path.stat().st_mtime > 86400
+    age = time.time() - path.stat().st_mtime
+    old, told = age > 86400, re.fullmatch(rf"\.tmp-{_host()}-(\d+)-\w+", path.name)
+    lives = told is not None and psutil.pid_exists(int(told[1]))
+    if lives and age < 60:  # its owner may be about to lock it
+        return False
     if not (path / "owner").exists():  # killed before it made that; or left by an older version or a library
-        told = re.fullmatch(rf"\.tmp-{_host()}-(\d+)-\w+", path.name)
-        return old or told is not None and not psutil.pid_exists(int(told[1]))
+        return old or told is not None and not lives
     try:
         with FileLock(path / "owner", blocking=False):
             return True

@@ -9,6 +9,7 @@ __all__ = ['ON_NAN', 'TripleSampler', 'Callback', 'keep_freed_memory', 'Stopped'
            'check_features', 'Diverged', 'check_losses', 'LowerRate', 'Health']
 
 # %% ../nbs/03b_training.ipynb #2757e5fa
+import atexit
 import copy
 import ctypes
 import math
@@ -167,6 +168,12 @@ def leaves_within(
         writer.close()
 
 # %% ../nbs/03b_training.ipynb #860becdd
+def _alarm(seconds=8):
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+
+
 @contextmanager
 def exits_when_stopped() -> Iterator[None]:
     "A block of a program: a stop ends the program with one line and the exit code 128 + signal, SIGTERM within ten seconds."
@@ -176,6 +183,7 @@ def exits_when_stopped() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         if not rank():
             print(str(stop) or "Stopped.", file=sys.stderr)
+        atexit.register(_alarm)
         sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
 
 # %% ../nbs/03b_training.ipynb #a8406ba2

@@ -308,6 +308,24 @@ def test_a_rank_that_waits_for_another_ends_with_a_sentence(tmp_path, how, gone,
         both[gone].kill(), both[gone].communicate()
 
 
+ENDS = """
+import ptmrec.distributed as d
+watch = d.watch_ranks
+d.watch_ranks = lambda: watch(every=0.001)  # so that one is under way when the interpreter ends
+d.init_distributed("cpu")
+d.barrier()
+"""
+
+
+def test_signs_of_life_end_before_the_interpreter(tmp_path):
+    port = free_port()
+    both = [subprocess.Popen([sys.executable, "-c", ENDS], text=True, stderr=subprocess.PIPE, env=environment(
+        tmp_path, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=r, LOCAL_RANK=r))
+        for r in "01"]
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+
+
 def test_command_line_has_the_notebooks_parameters(capsys):
     with pytest.raises(SystemExit) as end:
         ptmrec.stage2.main(["--learning_rate", "0.1"])

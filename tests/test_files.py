@@ -388,6 +388,16 @@ def test_whatever_the_moment_of_a_kill_the_next_process_sweeps(tmp_path, moment)
     assert (tmp_path / "file").exists() == ("deleted" in moment)
 
 
+def test_a_folder_between_its_making_and_its_lock_is_not_swept(tmp_path):
+    "Its lock is free, but its process lives; after a minute the number is another process's."
+    mine = tmp_path / f".tmp-{ptmrec.files._host()}-{os.getpid()}-0"
+    mine.mkdir()
+    (mine / "owner").touch()
+    assert sweep(tmp_path) == []
+    os.utime(mine, (time.time() - 100,) * 2)
+    assert sweep(tmp_path) == [mine.name]
+
+
 def test_what_is_a_colleagues_is_left_alone(tmp_path, monkeypatch):
     "In a folder that several people write to, the leftovers of others cannot be deleted."
     left = tmp_path / ".tmp-elsewhere-1-abc"
