@@ -140,10 +140,15 @@ def write_data(
     return folder
 
 # %% ../nbs/04d_derived.ipynb #f5a03c1f
-def derive(dataset: str, change: Callable[..., RecData], **how) -> Path:
+def derive(
+    dataset: str,
+    change: Callable[..., RecData],  # such as `thinned`
+    read: dict | None = None,  # how `dataset` is read, as `load_data` takes it: {"min_rating": 4, "core": 5}
+    **how,  # of `change`
+) -> Path:
     "Folder of the data set that `change(data, **how)` makes of `dataset`; made anew only if there is none."
     source = find_dataset(dataset)
-    data = load_data(source)
+    data = load_data(source, **read or {})
     words = [source.name, change.__name__, *map(str, how.values())]
     name = "-".join(re.sub(r"[^\w.]+", "_", word).strip("_") for word in words)
     folder = runs_dir() / "derived" / data.fingerprint() / name

@@ -401,6 +401,19 @@ def test_ready_made_features_are_derived_too(shop, tmp_path):
     assert changed.sum() == round(0.5 * data.inter.n_items) and len(np.unique(gone.features["image"][changed], axis=0)) == 1
 
 
+def test_studies_derive_from_the_data_as_the_runs_read_it(shop):
+    "A study with a k-core takes things away from that core, and a run does not cut the derived data set once more."
+    axes = STUDIES["sparsity"].axes(str(shop), {"core": 7, "split": "random", "split_seed": 3})["05_stage2"]["training data"]
+    core = load_data(shop, core=7, split="random", split_seed=3).inter
+    assert core.n_users < load_data(shop).inter.n_users
+    changes = axes["50% of them"]
+    thin = load_data(changes["dataset"], **{name: changes[name] for name in ("core", "split", "split_seed")}).inter
+    assert list(thin.user_ids) == list(core.user_ids) and list(thin.item_ids) == list(core.item_ids)
+    for split in ("valid", "test"):
+        assert all(np.array_equal(a, b) for a, b in zip(thin.part(split), core.part(split)))
+    assert abs(len(thin.part("train")[0]) - len(core.part("train")[0]) / 2) < 0.1 * len(core.part("train")[0])
+
+
 # ---------------------------------------------------------------- yardsticks
 
 
