@@ -9,7 +9,7 @@ __all__ = ['SAMPLE', 'LARGEST', 'LABELS', 'STAGE1_CODE', 'DataSettings', 'Encode
            'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_one_epoch', 'validate', 'train_backbone',
            'train_with', 'check_fit', 'stage1_settings', 'stage1_parameters', 'stage1_code', 'find_stage1_run',
            'run_arguments', 'train_stage1', 'trained_stage1', 'score_stage1', 'save_embeddings', 'load_backbone',
-           'metrics_table', 'plot_history']
+           'metrics_table', 'plot_history', 'diagnosis_of']
 
 # %% ../nbs/04_stage1.ipynb #c8e5f1fc
 import time
@@ -27,6 +27,7 @@ from .backbones import BACKBONES, Backbone
 from .clip_prompting import Clip, load_clip, warn_of_cut_texts
 from .data import (MAX_RATING, MODALITIES, SPLIT_RULES, DataError, Interactions, RecData, find_dataset, load_data,
                          repo_root)
+from .diagnosis import diagnose
 from .distributed import init_distributed, main_first, rank
 from .leaks import say_leaks
 from .memory import free_bytes
@@ -483,3 +484,11 @@ def plot_history(runs: list[Run], columns: list[str], title: str = "") -> plt.Fi
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     figure.suptitle(title)
     return figure
+
+# %% ../nbs/04_stage1.ipynb #10958e29
+def diagnosis_of(run: Run, settings: Settings, inputs: Inputs) -> dict:
+    "`diagnose` for the backbone of a finished run."
+    with torch.no_grad():
+        _, id_emb = load_backbone(run, settings, inputs).eval().id_path()
+    bought = np.bincount(inputs.data.inter.part("train")[1], minlength=len(id_emb)) > 0
+    return diagnose(id_emb, inputs.features, torch.from_numpy(bought).to(id_emb.device))
