@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 
-from .data import DataError, find_dataset, load_data, runs_dir, write_atomically
+from .data import DataError, Interactions, find_dataset, load_data, runs_dir, write_atomically
 from .derived import derive, miniature, random_features, shuffled, thinned, with_cold_items, without
 from .grids import grid
 from .ranking import METRICS, check_metric
@@ -251,7 +252,7 @@ def draw_trials(spaces: dict, budget: int) -> dict:
     return trials
 
 # %% ../nbs/06_ablations.ipynb #f3e70b7a
-def suggest(trial, space: dict) -> dict:
+def suggest(trial: Any, space: dict) -> dict:
     "Values of a `space` {setting: values} that an Optuna trial suggests: numbers on a log scale, to three digits."
     cell = {}
     for name, values in space.items():
@@ -340,7 +341,7 @@ class Row:
         return [float(series.mean()) for series in self.per_user(metric, variant)]
 
     @property
-    def tuned(self):
+    def tuned(self) -> bool:
         return "stage1" in self.runs[0].metrics()
 
 
@@ -353,7 +354,7 @@ def rows_of(table: pd.DataFrame) -> dict[str, Row]:
     return rows
 
 # %% ../nbs/06_ablations.ipynb #b6876381
-def inter_of(run: Run):
+def inter_of(run: Run) -> Interactions:
     "The `Interactions` that a run was made on."
     how = {name: run.about["arguments"][name] for name in ("dataset", "min_rating", "core", "split", "split_seed")}
     return load_data(**how).inter
@@ -524,7 +525,7 @@ def cost_table(result: StudyResult) -> pd.DataFrame:
     return costs
 
 # %% ../nbs/06_ablations.ipynb #e329b2d4
-def plot_study(result: StudyResult, metric: str = "recall@10"):
+def plot_study(result: StudyResult, metric: str = "recall@10") -> plt.Figure:
     "Test metric per row with 95 % intervals over users, strokes for seeds; grey: the Stage 1 it starts from."
     rows = result.rows
     figure, ax = plt.subplots(figsize=(7.5, 0.55 * len(rows) + 1.5), layout="constrained")
@@ -554,7 +555,7 @@ def _dot(ax, y, seeds, colour, name):
         ax.plot([s.mean() for s in seeds], [y] * len(seeds), "|", color=colour, ms=11)
 
 # %% ../nbs/06_ablations.ipynb #4deacf5e
-def plot_cost(result: StudyResult, metric: str = "recall@10"):
+def plot_cost(result: StudyResult, metric: str = "recall@10") -> plt.Figure:
     "Test metric, with 95 % intervals over users, against each cost that differs; filled: none is both as good and cheaper."
     costs = cost_table(result).drop(columns=["items per batch", COSTS["peak_mb"]], errors="ignore")
     users = {name: pd.concat(row.per_user(metric), axis=1).mean(axis=1) for name, row in result.rows.items()

@@ -24,7 +24,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
 from functools import cache, partial
@@ -57,7 +57,7 @@ PUBLISHED = {"baby": (19445, 7050, 160792), "sports": (35598, 18357, 296337), "c
 PATIENCE = 120  # seconds: an image whose server asks for a longer pause is left for another run
 
 # %% ../nbs/00a_amazon.ipynb #e087186d
-def retry_after(headers) -> float:
+def retry_after(headers: Mapping) -> float:
     "The pause that a server asks for, in seconds (`Retry-After` is a number or a date); 0 if it asks for none."
     value = headers.get("Retry-After", "")
     try:

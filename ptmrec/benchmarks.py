@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,7 @@ class Stopwatch:
         self.rows.append({"what": what, "seconds": seconds, "peak_gib": peak_gib(self.device)})
         return result
 
-    def totals(self):
+    def totals(self) -> dict[str, float]:
         "Seconds of each step, those of the same name added up."
         return pd.DataFrame(self.rows).groupby("what", sort=False).seconds.sum().to_dict()
 
@@ -232,14 +233,14 @@ class PlainFREEDOM(nn.Module):
         self.item_graph = ours.item_graph.csr.to_sparse_coo().coalesce()
         self.adjacency = plain_adjacency(ours.user, ours.item, ours.n_users, ours.n_items)
 
-    def start_epoch(self):
+    def start_epoch(self) -> None:
         "Drop edges for an epoch (Eq. 7)."
         o = self.ours
         if dropout := o.settings.edge_dropout:
             kept = sample_edges(o.user, o.item, 1 - dropout, o.n_users, o.n_items)
             self.adjacency = plain_adjacency(o.user[kept], o.item[kept], o.n_users, o.n_items)
 
-    def forward(self):
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         "User and item embeddings (U, d), (I, d): the mean of all layers, and for items their neighbours' beside."
         layers = [torch.cat([self.ours.user_emb, self.ours.item_emb])]
         for _ in range(self.ours.n_layers):
@@ -247,7 +248,7 @@ class PlainFREEDOM(nn.Module):
         users, items = torch.stack(layers).mean(0).split([self.ours.n_users, self.ours.n_items])
         return users, items + torch.sparse.mm(self.item_graph, self.ours.item_emb)
 
-    def loss(self, user, pos, neg):
+    def loss(self, user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor) -> dict[str, torch.Tensor]:
         "BPR on the embeddings and on each modality's projected features (Eq. 13), for a batch of triples (B,)."
         users, items = self()
         terms = {"bpr": plain_bpr(users[user], items[pos], items[neg])}
@@ -275,7 +276,13 @@ def plain_evaluation(model: nn.Module, evaluator: Evaluator, split: str) -> pd.D
     return user_metrics(torch.cat(hits).cpu(), positives.count[users].cpu())
 
 # %% ../nbs/08_benchmarks.ipynb #4dd96dc0
-def timed_epoch(model: nn.Module, optimiser, sampler: TripleSampler, watch: Stopwatch, batch_size: int = 2048) -> None:
+def timed_epoch(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    sampler: TripleSampler,  # of the model's triples
+    watch: Stopwatch,  # notes the seconds
+    batch_size: int = 2048,  # triples per step
+) -> None:
     "Train one epoch on BPR triples; the watch notes each phase of each step."
     model.train()
     watch("start of epoch", model.start_epoch)
@@ -330,7 +337,7 @@ def stage1_epochs(
             for epoch, watch in enumerate([watches[0], *watches[2:]]) for phase, seconds in watch.totals().items()]
 
 # %% ../nbs/08_benchmarks.ipynb #3c7acd0b
-def median_seconds(run, device: torch.device, times: int = 9) -> float:
+def median_seconds(run: Callable, device: torch.device, times: int = 9) -> float:
     "Median seconds of `times` calls of `run`."
     watch = Stopwatch(device)
     for _ in range(times):
@@ -350,7 +357,12 @@ def product_speed(n: int, device: torch.device) -> float:
     return 2 * n**3 / median_seconds(lambda: square @ square, device, 3)
 
 # %% ../nbs/08_benchmarks.ipynb #8bb70a5b
-def propagation_bound(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_pairs: int) -> dict:
+def propagation_bound(
+    graph: Graph,  # (U, I)
+    user_emb: torch.Tensor,  # (U, d)
+    item_emb: torch.Tensor,  # (I, d)
+    n_pairs: int,  # edges of the graph
+) -> dict:
     "Milliseconds of a layer of propagation, and of copying the bytes that it has to move."
     (n_users, d), n_items = user_emb.shape, len(item_emb)
     seconds = median_seconds(lambda: propagate(graph, user_emb, item_emb, 1), user_emb.device)
@@ -403,19 +415,19 @@ def propagation_and_ranking(
 class AllRowsFREEDOM(FREEDOM):
     "FREEDOM that computes the embeddings of all users and items in each step, then takes the batch's rows."
 
-    def forward(self, user=None, item=None):
+    def forward(self, user: torch.Tensor | None = None, item: torch.Tensor | None = None) -> tuple:
         users, items = super().forward()
         return rows_of(users, user), rows_of(items, item)
 
 # %% ../nbs/08_benchmarks.ipynb #5cc2a026
-def repeat(step, times: int = 3):
+def repeat(step: Callable, times: int = 3) -> Callable:
     "Call `step` `times` times; returns it."
     for _ in range(times):
         step()
     return step
 
 
-def training_update(loss_of, optimiser, batch: tuple) -> None:
+def training_update(loss_of: Callable, optimiser: torch.optim.Optimizer, batch: tuple) -> None:
     "One training step on a batch of triples; `loss_of` gives the loss terms."
     loss = sum(loss_of(*batch).values())
     optimiser.zero_grad()
@@ -423,7 +435,7 @@ def training_update(loss_of, optimiser, batch: tuple) -> None:
     optimiser.step()
 
 # %% ../nbs/08_benchmarks.ipynb #33da187a
-def as_cuda_graph(step):
+def as_cuda_graph(step: Callable) -> Callable:
     "Record `step` as a CUDA graph, after three warm-up steps on a stream of their own; returns its replay."
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -436,7 +448,7 @@ def as_cuda_graph(step):
     return graph.replay
 
 # %% ../nbs/08_benchmarks.ipynb #621e8b19
-def kernels_per_step(step, times: int = 5) -> tuple[float, float]:
+def kernels_per_step(step: Callable, times: int = 5) -> tuple[float, float]:
     "Kernels per step, and the seconds per step in which the GPU works on them."
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         repeat(step, times)
@@ -490,7 +502,12 @@ def draw_grouped_features(n_items: int, dim: int) -> torch.Tensor:
     return features
 
 # %% ../nbs/08_benchmarks.ipynb #07ca6c1c
-def item_graph_recall(item_graph, features: torch.Tensor, k: int, n_asked: int = 500) -> float:
+def item_graph_recall(
+    item_graph: Graph,  # (I, I), `k` neighbours per item
+    features: torch.Tensor,  # (I, d) that it was made of
+    k: int,
+    n_asked: int = 500,  # items that are compared
+) -> float:
     "The share of the exact `k` nearest items, of `n_asked` random ones, that an item graph of `k` neighbours has."
     asked, unit = torch.randperm(len(features))[:n_asked], F.normalize(features, dim=1)
     exact = (unit[asked] @ unit.T).topk(k).indices
@@ -567,7 +584,7 @@ def alternate(
     return [{name: versions[name]() for name in names[:: 1 if turn % 2 else -1]} for turn in range(times)]
 
 # %% ../nbs/08_benchmarks.ipynb #dad00c6f
-def seconds_of(run, device: torch.device) -> float:
+def seconds_of(run: Callable, device: torch.device) -> float:
     "Seconds of one call: of the clock on a GPU; on a CPU of the process, on one core, which other programs change little."
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -590,7 +607,7 @@ def interactions_of(dataset: str | None = None, **size) -> Interactions:
     return load_data(dataset).inter if dataset else draw_interactions(**size)
 
 # %% ../nbs/08_benchmarks.ipynb #5a5f8ed9
-def epoch_of(backbone: nn.Module, batch_size: int = 2048):
+def epoch_of(backbone: nn.Module, batch_size: int = 2048) -> Callable:
     "A function that trains `backbone` for an epoch, the same batches each time."
     optimiser = torch.optim.Adam(backbone.parameters(), 1e-3, fused=True)
     sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
@@ -602,7 +619,12 @@ def epoch_of(backbone: nn.Module, batch_size: int = 2048):
     return epoch
 
 # %% ../nbs/08_benchmarks.ipynb #630a6b0b
-def plain_propagate(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_layers: int) -> tuple:
+def plain_propagate(
+    graph: torch.Tensor,  # (U, I), sparse
+    user_emb: torch.Tensor,  # (U, d)
+    item_emb: torch.Tensor,  # (I, d)
+    n_layers: int,
+) -> tuple:
     "Mean of `n_layers` + 1 layers of propagation (LightGCN, Eq. 4), layer by layer: (U, d), (I, d)."
     users, items = [user_emb], [item_emb]
     for _ in range(n_layers):
@@ -637,7 +659,7 @@ def compare_rows(size: dict, times: int = 7, dim: int = 512, device: str = "auto
 class AllRowsLightGCN(LightGCN):
     "LightGCN that propagates for all users and items in each step, then takes the batch's rows."
 
-    def id_path(self, user=None, item=None):
+    def id_path(self, user: torch.Tensor | None = None, item: torch.Tensor | None = None) -> tuple:
         users, items = super().id_path()
         return rows_of(users, user), rows_of(items, item)
 

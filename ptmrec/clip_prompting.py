@@ -71,7 +71,7 @@ class Clip:
         "(n, h, w, 3) uint8 to the (n, 3, h, w) floats that the image tower takes."
         return ((pixels / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
 
-    def to(self, device) -> "Clip":
+    def to(self, device: torch.device | str) -> "Clip":
         "Move model and normalisation to a device; returns itself."
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
@@ -914,13 +914,13 @@ def _encode_and_keep(encoder, name):
     barrier()
 
 
-def frozen_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, Tensor]:
+def frozen_features(data: RecData, clip: Clip | None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     "Features to start from, {modality: (I, d_m)}: the ready-made tables of `data`, and those of the stock `clip`, cached."
     ready = {m: torch.from_numpy(np.asarray(f)).to(device) for m, f in data.features.items()}
     return ready if clip is None or not data.needs_clip else clip_features(data, clip, device) | ready
 
 
-def clip_features(data: RecData, clip: Clip, device="cpu") -> dict[str, Tensor]:
+def clip_features(data: RecData, clip: Clip, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     "Image and text features of the stock `clip`, {modality: (I, d_m)}, cached."
     key = fingerprint("features", FEATURES, PIXELS, clip.fingerprint(), data.texts, [p is not None for p in data.images],
                       *[p for p in data.images if p])

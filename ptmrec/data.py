@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -422,7 +423,7 @@ class Interactions:
         return describe(self).to_html()
 
     @classmethod
-    def from_table(cls, table: pd.DataFrame, split_seed: int = 0, split: str | None = None):
+    def from_table(cls, table: pd.DataFrame, split_seed: int = 0, split: str | None = None) -> "Interactions":
         "Number the ids of a table in sorted order; `split`: a rule, else its `split` column counts, else a random split."
         return cls(*_number_and_split(table, split_seed, split))
 
@@ -499,7 +500,7 @@ class RecData:
     items: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
-    def from_frames(cls, interactions, items=None, name: str = "frames", **arguments):
+    def from_frames(cls, interactions: Any, items: Any = None, name: str = "frames", **arguments) -> "RecData":
         "A data set of tables in memory instead of files: see `data_of_frames`."
         return data_of_frames(interactions, items, name, **arguments)
 
@@ -762,7 +763,7 @@ def odd_values(table: pd.DataFrame) -> list[str]:
 
 # %% ../nbs/00_data.ipynb #0cc9c096
 @contextmanager
-def noting(notes: list):
+def noting(notes: list) -> Iterator[None]:
     "Add the warnings of a block to `notes`, and give them at its end."
     caught = []
     try:
@@ -857,8 +858,8 @@ def _as_frame(table, what):
 
 # %% ../nbs/00_data.ipynb #ee47e9ca
 def data_of_frames(
-    interactions,  # a DataFrame, a table with `to_pandas`, or a dictionary of them by split
-    items=None,  # likewise, without splits; a column `image` names files
+    interactions: Any,  # a DataFrame, a table with `to_pandas`, or a dictionary of them by split
+    items: Any = None,  # likewise, without splits; a column `image` names files
     name: str = "frames",  # of the data set
     **arguments,  # min_rating, core, split, split_seed, as of `load_data`
 ) -> RecData:
@@ -904,7 +905,7 @@ def too_many_scans(jpeg: bytes) -> bool:
 
 
 @contextmanager
-def open_picture(path) -> Iterator[Image.Image]:
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
     "A picture file, opened and decoded. Whatever goes wrong with it, in the block too, is a `PictureError`."
     try:
         status = os.stat(path)
@@ -933,7 +934,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation
 
 
-def upright(image):
+def upright(image: Image.Image) -> Image.Image:
     "A picture as its EXIF data says it should be seen."
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -942,7 +943,7 @@ def upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def as_rgb(image):
+def as_rgb(image: Image.Image) -> Image.Image:
     "A picture in RGB, 8 bits: of 16 bits the upper ones, transparent parts on white."
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -1055,7 +1056,7 @@ def describe(data: RecData | Interactions) -> pd.DataFrame:
     return pd.DataFrame({getattr(data, "name", "interactions"): values + [line for _, line in notes]}, index=index)
 
 # %% ../nbs/00_data.ipynb #8299ed79
-def show_items(data: RecData, items: Sequence[int], columns: int = 6):
+def show_items(data: RecData, items: Sequence[int], columns: int = 6) -> Any:
     "A grid of item images with their texts, blank where an image is missing or unreadable; returns the matplotlib figure."
     import matplotlib.pyplot as plt
 
@@ -1074,7 +1075,7 @@ def show_items(data: RecData, items: Sequence[int], columns: int = 6):
     return figure
 
 # %% ../nbs/00_data.ipynb #2b5a5ff2
-def show_statistics(data: RecData):
+def show_statistics(data: RecData) -> Any:
     "`describe` in pictures: interactions per user and item, split sizes, missing and cold; returns the matplotlib figure."
     import matplotlib.pyplot as plt
 

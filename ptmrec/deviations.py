@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from .backbones import BACKBONES, FREEDOM, MGCN, SMORE, VBPR, grid_of
 from .runs import Run
@@ -85,7 +85,7 @@ class SetBatch:
 
     largest = 0
 
-    def loss(self, user, pos, neg, features=None):
+    def loss(self, user: Tensor, pos: Tensor, neg: Tensor, features: dict | None = None) -> dict[str, Tensor]:
         terms, self.largest = super().loss(user, pos, neg, features), max(self.largest, len(user))
         return terms | {"reg": terms["reg"] * len(user) / self.largest}
 

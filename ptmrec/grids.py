@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import joblib
 import pandas as pd
@@ -35,7 +36,7 @@ from .files import sweep
 from .memory import free_bytes
 from .processes import run_notebook
 from .runs import Run, alone, best_variant, heal, list_runs, open_run, pick_device, read_json, validation
-from .settings import SettingError, did_you_mean, resolve
+from .settings import SettingError, Settings, did_you_mean, resolve
 from .stage1 import (Inputs, find_stage1_run, load_inputs, new_backbone, run_stage1, stage1_parameters,
                            train_stage1)
 from .stage2 import (find_stage2_run, joint_settings, make_encoder, need_of, new_model, run_stage2, train_stage2,
@@ -76,7 +77,7 @@ class Cell:
     output: str | None = None  # the executed notebook
 
     @property
-    def name(self):
+    def name(self) -> str:
         return ", ".join(self.labels.values())
 
 
@@ -100,7 +101,7 @@ def plan(notebook: str, base: dict, axes: dict, seeds: Sequence[int]) -> list[Ce
     return cells
 
 # %% ../nbs/05c_grids.ipynb #fb8c1a78
-def light_inputs(settings, known: dict) -> Inputs:
+def light_inputs(settings: Settings, known: dict) -> Inputs:
     "Data and encoder of a cell, without features; `known` keeps what is loaded."
     names = ("dataset", "min_rating", "core", "split", "split_seed", "clip_model", "pretrained", "device")
     uses_features = BACKBONES[settings.backbone].uses_features
@@ -113,7 +114,7 @@ def light_inputs(settings, known: dict) -> Inputs:
     return known[key]
 
 
-def expected_run(notebook: str, settings, inputs: Inputs) -> Run:
+def expected_run(notebook: str, settings: Settings, inputs: Inputs) -> Run:
     "The run that a cell makes, finished or not; raises `DataError` if there is nothing to tune."
     if notebook == "04_stage1":
         return find_stage1_run(settings, inputs)
@@ -186,7 +187,7 @@ def run_cells(
         done |= set() if cell.outcome["error"] else claimed(cell)
 
 
-def outcome_of(future) -> dict:
+def outcome_of(future: Any) -> dict:
     "What a future of `run_notebook` returned; what it raised (a worker that died too often, say) as its `error`."
     try:
         return future.result()
@@ -194,7 +195,7 @@ def outcome_of(future) -> dict:
         return {"error": f"{type(error).__name__}: {error}"}
 
 # %% ../nbs/05c_grids.ipynb #42ebb21c
-def forecast(settings) -> float:
+def forecast(settings: Settings) -> float:
     "Bytes that training Stage 2 takes with these settings, beyond what a process holds once it has loaded everything."
     inputs = load_inputs(settings)
     encoder = make_encoder(settings, inputs)
@@ -348,7 +349,7 @@ def work_of(notebook: str, cell: Cell, folder: Path, papermill: bool, test: bool
     return "ptmrec.grids.run_cell", str(folder / f"{cell.expected.key}.txt"), call
 
 
-def gpu_per_run(client, cells: list[Cell]) -> dict:
+def gpu_per_run(client: Any, cells: list[Cell]) -> dict:
     "What each run asks a cluster's workers for: a GPU, where they have some. Raises `SettingError` if they do not say so."
     if all(cell.settings.device == "cpu" for cell in cells):
         return {}
@@ -361,7 +362,7 @@ def gpu_per_run(client, cells: list[Cell]) -> dict:
     return {}
 
 
-def cluster_event(client):
+def cluster_event(client: Any) -> Any:
     "An event that is known on all workers."
     from dask.distributed import Event
 
@@ -385,7 +386,17 @@ def find_result(cell: Cell, test: bool = True) -> None:
         cell.status, cell.outcome["error"] = "failed", f"The notebook ended, but run {cell.expected.key} is not there."
 
 # %% ../nbs/05c_grids.ipynb #0c9c5c62
-def run_left(notebook, cells, left, folder, watch, threads=1, client=None, papermill=True, test=True) -> None:
+def run_left(
+    notebook: str,
+    cells: list[Cell],  # all of the grid
+    left: list[Cell],  # those to run
+    folder: Path,  # the grid's
+    watch: Watch,  # shows what is done
+    threads: int = 1,  # that each run computes with
+    client: Any = None,  # a `dask.distributed.Client`
+    papermill: bool = True,
+    test: bool = True,
+) -> None:
     "Run the cells `left` of a grid, and keep its table after each."
     place, started = {"PTMREC_RUNS": str(runs_dir()), "PTMREC_DATA": str(data_dir())}, []
     stop, asked = (cluster_event(client), {"resources": gpu_per_run(client, left)}) if client else (threading.Event(), {})
@@ -425,7 +436,7 @@ def grid(
     name: str = "grid",  # of its folder, runs/grids/<name>
     at_once: int | None = None,  # runs at a time; None: as many as memory and cores allow, or the cluster's threads
     threads: int = 1,  # that each run computes with
-    client=None,  # a `dask.distributed.Client` whose workers see the same folders; None: this machine
+    client: Any = None,  # a `dask.distributed.Client` whose workers see the same folders; None: this machine
     papermill: bool = True,  # False: no executed notebooks, see `run_cell`
     test: bool = True,  # False: trials, which train and validate alone, without notebooks
 ) -> pd.DataFrame:

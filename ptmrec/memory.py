@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 # %% ../nbs/03e_memory.ipynb #391b68a2
-def storages(tensors) -> list:
+def storages(tensors: Any) -> list:
     "The storages of all dense tensors in a nested structure."
     return [x.untyped_storage() for x in tree_leaves(tensors) if isinstance(x, torch.Tensor) and x.layout == torch.strided]
 
@@ -132,7 +133,7 @@ class MemoryNeed:
 
 # %% ../nbs/03e_memory.ipynb #dd14271a
 def memory_need(
-    model,  # a `Stage2` model
+    model: torch.nn.Module,  # a `Stage2` model
     user: Tensor,  # (B,)
     pos: Tensor,  # (B,) the users' items
     accumulate: int = 1,  # batches per step; the gradients of earlier ones are kept while a batch in parts sums up its own

@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -81,15 +82,15 @@ def pick_device(device: str) -> torch.device:
 class WithoutRemarks(ast.NodeTransformer):
     "Drops docstrings, type hints and nested `Settings` (their values are parameters) from a syntax tree."
 
-    def visit_FunctionDef(self, node):
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.ClassDef) -> ast.AST:
         self.generic_visit(node)
         node.returns, node.body = None, [line for line in node.body if not _is_text(line)]
         return node
 
-    def visit_ClassDef(self, node):
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST | None:
         return None if node.name == "Settings" else self.visit_FunctionDef(node)
 
-    def visit_arg(self, node):
+    def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None
         return node
 
@@ -929,7 +930,7 @@ class Once(argparse.Action):
 class OptionParser(argparse.ArgumentParser):
     "A parser that raises `SettingError`."
 
-    def error(self, message) -> None:
+    def error(self, message: str) -> None:
         raise SettingError(f"{message[:1].upper()}{message[1:]}. Options are written --name value; --help lists them.")
 
 
@@ -945,7 +946,7 @@ def option_parser(function: Callable) -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/03c_runs.ipynb #d09fb361
-def command_line(function: Callable, arguments: list[str] | None = None):
+def command_line(function: Callable, arguments: list[str] | None = None) -> Any:
     """Call an experiment with the options of `arguments` (None: the shell's).
 
     A wrong setting ends the program with one sentence and exit status 2, data that cannot be used or a training that

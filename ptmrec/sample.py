@@ -12,6 +12,7 @@ __all__ = ['SILHOUETTES', 'COLOURS', 'PATTERNS', 'N_ITEMS', 'N_USERS', 'N_INTERA
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -34,16 +35,16 @@ class Pencil:
     def _scale(self, numbers):
         return [n * self.size for n in numbers]
 
-    def box(self, *corners):
+    def box(self, *corners: float) -> None:
         self.draw.rounded_rectangle(self._scale(corners), radius=0.03 * self.size, fill=255)
 
-    def oval(self, *corners):
+    def oval(self, *corners: float) -> None:
         self.draw.ellipse(self._scale(corners), fill=255)
 
-    def poly(self, *points):
+    def poly(self, *points: float) -> None:
         self.draw.polygon(self._scale(points), fill=255)
 
-    def ring(self, x, y, radius, width):
+    def ring(self, x: float, y: float, radius: float, width: float) -> None:
         corners = self._scale((x - radius, y - radius, x + radius, y + radius))
         self.draw.ellipse(corners, outline=255, width=round(width * self.size))
 
@@ -152,7 +153,7 @@ def draw_attributes(
                          "pattern": rng.choice(PATTERNS[:n_patterns], n), "brand": rng.choice(BRANDS, n)})
 
 # %% ../nbs/00b_sample.ipynb #ed8d885b
-def write_title(item, rng: np.random.Generator) -> str:
+def write_title(item: Any, rng: np.random.Generator) -> str:
     "Title of an item (a row of `draw_attributes`): brand, a word of praise, the colour in one title of three, category."
     colour = f"{item.colour} " if rng.random() < 1 / 3 else ""
     return f"{item.brand} {rng.choice(MATERIALS)} {colour}{item.category}"
@@ -205,7 +206,7 @@ TINY_CLIP = {
 }
 
 # %% ../nbs/00b_sample.ipynb #94bcdab6
-def write_caption(item, rng: np.random.Generator) -> str:
+def write_caption(item: Any, rng: np.random.Generator) -> str:
     "A caption to pretrain on: names the category nine times in ten, the colour three times, the pattern about once."
     words = [getattr(item, attribute) for attribute, chance in (("pattern", 0.12), ("colour", 0.3), ("category", 0.9))
              if rng.random() < chance]

@@ -26,15 +26,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from .data import DataError
 
 # %% ../nbs/00d_settings.ipynb #0d5901f8
 def setting(
-    default,  # its value where nobody sets it
+    default: typing.Any,  # its value where nobody sets it
     about: str,  # one line: what it does, with its unit
     *,
-    choices=None,  # names that are allowed: a sequence, a registry, or a function that returns one
+    choices: typing.Any = None,  # names that are allowed: a sequence, a registry, or a function that returns one
     joined: bool = False,  # several choices may be joined by +
     grid: list | None = None,  # the values that a search tries
     first: bool = False,  # people change it often: show it first
@@ -42,7 +43,7 @@ def setting(
     changes_result: bool = True,  # part of a run's key
     allowed: str | None = None,  # what is allowed, in words, where its limits do not say it
     **limits,  # gt, ge, lt, le; min_length, pattern
-):
+) -> typing.Any:
     "A field of a `Settings` class."
     extra = {"choices": choices, "joined": joined, "grid": grid, "first": first, "per_dataset": per_dataset,
              "changes_result": changes_result, "allowed": allowed}
@@ -72,13 +73,13 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", s
 LIMIT_NAMES = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
-def choices_of(field) -> list[str]:
+def choices_of(field: FieldInfo) -> list[str]:
     "The names that a field allows; empty if it allows any."
     choices = field.json_schema_extra["choices"]
     return list(choices() if callable(choices) else choices or ())
 
 
-def allowed_values(field) -> str:
+def allowed_values(field: FieldInfo) -> str:
     "Values that a field allows, in words: `a whole number at least 1 or None`."
     union = typing.get_origin(field.annotation) in (types.UnionType, typing.Union)
     options = typing.get_args(field.annotation) if union else [field.annotation]
@@ -100,7 +101,7 @@ def _in_words(option, limits):
     return " ".join([TYPE_NAMES[option], " and ".join(words)]).strip()
 
 # %% ../nbs/00d_settings.ipynb #4bf3826f
-def shown(value) -> str:
+def shown(value: typing.Any) -> str:
     "A value as it appears in a message: in one line, of 60 characters at most."
     try:
         text = " ".join(repr(value).split())
@@ -109,7 +110,7 @@ def shown(value) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_choice(name: str, value, field) -> None:
+def check_choice(name: str, value: typing.Any, field: FieldInfo) -> None:
     "Raise `SettingError` if `field` has choices and `value` is not one of them, or names one of them twice."
     choices, joined = choices_of(field), field.json_schema_extra["joined"]
     if not choices or value is None:
@@ -147,7 +148,7 @@ def check_settings(
     return settings
 
 # %% ../nbs/00d_settings.ipynb #82b9a754
-def meaning(field) -> tuple:
+def meaning(field: FieldInfo) -> tuple:
     "What must be equal where two components share the name of a setting."
     return str(field.annotation), field.description, str(field.metadata), str(field.json_schema_extra["choices"])
 
@@ -285,7 +286,7 @@ class Experiment:
             for name, cls in registry.items():
                 check_claims(f"{registry.kind} '{name}'", cls.Settings.model_fields, own_claims)
 
-    def claims(self, leave_out=""):
+    def claims(self, leave_out: str = "") -> list[tuple[str, dict]]:
         "Who claims which names: [(owner, {setting: field})], but for the owner `leave_out`."
         found = [(f"experiment '{self.function.__name__}'", self.own.model_fields)]
         for registry in self.registries.values():
@@ -300,7 +301,7 @@ class Experiment:
                 found.setdefault(name, {}).update(owners)
         return found
 
-    def refresh(self):
+    def refresh(self) -> None:
         "Make the flat signature anew."
         self.call.__signature__ = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)

@@ -9,6 +9,7 @@ __all__ = ['differences', 'bootstrap_interval', 'smallest_gain', 'compare_users'
 # %% ../nbs/03g_significance.ipynb #887f8ede
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -147,7 +148,7 @@ def save_result(
             for end, content in contents.items()]
 
 
-def save_figure(stem: Path, figure) -> list[Path]:
+def save_figure(stem: Path, figure: Any) -> list[Path]:
     "Write `stem`.png, .svg and .pdf of a matplotlib figure; returns the files."
     return [write_atomically(stem.with_name(f"{stem.name}.{kind}"), lambda path, kind=kind: figure.savefig(
         path, format=kind, dpi=150)) for kind in ("png", "svg", "pdf")]

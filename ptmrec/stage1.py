@@ -348,7 +348,13 @@ def train_backbone(
     return history
 
 
-def train_with(settings: Settings, backbone: Backbone, evaluator: Evaluator, name: str, checkpoint) -> pd.DataFrame:
+def train_with(
+    settings: Settings,
+    backbone: Backbone,
+    evaluator: Evaluator,
+    name: str,  # of the training, for messages
+    checkpoint: Path | None,  # file to go on from, and to write
+) -> pd.DataFrame:
     "`train_backbone` with resolved settings; freed memory is kept, since this process goes on with work of the kind."
     keep_freed_memory()
     return train_backbone(backbone, evaluator, settings.lr, settings.batch_size, settings.epochs, settings.patience,

@@ -248,11 +248,11 @@ class MissingImages(Callback):
         self.encoder = encoder
 
     @property
-    def state(self):
+    def state(self) -> torch.Tensor | float:
         return self.encoder.fallback
 
     @state.setter
-    def state(self, fallback):
+    def state(self, fallback: torch.Tensor | float) -> None:
         self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
 
 # %% ../nbs/05_stage2.ipynb #ae9e7b0b

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from glob import escape as glob_escape
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 import numpy as np
 import pandas as pd
@@ -132,7 +132,7 @@ def table_kind(path: str | Path) -> str:
     return Path(Path(path).name.lower().removesuffix(".gz")).suffix
 
 # %% ../nbs/00f_tables.ipynb #64e88048
-def open_unpacked(path: str | Path):
+def open_unpacked(path: str | Path) -> IO[bytes]:
     "The bytes of a file, packed or not, to read."
     return (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb")
 

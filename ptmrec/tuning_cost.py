@@ -15,7 +15,7 @@ import json
 import platform
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -78,7 +78,7 @@ def drawn_clip(
 class SharedItems:
     "Mixed into an encoder: item i has the picture and title i modulo the number drawn."
 
-    def forward(self, items):
+    def forward(self, items: torch.Tensor) -> dict[str, torch.Tensor]:
         return super().forward(items % len(self.tokens))
 
 # %% ../nbs/08a_tuning_cost.ipynb #89760ff1
@@ -100,7 +100,7 @@ class DecodedImages:
         return np.stack([load_image(self.paths[i], self.size) for i in items])
 
 # %% ../nbs/08a_tuning_cost.ipynb #6b4e8fa2
-def uncut_texts():
+def uncut_texts() -> AbstractContextManager:
     "A `with` block in which texts are as long as CLIP's context."
     trim = clip_prompting.trim
     return mock.patch.object(clip_prompting, "trim", lambda tokens, limit, eos_id=None, shorten=True:
@@ -114,11 +114,11 @@ class MeasuredStage2(Stage2):
         self.distinct = distinct
         super().__init__(*arguments, **settings)
 
-    def refresh(self):
+    def refresh(self) -> None:
         n, device = self.backbone.n_items, self.backbone.item_emb.device
         self.bank = {m: torch.randn(n, linear.in_features, device=device) for m, linear in self.backbone.project.items()}
 
-    def losses(self, user, pos, neg, live=None):
+    def losses(self, user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor, live: dict | None = None) -> dict:
         if live is None and not self.distinct:  # of equal items, the features of one serve
             found, inverse = pos.unique(return_inverse=True)
             first = torch.empty_like(found).scatter_(0, inverse, torch.arange(len(pos), device=pos.device))
@@ -191,7 +191,12 @@ def joules(device: torch.device) -> float | None:
         return None
 
 # %% ../nbs/08a_tuning_cost.ipynb #d41fb649
-def tuning_update(stage2: Stage2, optimiser, user: torch.Tensor, item: torch.Tensor) -> dict:
+def tuning_update(
+    stage2: Stage2,
+    optimiser: torch.optim.Optimizer,
+    user: torch.Tensor,  # (B,)
+    item: torch.Tensor,  # (B,) their items
+) -> dict:
     "One training step on a batch of pairs (B,); returns the loss and the squared norm of the tuning's gradient."
     device = stage2.backbone.item_emb.device
     user, item = user.to(device), item.to(device)

@@ -173,7 +173,7 @@ def item_tables(run: Run | RunView) -> dict[str, Tensor]:
             | {f"tuned {m}": tuned[m] for m in frozen if m in tuned})
 
 # %% ../nbs/07_visualisation.ipynb #8fda2b9e
-def user_number(data: RecData, user) -> int:
+def user_number(data: RecData, user: int | str) -> int:
     "The number of a user by its original id; raises `DataError` if there is none."
     number = int(pd.Index(data.inter.user_ids).get_indexer([user])[0])
     if number < 0:
@@ -356,7 +356,7 @@ def _lists(seen, user: int, variants, k: int) -> list[SheetRow]:
 # %% ../nbs/07_visualisation.ipynb #bbe46730
 def recommendation_sheet(
     run: Run | RunView,
-    user,  # original id
+    user: int | str,  # original id
     variants: Sequence = ("stage1", None),  # of a run of Stage 2; None: the best on validation
     k: int = 10,
 ) -> Figure:

@@ -90,7 +90,13 @@ def as_embeddings(R: sparse.csr_matrix, B: np.ndarray, device: torch.device | st
     return DenseRows(R, device), torch.from_numpy(B.T.copy() if B.ndim == 2 else B[:, None]).to(device)
 
 # %% ../nbs/04c_yardsticks.ipynb #cb65e1a8
-def choose_yardstick(name: str, R, features: dict, evaluator: Evaluator, metric: str) -> tuple[pd.DataFrame, np.ndarray]:
+def choose_yardstick(
+    name: str,  # of `YARDSTICKS`
+    R: sparse.csr_matrix,  # (U, I) training interactions
+    features: dict,  # {modality: (I, d_m)}
+    evaluator: Evaluator,
+    metric: str,  # on validation
+) -> tuple[pd.DataFrame, np.ndarray]:
     "Every cell of a yardstick's grid with its mean validation metric, best first, and the matrix of the best."
     function, grid = YARDSTICKS[name]
     rows, best = [], (-1.0, None)
