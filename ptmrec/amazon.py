@@ -317,7 +317,7 @@ def _image_url(record):
 
 # %% ../nbs/00a_amazon.ipynb #182d07c2
 def _item_row(record, release, text_fields):
-    "What is kept of a metadata record."
+    "The part of a metadata record that is kept."
     fields = {f: META[release][1] if f == "brand" else f for f in text_fields}
     text = {f: plain_text(record.get(name), "|" if f == "categories" else " ") for f, name in fields.items()}
     try:
@@ -373,7 +373,7 @@ ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF":
 
 # %% ../nbs/00a_amazon.ipynb #318d1129
 def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, bytes, int, int]:
-    "What to keep of a downloaded image: (ending, bytes, width, height). Raises `ImageRefused`."
+    "A downloaded image as it is stored: (ending, bytes, width, height). Raises `ImageRefused`."
     try:
         image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP", "GIF"])
     except Image.DecompressionBombError:

@@ -51,7 +51,7 @@ def measure_fresh(
     name: str,  # a function of this module, or `module.function` of another module of the package
     **arguments,  # its arguments, as JSON can hold them
 ) -> list | dict:
-    "What the measuring function returns when it runs in a fresh Python process. Raises `RuntimeError` with its error."
+    "The result of a measuring function that runs in a fresh Python process. Raises `RuntimeError` with its error."
     command = [sys.executable, "-m", "ptmrec.benchmarks", name, "--json", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(repo_root())})
     if done.returncode:

@@ -130,7 +130,7 @@ def tiny_clip_file(name: str) -> Path:
 
 
 def find_weights(clip_model: str, pretrained: str) -> str:
-    "What open_clip takes as `pretrained`: the path of a weights file, or a tag. Raises `SettingError` if it is neither."
+    "The value of open_clip's `pretrained`: the path of a weights file, or a tag. Raises `SettingError` if it is neither."
     import open_clip
 
     path = find_path(tiny_clip_file(f"{clip_model}.safetensors") if pretrained == "sample" else pretrained)
@@ -441,7 +441,7 @@ def run_blocks(
     mask: Tensor | None = None,
     first: int = 0,  # the layer to start from
 ) -> Tensor:
-    "What leaves the last block."
+    "The output of the last block."
     for layer, block in enumerate(list(blocks)[first:], first):
         if layer in prompts:
             fresh = prompts[layer].to(x.dtype).expand(len(x), -1, -1)
@@ -576,7 +576,7 @@ def hugging_face_tower(clip: Clip) -> Tower:
         found = BaseModelOutputWithPooling(x, encoder.pooler and encoder.pooler(x))
         return text.proj(text.pooler(found, (ids != pad).long()))
 
-    def place(prompts):  # the first of these stands for the start token
+    def place(prompts):  # the first of these is the start token
         return words(inputs_embeds=torch.cat([prompts[:1], prompts])[None])[0, 1:]
 
     return Tower(text.config.hidden_size, nn.ModuleList(HuggingFaceBlock(layer) for layer in layers), embed, pool,

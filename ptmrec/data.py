@@ -99,7 +99,7 @@ def interaction_files(folder: Path) -> dict[int | None, list[Path]]:
 
 # %% ../nbs/00_data.ipynb #adfce3ce
 def has_interactions(folder: Path) -> bool:
-    "Whether a folder holds an interactions file; without one it is no data set yet."
+    "Whether a folder holds an interactions file; without one it is not a data set yet."
     return folder.is_dir() and bool(interaction_files(folder))
 
 # %% ../nbs/00_data.ipynb #3aad4cfb
@@ -192,7 +192,7 @@ def _times_if_readable(table):
         return None
 
 # %% ../nbs/00_data.ipynb #08b4a082
-MAX_RATING = 1e9  # larger numbers are no ratings; times in seconds start here
+MAX_RATING = 1e9  # larger numbers cannot be ratings; times in seconds start here
 
 # %% ../nbs/00_data.ipynb #59b26f25
 def _check_ratings(path, table):
@@ -641,7 +641,7 @@ def _files_by_name(folder, endings, table):
     return found
 
 # %% ../nbs/00_data.ipynb #9d0ab675
-PICTURE_BYTES = 100_000_000  # a larger file is no item picture
+PICTURE_BYTES = 100_000_000  # no item picture is larger
 OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_IMAGES)"
 
 
@@ -675,7 +675,7 @@ def _usable_files(folder, choices, by_name, most=math.inf):
 
 # %% ../nbs/00_data.ipynb #8354f565
 def _images_by_column(folder, table):
-    "The file that the `image` column names, per item, or None; it need not be there. Addresses on the web are no files."
+    "The file that the `image` column names, per item, or None; it need not be there. Addresses on the web do not count."
     if "image" not in table:
         return [None] * len(table)
     local = table.image.where(~table.image.astype(str).str.contains("://"))
@@ -731,7 +731,7 @@ def _item_files(folder, table, features):
 
 # %% ../nbs/00_data.ipynb #d6b5a4e4
 def _odd_times(time):
-    "What is odd in a column of times, a sentence each."
+    "Odd values in a column of times, a sentence each."
     if not pd.api.types.is_numeric_dtype(time):
         return []
     negative, n = int((time < 0).sum()), len(time)
@@ -754,7 +754,7 @@ def _odd_ids(ids, column):
 
 # %% ../nbs/00_data.ipynb #ca722c47
 def odd_values(table: pd.DataFrame) -> list[str]:
-    "What is odd in a table of interactions, a sentence each."
+    "Odd values in a table of interactions, a sentence each."
     notes = [note for column in ("user", "item") for note in _odd_ids(table[column], column)]
     if "rating" in table and 0 < (zeros := int((table.rating == 0).sum())) < len(table):
         notes.append(f"{zeros:,} of {len(table):,} ratings are 0. Where 0 means that there is no rating, leave them out "

@@ -168,11 +168,11 @@ class Explorer:
             control.on_click(handler) if isinstance(control, widgets.Button) else control.observe(handler, "value")
 
     def figure(self) -> plt.Figure:
-        "What is shown now, as a matplotlib figure."
+        "The present view as a matplotlib figure."
         return sheet(self.galleries[0].catalogue, [gallery.row() for gallery in self.galleries])
 
     def still(self) -> dict[str, str]:
-        "What is shown where no page draws widgets: {MIME type: content}."
+        "The view where no page draws widgets: {MIME type: content}."
         return {"image/jpeg": as_jpeg(self.figure())}
 
     def _repr_mimebundle_(self, **kwargs):
@@ -226,7 +226,7 @@ def also_bought(inter: Interactions, item: int, k: int = 8) -> pd.DataFrame:
 
 
 def item_facts(catalogue: Catalogue, item: int) -> dict[str, str]:
-    "What is known of an item, as text: id, interactions by split, popularity, users, and the item table's columns."
+    "All facts about an item, as text: id, interactions by split, popularity, users, and the item table's columns."
     inter, row, who = catalogue.data.inter, catalogue.table.iloc[item], buyers(catalogue.data.inter, item)
     n = np.bincount(inter.split[inter.item == item], minlength=3)
     rank = int((catalogue.table.interactions > row.interactions).sum()) + 1

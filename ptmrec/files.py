@@ -260,7 +260,7 @@ def cache_dir() -> Path:
 
 # %% ../nbs/00i_files.ipynb #c9d8f324
 def _checksum(path):
-    "What the companion of a cached file says."
+    "The content of a cached file's companion."
     found, size = 0, 0
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

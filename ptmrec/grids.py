@@ -35,7 +35,7 @@ from .data import DataError, data_dir, find_dataset, fingerprint, load_data, rep
 from .files import sweep
 from .memory import free_bytes
 from .processes import run_notebook
-from .runs import Run, alone, best_variant, heal, list_runs, open_run, pick_device, read_json, validation
+from .runs import Run, best_variant, list_runs, open_run, pick_device, read_json, use_or_train, validation
 from .settings import SettingError, Settings, did_you_mean, resolve
 from .stage1 import (Inputs, find_stage1_run, load_inputs, new_backbone, run_stage1, stage1_parameters,
                            train_stage1)
@@ -188,7 +188,7 @@ def run_cells(
 
 
 def outcome_of(future: Any) -> dict:
-    "What a future of `run_notebook` returned; what it raised (a worker that died too often, say) as its `error`."
+    "The result of a future of `run_notebook`; an exception (of a worker that died too often, say) is its `error`."
     try:
         return future.result()
     except Exception as error:
@@ -334,11 +334,8 @@ def run_cell(notebook: str, parameters: dict, test: bool = True) -> Run:
     settings = resolve(NOTEBOOKS[notebook].experiment, parameters)
     settings = joint_settings(settings) if parameters.get("training") == "joint" else settings
     inputs = load_inputs(settings)
-    run = expected_run(notebook, settings, inputs)
-    with alone(run):
-        if not heal(run).finished:
-            (train_stage1 if notebook == "04_stage1" else train_stage2)(run.begin(), settings, inputs, test)
-    return run
+    train = train_stage1 if notebook == "04_stage1" else train_stage2
+    return use_or_train(expected_run(notebook, settings, inputs), train, settings, inputs, test=test)
 
 # %% ../nbs/05c_grids.ipynb #bdd9df12
 def work_of(notebook: str, cell: Cell, folder: Path, papermill: bool, test: bool) -> tuple[str, str, dict]:
@@ -350,7 +347,7 @@ def work_of(notebook: str, cell: Cell, folder: Path, papermill: bool, test: bool
 
 
 def gpu_per_run(client: Any, cells: list[Cell]) -> dict:
-    "What each run asks a cluster's workers for: a GPU, where they have some. Raises `SettingError` if they do not say so."
+    "The resources that each run asks of a cluster: a GPU, where it has some. Raises `SettingError` if workers do not say."
     if all(cell.settings.device == "cpu" for cell in cells):
         return {}
     workers = client.scheduler_info(n_workers=-1)["workers"].values()

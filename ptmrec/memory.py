@@ -138,7 +138,7 @@ def memory_need(
     pos: Tensor,  # (B,) the users' items
     accumulate: int = 1,  # batches per step; the gradients of earlier ones are kept while a batch in parts sums up its own
 ) -> MemoryNeed:
-    "What training `model` takes, found on a batch of pairs. Leaves no gradients."
+    "The memory that training `model` takes, found on a batch of pairs. Leaves no gradients."
     def losses():
         live = {m: f[pos.unique()].requires_grad_() for m, f in model.bank.items()}
         sum(model.losses(user, pos, pos.roll(1), live).values()).backward()

@@ -266,7 +266,7 @@ def sublayers(
 
 # %% ../nbs/01a_peft.ipynb #662136a6
 class Bottleneck(nn.Module):
-    "What an adapter adds to the output of `module`: (..., width), or (B, width, h, w) where that returns maps."
+    "An adapter's summand for the output of `module`: (..., width), or (B, width, h, w) where that returns maps."
 
     def __init__(self, module: nn.Module, size: int):
         super().__init__()

@@ -6,10 +6,10 @@
 __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 'NOT_CODE', 'RUN_FIELDS', 'CONTENT', 'TRAINED',
            'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
            'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
-           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'alone', 'train_alone', 'runs_to_do',
-           'stopped_by_hand', 'open_run', 'validation', 'best_variant', 'check_variant', 'recommendation_table',
-           'RunEncoder', 'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser',
-           'option_parser', 'command_line']
+           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'alone', 'train_alone', 'use_or_train',
+           'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant', 'check_variant',
+           'recommendation_table', 'RunEncoder', 'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once',
+           'OptionParser', 'option_parser', 'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -200,7 +200,7 @@ NOT_CODE = {"Settings", "_abc_impl", *(f"__{name}__" for name in (
 
 
 def _parts(name, thing):
-    "What a thing of the user's own is made of: a text, or None, and its parts [(name, thing)]."
+    "A thing of the user's own, taken apart: a text, or None, and its parts [(name, thing)]."
     if isinstance(thing, PLAIN):
         return repr(thing), []
     if isinstance(thing, dict | list | tuple | set | frozenset):
@@ -303,7 +303,7 @@ CONTENT = {"run": "settings", "metrics": "metrics", "history": "losses and metri
 
 
 def content_of(name: str) -> str:
-    "What a file of a run holds, in words."
+    "The content of a run's file, in words."
     return next((about for stem, about in CONTENT.items() if name.startswith(stem)), "a file of the run")
 
 
@@ -630,6 +630,13 @@ def train_alone(run: Run, train: Callable, *arguments) -> None:
     with alone(run):
         if not broadcast({"finished": run.finished})["finished"]:
             train(heal(run).begin(), *arguments)
+
+
+def use_or_train(run: Run, train: Callable, *arguments, test: bool = True) -> Run:
+    "The run, trained and, with `test`, scored: used if it is there, else made by `train(run, *arguments, test)`, alone."
+    with alone(run):
+        there = heal(run).finished or run.trained and not test
+        return run if there else train(run.begin(), *arguments, test)
 
 # %% ../nbs/03c_runs.ipynb #828a3aae
 def runs_to_do(

@@ -21,7 +21,7 @@ from joblib import Parallel, delayed, parallel_config
 from .backbones import BACKBONES, grid_of
 from .data import progress
 from .processes import exit_with_parent
-from .runs import Run, alone, heal, new_run
+from .runs import Run, heal, new_run, use_or_train
 from .settings import SettingError, Settings, check_settings, did_you_mean, resolve, shown
 from .stage1 import (Inputs, Stage1Settings, TrainingSettings, check_inputs, find_stage1_run, label, load_inputs,
                            one_per_seed, run_stage1, train_stage1)
@@ -57,8 +57,7 @@ def cells(grid: dict, n_trials: int | None = None, seed: int = 0) -> list[dict]:
 def attempt(run: Run, settings: Settings, inputs: Inputs, test: bool) -> Run | Exception:
     "The trained run (scored, with `test`), or the exception that it raised."
     try:
-        with alone(run):
-            return run if heal(run).finished else train_stage1(run.begin(), settings, inputs, test)
+        return use_or_train(run, train_stage1, settings, inputs, test=test)
     except Exception as error:
         return error
 
@@ -183,6 +182,6 @@ def plot_search(table: pd.DataFrame) -> plt.Figure:
         ax.plot(place[:1], table[metric][:1], "*", color="C1", ms=14, label="winner")
         ax.set(xlabel=name.replace("_", " "), xticks=range(len(values)), xticklabels=[f"{v:g}" for v in values])
         ax.margins(x=0.2)
-    axes[0, 0].set_ylabel(label(metric))
+    axes[0, 0].set(ylabel=label(metric), ylim=(0, None))
     axes[0, -1].legend()
     return figure

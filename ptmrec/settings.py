@@ -149,7 +149,7 @@ def check_settings(
 
 # %% ../nbs/00d_settings.ipynb #82b9a754
 def meaning(field: FieldInfo) -> tuple:
-    "What must be equal where two components share the name of a setting."
+    "The parts of a field that must agree where two components share its name."
     return str(field.annotation), field.description, str(field.metadata), str(field.json_schema_extra["choices"])
 
 
@@ -269,7 +269,7 @@ def _check_defaults(path, values, tables, own):
 
 # %% ../nbs/00d_settings.ipynb #904a23b1
 class Experiment:
-    """What is behind an experiment's flat arguments.
+    """The settings behind an experiment's flat arguments.
 
     `own`: its own `Settings`. `registries`: {setting: registry}; the setting names the component, or several joined by +.
     `locate(dataset)`: the data set's folder, or None if it has to be downloaded first; raises if there is no such thing.
@@ -429,7 +429,7 @@ def _topic(cls, name):
 
 
 def described(function: Callable) -> dict[str, dict]:
-    "What an experiment takes, by topic: {topic: {name: (default, comment)}}; what people change most has the topic \"\"."
+    "An experiment's settings by topic: {topic: {name: (default, comment)}}; topic \"\" has the most changed."
     it, defaults = function.experiment, function.experiment.defaults()
     topics = {"": {}}
     for name, field in it.own.model_fields.items():

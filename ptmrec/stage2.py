@@ -118,7 +118,7 @@ def check_stage2(settings: Settings) -> None:
 
 # %% ../nbs/05_stage2.ipynb #1477b6fc
 def joint_values(settings: Settings) -> dict:
-    "What joint training decides itself: the backbone learns, by its own loss, as long as Stage 1 may."
+    "The settings that joint training decides itself: the backbone learns, by its own loss, as long as Stage 1 may."
     return {"kt_weight": 0.0, "task_weight": 1.0, "tune_backbone": True, "project_lr": settings.lr,
             "stage2_epochs": settings.epochs}
 

@@ -175,7 +175,7 @@ def reset_most(device: torch.device) -> None:
 
 # %% ../nbs/08a_tuning_cost.ipynb #b92a5a52
 def joules(device: torch.device) -> float | None:
-    "What the GPU, or all processors, have consumed so far; None if this machine does not say."
+    "The energy that the GPU, or all processors, have consumed so far; None if this machine does not say."
     if device.type == "cuda":
         try:
             import pynvml

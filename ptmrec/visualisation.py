@@ -330,7 +330,7 @@ def neighbour_sheet(
 
 # %% ../nbs/07_visualisation.ipynb #6cf25294
 def user_gains(run: Run, metric: str = "recall@10", variants: Sequence = ("stage1", None)) -> pd.Series:
-    "What each test user gained, in `metric`, from the first of `variants` to the second (None: the best); index: number."
+    "The gain of each test user, in `metric`, from the first of `variants` to the second (None: the best); index: number."
     before, after = (per_user_values([run], check_variant(run, v), metric)[0] for v in variants)
     return (after - before).dropna()
 
@@ -360,7 +360,7 @@ def recommendation_sheet(
     variants: Sequence = ("stage1", None),  # of a run of Stage 2; None: the best on validation
     k: int = 10,
 ) -> Figure:
-    "What a user bought, what is to be found in test, and the first `k` of each variant's list, hits marked."
+    "A user's items, those to be found in test, and the first `k` of each variant's list, hits marked."
     seen = view(run)
     variants = variants if "tuning" in seen.run.params else [None]
     return sheet(seen.catalogue, _lists(seen, user_number(seen.data, user), variants, k))
