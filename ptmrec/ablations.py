@@ -221,7 +221,12 @@ def yardsticks(dataset: str, base: dict) -> dict:
 SAMPLERS = ("random", "optuna")
 
 
-def check_study(experiment: str, dataset: str, metric: str, sampler: str = "random") -> Study:
+def check_study(
+    experiment: str,  # a name of `STUDIES`
+    dataset: str,  # a name or a folder
+    metric: str,  # of the figure
+    sampler: str = "random",  # how trials are drawn, of `SAMPLERS`
+) -> Study:
     "The `Study` of a name; raises `SettingError` or `DataError` for what is wrong, before anything is made."
     if experiment not in STUDIES:
         raise SettingError(f"experiment='{experiment}' is not known.{did_you_mean(experiment, STUDIES)} Allowed: "
@@ -356,7 +361,12 @@ def inter_of(run: Run) -> Interactions:
     return load_data(**how).inter
 
 
-def values_among(run: Run, items: np.ndarray, variant: str, metric: str) -> pd.Series:
+def values_among(
+    run: Run,
+    items: np.ndarray,  # (I,) bool
+    variant: str,  # "" for Stage 1
+    metric: str,  # such as recall@10
+) -> pd.Series:
     "A test metric per user (index: user number) if `items` (I,) bool alone count as positives; by the run's lists of 20."
     inter, lists = inter_of(run), run.load_table("topk.parquet")
     lists = lists[lists.variant == variant] if variant else lists
@@ -388,7 +398,11 @@ def long_tail(dataset: str, base: dict) -> dict:
     return {"05_stage2": {"recommender": backbone_axis("vbpr", "freedom")}}
 
 # %% ../nbs/06_ablations.ipynb #d74d6278
-def compared(rows: dict[str, Row], reference: str | None, metric: str) -> pd.DataFrame:
+def compared(
+    rows: dict[str, Row],  # {label: row}
+    reference: str | None,  # a label; None: each row with its own Stage 1
+    metric: str,
+) -> pd.DataFrame:
     "`comparisons` of the rows with the `reference` row, or each with its own Stage 1; Holm over all of them."
     pairs = {}
     for name, row in rows.items():

@@ -674,7 +674,11 @@ def read_image_features(path: str | Path, item_ids: Sequence[str]) -> tuple[np.n
     return features, row >= 0
 
 # %% ../nbs/00a_amazon.ipynb #42038c8d
-def write_release(folder: Path, path: Path, interactions: pd.DataFrame) -> Path:
+def write_release(
+    folder: Path,  # the data set
+    path: Path,  # image_features_<Category>.b
+    interactions: pd.DataFrame,  # user, item, split
+) -> Path:
     "Write `<folder>-release/`, integer items with the release's own image features from `path`; returns the folder."
     target = folder.with_name(f"{folder.name}-release")
     item, item_ids = pd.factorize(interactions["item"], sort=True)

@@ -169,7 +169,11 @@ def measure_data(n_rows: int, n_items: int, ending: str) -> pd.DataFrame:
     return pd.DataFrame(steps).assign(items=n_items, format=ending, cpus=os.cpu_count(), date=str(date.today()))
 
 # %% ../nbs/08_benchmarks.ipynb #525b683e
-def draw_interactions(users: int, items: int, pairs: int, seed: int = 0) -> Interactions:
+def draw_interactions(
+    users: int, items: int,
+    pairs: int,  # about so many distinct ones
+    seed: int = 0,
+) -> Interactions:
     "About `pairs` distinct pairs of `users` users and `items` items, popularity skewed, split 8:1:1 at random."
     rng = np.random.default_rng(seed)
     user = np.concatenate([np.repeat(np.arange(users), 4), rng.integers(0, users, pairs)])
@@ -214,7 +218,11 @@ def drawn_backbone(
     return model
 
 # %% ../nbs/08_benchmarks.ipynb #71b3dbeb
-def plain_adjacency(user: torch.Tensor, item: torch.Tensor, n_users: int, n_items: int) -> torch.Tensor:
+def plain_adjacency(
+    user: torch.Tensor,  # (n,)
+    item: torch.Tensor,  # (n,) the users' items
+    n_users: int, n_items: int,
+) -> torch.Tensor:
     "The symmetric, degree-normalised matrix over users and items, (U + I, U + I) in COO, of pairs `user`, `item` (n,)."
     n = n_users + n_items
     edges = torch.stack([torch.cat([user, n_users + item]), torch.cat([n_users + item, user])])
@@ -263,7 +271,11 @@ def plain_bpr(user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor) -> torch
     return -F.logsigmoid((user * pos).sum(1) - (user * neg).sum(1)).mean()
 
 # %% ../nbs/08_benchmarks.ipynb #eaf16b03
-def plain_evaluation(model: nn.Module, evaluator: Evaluator, split: str) -> pd.DataFrame:
+def plain_evaluation(
+    model: nn.Module,  # returns user and item embeddings
+    evaluator: Evaluator,
+    split: str,  # valid or test
+) -> pd.DataFrame:
     "Metrics per user of the embeddings that `model()` returns, from the full score matrix in blocks of 4,096 users."
     positives, (user_emb, item_emb) = evaluator.positives[split], model()
     users, hits = torch.nonzero(positives.count).flatten(), []
@@ -373,7 +385,12 @@ def propagation_bound(
             "by": "memory", "GB/s": near / 1e9}
 
 # %% ../nbs/08_benchmarks.ipynb #f0f25ad4
-def ranking_bounds(user_emb: torch.Tensor, item_emb: torch.Tensor, masked: Pairs, flops: float) -> list[dict]:
+def ranking_bounds(
+    user_emb: torch.Tensor,  # (U, d)
+    item_emb: torch.Tensor,  # (I, d)
+    masked: Pairs,  # items that are never ranked, by user
+    flops: float,  # operations per second of a matrix product
+) -> list[dict]:
     "Milliseconds of ranking all items for all users, and of their scores alone, beside the arithmetic at `flops`."
     (n_users, d), n_items, device = user_emb.shape, len(item_emb), user_emb.device
     users = torch.arange(n_users, device=device)
@@ -460,7 +477,12 @@ def kernels_per_step(step: Callable, times: int = 5) -> tuple[float, float]:
 VERSIONS = ["the batch's rows", "all rows", "all rows, compiled", "all rows, CUDA graph"]  # the last on a GPU only
 
 
-def freedom_and_batch(version: str, users: int, items: int, pairs: int, device: torch.device) -> tuple:
+def freedom_and_batch(
+    version: str,  # of `VERSIONS`
+    users: int, items: int,
+    pairs: int,  # interactions
+    device: torch.device,
+) -> tuple:
     "FREEDOM on drawn data, in the way that `version` says, and a batch of triples."
     user, item = (torch.as_tensor(x, device=device) for x in draw_pairs(users, items, pairs))
     torch.manual_seed(0)
@@ -473,7 +495,12 @@ def freedom_and_batch(version: str, users: int, items: int, pairs: int, device: 
     return freedom, batch
 
 # %% ../nbs/08_benchmarks.ipynb #7e4d4146
-def training_step(version: str, users: int, items: int, pairs: int, device: str = "auto") -> dict:
+def training_step(
+    version: str,  # of `VERSIONS`
+    users: int, items: int,
+    pairs: int,  # interactions
+    device: str = "auto",
+) -> dict:
     "Milliseconds of a training step of FREEDOM in one of `VERSIONS`, its loss after 23 steps and, on a GPU, its kernels."
     device = pick_device(device)
     freedom, batch = freedom_and_batch(version, users, items, pairs, device)
@@ -515,7 +542,11 @@ def item_graph_recall(
     return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(exact.cpu().numpy(), found.cpu().numpy())]))
 
 # %% ../nbs/08_benchmarks.ipynb #962c9d0b
-def timed_steps(watch: Stopwatch, backbone: nn.Module, sampler: TripleSampler, batch_sizes: list[int]) -> None:
+def timed_steps(
+    watch: Stopwatch,  # notes the seconds
+    backbone: nn.Module, sampler: TripleSampler,
+    batch_sizes: list[int],  # triples per step
+) -> None:
     "Time the start of an epoch, and a training step for each batch size."
     optimiser = torch.optim.Adam(backbone.parameters(), 1e-3, fused=True)
     step = partial(training_update, backbone.loss, optimiser)
@@ -595,7 +626,11 @@ def seconds_of(run: Callable, device: torch.device) -> float:
     return clock() - start
 
 # %% ../nbs/08_benchmarks.ipynb #f7283c1d
-def clever_row(what: str, size: str, turns: list[dict]) -> dict:
+def clever_row(
+    what: str,  # is compared
+    size: str,  # its name
+    turns: list[dict],  # {plain, clever}: seconds
+) -> dict:
     "A row of the stored table from turns {plain, clever}: medians of seconds, and how many times as long plain takes."
     median = pd.DataFrame(turns).median()
     return {"what": what, "size": size, "plain seconds": median.plain, "clever seconds": median.clever,
@@ -633,7 +668,12 @@ def plain_propagate(
     return torch.stack(users).mean(0), torch.stack(items).mean(0)
 
 # %% ../nbs/08_benchmarks.ipynb #22e94003
-def compare_horner(size: dict, times: int = 7, d: int = 64, n_layers: int = 3, device: str = "auto") -> list[dict]:
+def compare_horner(
+    size: dict,  # {users, items, pairs}
+    times: int = 7,  # turns
+    d: int = 64,  # size of the embeddings
+    n_layers: int = 3, device: str = "auto",
+) -> list[dict]:
     "Three layers of propagation, forward and backward: layer by layer against `propagate`."
     device, inter = pick_device(device), interactions_of(**size)
     user, item = (torch.as_tensor(x, device=device) for x in inter.part("train"))
@@ -647,7 +687,12 @@ def compare_horner(size: dict, times: int = 7, d: int = 64, n_layers: int = 3, d
                       {"plain": plain_propagate, "clever": propagate}.items()}, times)
 
 # %% ../nbs/08_benchmarks.ipynb #5681b065
-def compare_rows(size: dict, times: int = 7, dim: int = 512, device: str = "auto") -> list[dict]:
+def compare_rows(
+    size: dict,  # {users, items, pairs}
+    times: int = 7,  # turns
+    dim: int = 512,  # of the features
+    device: str = "auto",
+) -> list[dict]:
     "A training epoch of FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, inter = pick_device(device), interactions_of(**size)
     features = draw_features(inter.n_items, {"image": dim, "text": dim}, device)
@@ -670,7 +715,13 @@ def random_item_graph(n_items: int, k: int, device: torch.device) -> Graph:
     return Graph(row, torch.randint_like(row, n_items), torch.full(row.shape, 1 / k, device=device), (n_items, n_items))
 
 # %% ../nbs/08_benchmarks.ipynb #6b1c70c0
-def compare_step(size: dict, backbone: str, times: int = 5, batch_size: int = 2048, device: str = "auto") -> list[dict]:
+def compare_step(
+    size: dict,  # {users, items, pairs}
+    backbone: str,  # lightgcn or freedom
+    times: int = 5,  # turns
+    batch_size: int = 2048,  # triples
+    device: str = "auto",
+) -> list[dict]:
     "A training step of LightGCN or FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, n = pick_device(device), (size["users"], size["items"])
     user, item = (torch.as_tensor(x, device=device) for x in draw_pairs(**size))
@@ -697,7 +748,12 @@ def plain_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     return items
 
 # %% ../nbs/08_benchmarks.ipynb #eaa38c76
-def compare_topk(size: dict, times: int = 7, d: int = 64, device: str = "auto") -> list[dict]:
+def compare_topk(
+    size: dict,  # {users, items, pairs}
+    times: int = 7,  # turns
+    d: int = 64,  # size of the embeddings
+    device: str = "auto",
+) -> list[dict]:
     "Ranking all items for all users: the best 50 by `plain_topk` against `stable_topk`."
     device, inter = pick_device(device), interactions_of(**size)
     torch.manual_seed(0)
@@ -729,7 +785,12 @@ def epoch_seconds(size: dict, keep: bool, backbone: str, epochs: int = 1, dim: i
 
 # %% ../nbs/08_benchmarks.ipynb #9c9bf684
 def compare_kept(
-    size: dict, times: int = 5, backbone: str = "freedom", epochs: int = 1, dim: int = 512, device: str = "auto"
+    size: dict,  # {users, items, pairs}
+    times: int = 5,  # turns
+    backbone: str = "freedom",
+    epochs: int = 1,  # per turn
+    dim: int = 512,  # of the features
+    device: str = "auto",
 ) -> list[dict]:
     "An epoch with its validation: as the C library has it, against `keep_freed_memory`; a process per turn."
     run = partial(measure_fresh, "epoch_seconds", size=size, backbone=backbone, epochs=epochs, dim=dim, device=device)

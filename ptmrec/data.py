@@ -423,7 +423,12 @@ class Interactions:
         return describe(self).to_html()
 
     @classmethod
-    def from_table(cls, table: pd.DataFrame, split_seed: int = 0, split: str | None = None) -> "Interactions":
+    def from_table(
+        cls,
+        table: pd.DataFrame,  # columns user, item, and perhaps split
+        split_seed: int = 0,  # of the random rules
+        split: str | None = None,  # a rule; None: the column, else random
+    ) -> "Interactions":
         "Number the ids of a table in sorted order; `split`: a rule, else its `split` column counts, else a random split."
         return cls(*_number_and_split(table, split_seed, split))
 
@@ -1056,7 +1061,11 @@ def describe(data: RecData | Interactions) -> pd.DataFrame:
     return pd.DataFrame({getattr(data, "name", "interactions"): values + [line for _, line in notes]}, index=index)
 
 # %% ../nbs/00_data.ipynb #8299ed79
-def show_items(data: RecData, items: Sequence[int], columns: int = 6) -> Any:
+def show_items(
+    data: RecData,
+    items: Sequence[int],  # numbers
+    columns: int = 6,  # pictures per row
+) -> Any:
     "A grid of item images with their texts, blank where an image is missing or unreadable; returns the matplotlib figure."
     import matplotlib.pyplot as plt
 

@@ -52,7 +52,11 @@ _number = itertools.count()  # each gallery has a name of its own
 CARD_LAYOUT = widgets.Layout(flex="0 0 auto")  # one for all cards: fewer widgets to set up
 
 
-def gallery_style(name: str, size: int, hidden: Iterable[int] = ()) -> str:
+def gallery_style(
+    name: str,  # of the gallery
+    size: int,  # pixels of a picture
+    hidden: Iterable[int] = (),  # slots that are not shown
+) -> str:
     "CSS of gallery `name`: cards with a picture of `size` pixels above three lines of text; `hidden` slots are not shown."
     card, slots = f".jupyter-widgets.{name}", ", ".join(f".jupyter-widgets.{name}-{slot}" for slot in hidden)
     return (f"{card} {{ width: {size + 16}px; height: {size + 54}px; margin: 2px; padding: {size + 8}px 3px 0;"
@@ -91,7 +95,12 @@ class Gallery:
         self.box = widgets.VBox([widgets.HBox([self.heading, self.back, self.forth]), cards])
         self.show("", [])
 
-    def show(self, title: str, items: Sequence[int], note: Callable = lambda item: "", framed: Iterable[int] = ()) -> None:
+    def show(
+        self, title: str,
+        items: Sequence[int],  # numbers
+        note: Callable = lambda item: "",  # note(item): a line below the title
+        framed: Iterable[int] = (),  # items with a frame
+    ) -> None:
         "Show the first page of `items` (numbers) under `title`, each with its `note(item)`; those in `framed` get a frame."
         self.title, self.items, self.note, self.framed = title, [int(item) for item in items], note, set(framed)
         self.draw(0)
@@ -246,7 +255,12 @@ def plain_table(rows: Iterable[Sequence]) -> str:
     return f'<table style="line-height: 1.4">{"".join(lines)}</table>'
 
 
-def item_html(catalogue: Catalogue, item: int, size: int = 180, text: int = 400) -> str:
+def item_html(
+    catalogue: Catalogue,
+    item: int,  # number
+    size: int = 180,  # pixels of the picture
+    text: int = 400,  # letters that are shown
+) -> str:
     "An item's picture, title and the first `text` letters of its text."
     picture, title = catalogue.picture(item, size), catalogue.table.title.iat[item]
     words = f"{catalogue.table.text.iat[item]}. ".removeprefix(f"{title}. ").removesuffix(". ")
@@ -327,7 +341,12 @@ GAIN = "ndcg@20"
 RULES = ("most improved", "most harmed", "cold", "random")
 
 
-def order_users(gain: pd.Series, cold: np.ndarray, rule: str, seed: int = 0) -> np.ndarray:
+def order_users(
+    gain: pd.Series,  # index: user number
+    cold: np.ndarray,  # (U,) bool
+    rule: str,  # of `RULES`
+    seed: int = 0,  # of the random rule
+) -> np.ndarray:
     "Numbers of the users of `gain` (index: user number) by a rule of RULES; `cold`: mask (U,). Raises `DataError` for none."
     if rule == "random":
         return np.random.default_rng(seed).permutation(gain.index)
@@ -490,7 +509,12 @@ class UserExplorer(Explorer):
         self.item.value = item_html(catalogue, item) + plain_table(item_facts(catalogue, item).items())
 
 # %% ../nbs/07a_explorers.ipynb #6fd5fd79
-def neighbour_rows(tables: dict, item: int, modality: str, k: int = 7) -> pd.DataFrame:
+def neighbour_rows(
+    tables: dict,  # of `item_tables`
+    item: int,  # number
+    modality: str,  # image or text
+    k: int = 7,  # neighbours per space
+) -> pd.DataFrame:
     "The `k` nearest items under ID, frozen and tuned features of a modality: columns space, item, cosine, in_id."
     rows, ids = [], set()
     for space in ("ID", f"frozen {modality}", f"tuned {modality}"):
@@ -515,7 +539,12 @@ def encode_words(encoder: RunEncoder, words: Sequence[str], batch: int = 64) -> 
     return torch.cat([encode_text(encoder.clip, tokens, encoder.prompts) for tokens in parts])
 
 
-def nearest_words(feature: torch.Tensor, words: Sequence[str], tables: torch.Tensor, k: int = 8) -> dict[str, str]:
+def nearest_words(
+    feature: torch.Tensor,  # (d_t,)
+    words: Sequence[str],  # n of them
+    tables: torch.Tensor,  # (n, d_t) their features
+    k: int = 8,  # words that are returned
+) -> dict[str, str]:
     "The `k` words whose features (n, d_t) are nearest to `feature` (d_t,): {word: cosine}, the nearest first."
     cosine = torch.cosine_similarity(tables.float(), feature.float()[None])
     best = cosine.argsort(descending=True, stable=True)[:k]
@@ -539,7 +568,13 @@ class Words:
 ASPECTS = ("facts", "words", "attention")
 
 
-def about_item(words: Words, tables: dict, item: int, spaces: Sequence[str], aspect: str) -> str:
+def about_item(
+    words: Words,
+    tables: dict,  # of `item_tables`
+    item: int,  # number
+    spaces: Sequence[str],  # names of tables
+    aspect: str,  # of `ASPECTS`
+) -> str:
     "HTML: an `aspect` of ASPECTS of an item, in `spaces` of `tables`."
     if aspect == "facts":
         return plain_table(item_facts(words.seen.catalogue, item).items())
@@ -668,7 +703,12 @@ class StillMap:
         self.box.children[1].value = base64.b64decode(as_jpeg(self.draw(), 200))
 
 
-def new_map(n: int, on_hover: Callable, on_select: Callable, draw: Callable) -> ScatterMap | StillMap:
+def new_map(
+    n: int,  # points
+    on_hover: Callable,  # gets an item number, or None
+    on_select: Callable,  # gets item numbers
+    draw: Callable,  # draws the still picture
+) -> ScatterMap | StillMap:
     "A `ScatterMap` of `n` points, or a `StillMap` where jupyter-scatter is not installed."
     try:
         return ScatterMap(n, on_hover, on_select)

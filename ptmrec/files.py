@@ -210,7 +210,10 @@ def reserve(file: IO, size: int) -> None:
             raise
 
 
-def new_array(path: Path, dtype: type | np.dtype, shape: tuple[int, ...]) -> np.memmap:
+def new_array(
+    path: Path,  # of a .npy file
+    dtype: type | np.dtype, shape: tuple[int, ...],
+) -> np.memmap:
     "A writable memory map of a new .npy file, its space reserved. Raises `OSError` if there is no room."
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     with open(path, "rb+") as file:

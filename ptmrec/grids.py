@@ -81,7 +81,12 @@ class Cell:
         return ", ".join(self.labels.values())
 
 
-def plan(notebook: str, base: dict, axes: dict, seeds: Sequence[int]) -> list[Cell]:
+def plan(
+    notebook: str,  # 04_stage1 or 05_stage2
+    base: dict,  # settings of every run
+    axes: dict,  # {setting: values}, or {name: {label: {setting: value}}}
+    seeds: Sequence[int],
+) -> list[Cell]:
     "The cells of a grid, all of their settings checked; raises `SettingError` that names the cell."
     if notebook not in NOTEBOOKS:
         raise SettingError(f"notebook='{notebook}' cannot be run by a grid.{did_you_mean(notebook, NOTEBOOKS)} Allowed: "
@@ -146,7 +151,11 @@ def finished_run(expected: Run, test: bool = True) -> Run | None:
     return None
 
 # %% ../nbs/05c_grids.ipynb #ab0858b5
-def claims(notebook: str, papermill: bool, cell: Cell) -> set[str]:
+def claims(
+    notebook: str,
+    papermill: bool,  # the notebook is executed, controls included
+    cell: Cell,
+) -> set[str]:
     "Names of the runs that a cell makes unless they are there: its own, Stage 1, and 05_stage2 with papermill its controls."
     settings, controls = cell.settings, papermill and notebook == "05_stage2"
     rounds = (settings.replace(rounds=n) for n in range(1, (1 + controls) * settings.rounds + 1))
@@ -211,7 +220,10 @@ def gpu_of(cell: Cell) -> str | None:
     return f"cuda:{device.index or 0}" if device.type == "cuda" else None
 
 
-def how_many(notebook: str, cells: list[Cell], threads: int = 1) -> int:
+def how_many(
+    notebook: str, cells: list[Cell],
+    threads: int = 1,  # that each run computes with
+) -> int:
     "How many of the cells may run at a time on this machine: cores, and 80 % of the free memory, allow them."
     names = ("dataset", "clip_model", "backbone", "tuning", "tuned_towers", "batch_by", "stage2_batch_size", "micro_batch",
              "cache_prefix")
@@ -329,7 +341,11 @@ def grid_table(cells: list[Cell], test: bool = True) -> pd.DataFrame:
     return table if test else table.loc[:, ~table.columns.str.contains("test ")]
 
 # %% ../nbs/05c_grids.ipynb #aae406f0
-def run_cell(notebook: str, parameters: dict, test: bool = True) -> Run:
+def run_cell(
+    notebook: str,  # 04_stage1 or 05_stage2
+    parameters: dict,  # of its experiment
+    test: bool = True,  # False: a trial
+) -> Run:
     "Make the run of a cell, Stage 1 first if need be; without `test` it is trained, and the test split left alone."
     settings = resolve(NOTEBOOKS[notebook].experiment, parameters)
     settings = joint_settings(settings) if parameters.get("training") == "joint" else settings
@@ -338,7 +354,12 @@ def run_cell(notebook: str, parameters: dict, test: bool = True) -> Run:
     return use_or_train(expected_run(notebook, settings, inputs), train, settings, inputs, test=test)
 
 # %% ../nbs/05c_grids.ipynb #bdd9df12
-def work_of(notebook: str, cell: Cell, folder: Path, papermill: bool, test: bool) -> tuple[str, str, dict]:
+def work_of(
+    notebook: str, cell: Cell,
+    folder: Path,  # of the grid
+    papermill: bool,  # False: without an executed notebook
+    test: bool,  # False: a trial
+) -> tuple[str, str, dict]:
     "What `run_notebook` runs for a cell, where its output goes, and its parameters."
     if papermill:
         return str(repo_root() / "nbs" / f"{notebook}.ipynb"), str(folder / f"{cell.expected.key}.ipynb"), cell.params

@@ -172,7 +172,13 @@ def _trials(result):
     return table.loc[best.index].rename_axis("method")
 
 # %% ../nbs/06a_report.ipynb #e13a5d9c
-def study_blocks(name: str, result: StudyResult, against: pd.DataFrame, folder: Path, metric: str) -> list[Block]:
+def study_blocks(
+    name: str,  # of the study
+    result: StudyResult,
+    against: pd.DataFrame,  # the comparisons of `write_result`
+    folder: Path,  # where figures go
+    metric: str,
+) -> list[Block]:
     "A report's part on a study; `against`: the comparisons of `write_result`. Figures go into `folder`."
     n_seeds = max(len(row.runs) for row in result.rows.values())
     blocks = [Block("heading", result.study.question, 3), Block("table", saved_table(result.folder / "result.md")),

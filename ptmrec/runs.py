@@ -377,7 +377,11 @@ RunFolder.save_json, RunFolder.save_table, RunFolder.save_weights = _save_json, 
 RunFolder.load_table, RunFolder.load_weights = _load_table, _load_weights
 
 # %% ../nbs/03c_runs.ipynb #090a9b59
-def load_parameters(module: torch.nn.Module, weights: dict, source: str) -> None:
+def load_parameters(
+    module: torch.nn.Module,
+    weights: dict,  # {name: tensor}, all that `module` has
+    source: str,  # their file, for messages
+) -> None:
     "Load `weights` {name: tensor}, exactly the parameters of `module`; raises `DataError` that names `source`."
     mine = dict(module.named_parameters())
     if {n: w.shape for n, w in weights.items()} != {n: q.shape for n, q in mine.items()}:
@@ -632,7 +636,12 @@ def train_alone(run: Run, train: Callable, *arguments) -> None:
             train(heal(run).begin(), *arguments)
 
 
-def use_or_train(run: Run, train: Callable, *arguments, test: bool = True) -> Run:
+def use_or_train(
+    run: Run,
+    train: Callable,  # train(run, *arguments, test) makes and returns it
+    *arguments,
+    test: bool = True,  # False: trained is enough
+) -> Run:
     "The run, trained and, with `test`, scored: used if it is there, else made by `train(run, *arguments, test)`, alone."
     with alone(run):
         there = heal(run).finished or run.trained and not test
@@ -733,7 +742,11 @@ def _data(run):
 Run.data = _data
 
 
-def recommendation_table(lists: np.ndarray, users: np.ndarray, inter: Interactions) -> pd.DataFrame:
+def recommendation_table(
+    lists: np.ndarray,  # (n, k) item numbers, -1 where none is left
+    users: np.ndarray,  # (n,) numbers
+    inter: Interactions,
+) -> pd.DataFrame:
     "Item numbers (n, k), -1 where none is left, for user numbers (n,) as a table of user, rank, item with original ids."
     row, rank = (lists >= 0).nonzero()
     return pd.DataFrame({"user": inter.user_ids[users][row], "rank": rank + 1, "item": inter.item_ids[lists[row, rank]]})

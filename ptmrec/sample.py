@@ -172,7 +172,11 @@ def _liking(attributes, rng, taste):
     return liking
 
 # %% ../nbs/00b_sample.ipynb #5c80b3bc
-def draw_interactions(attributes: pd.DataFrame, rng: np.random.Generator, taste: dict = TASTE) -> pd.DataFrame:
+def draw_interactions(
+    attributes: pd.DataFrame,  # a row per item
+    rng: np.random.Generator,
+    taste: dict = TASTE,  # {attribute: (values that a user likes, log-odds)}
+) -> pd.DataFrame:
     "The purchases: columns user, item (numbers) and x_label (the split). Each user has 5 items and a share of the rest."
     liking = _liking(attributes, rng, taste)
     ranked = np.argsort(-(liking + rng.gumbel(size=liking.shape)), axis=1)
@@ -182,7 +186,10 @@ def draw_interactions(attributes: pd.DataFrame, rng: np.random.Generator, taste:
     return pd.DataFrame({"user": user, "item": item, "x_label": random_split(user)})
 
 # %% ../nbs/00b_sample.ipynb #e298d1f6
-def make_shop(folder: str | Path, seed: int = 0, taste: dict = TASTE) -> None:
+def make_shop(
+    folder: str | Path, seed: int = 0,
+    taste: dict = TASTE,  # as of `draw_interactions`
+) -> None:
     """Draw the shop into `folder`: interactions.csv, items.csv, images/, and attributes.csv.
 
     No experiment reads attributes.csv: it is the truth that features are measured against.
@@ -288,7 +295,11 @@ if __name__ == "__main__" and "__file__" in globals():
     main()
 
 # %% ../nbs/00b_sample.ipynb #a91556e3
-def neighbour_purity(features: torch.Tensor | np.ndarray, labels: Sequence, k: int = 10) -> float:
+def neighbour_purity(
+    features: torch.Tensor | np.ndarray,  # (I, d)
+    labels: Sequence,  # (I,)
+    k: int = 10,  # neighbours
+) -> float:
     "Mean share of an item's `k` nearest neighbours by cosine that have its label. `features` (I, d), `labels` (I,)."
     unit = F.normalize(torch.as_tensor(features, dtype=torch.float32), dim=1)
     codes = torch.from_numpy(pd.factorize(np.asarray(labels))[0])

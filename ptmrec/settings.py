@@ -110,7 +110,10 @@ def shown(value: typing.Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_choice(name: str, value: typing.Any, field: FieldInfo) -> None:
+def check_choice(
+    name: str,  # of the setting
+    value: typing.Any, field: FieldInfo,
+) -> None:
     "Raise `SettingError` if `field` has choices and `value` is not one of them, or names one of them twice."
     choices, joined = choices_of(field), field.json_schema_extra["joined"]
     if not choices or value is None:
@@ -153,7 +156,11 @@ def meaning(field: FieldInfo) -> tuple:
     return str(field.annotation), field.description, str(field.metadata), str(field.json_schema_extra["choices"])
 
 
-def check_claims(owner: str, fields: dict, others: Iterable[tuple[str, dict]]) -> None:
+def check_claims(
+    owner: str,  # who claims the names
+    fields: dict,  # {setting: field}
+    others: Iterable[tuple[str, dict]],  # (owner, fields)
+) -> None:
     "Raise `SettingError` if a field of `fields` has another meaning in one of `others` [(owner, fields)]."
     for other, theirs in others:
         for name in fields.keys() & theirs.keys():
@@ -350,7 +357,11 @@ class Resolved(SimpleNamespace):
         return Resolved(**vars(self) | changes | {"key_parameters": self.key_parameters | keyed})
 
 
-def resolve(experiment: Experiment, given: dict, folder: Path | None = None) -> Resolved:
+def resolve(
+    experiment: Experiment,
+    given: dict,  # {setting: value} of the call
+    folder: Path | None = None,  # the data set; None: that of `given`
+) -> Resolved:
     """Values of all settings of a call: `given` first, then the defaults in the data set's `folder`, then our own.
 
     Raises `SettingError` for an unknown name, a wrong type or value, or a setting that no chosen component uses.
@@ -429,7 +440,7 @@ def _topic(cls, name):
 
 
 def described(function: Callable) -> dict[str, dict]:
-    "An experiment's settings by topic: {topic: {name: (default, comment)}}; topic \"\" has the most changed."
+    "An experiment's settings by topic: {topic: {name: (default, comment)}}; the first ones are under \"\"."
     it, defaults = function.experiment, function.experiment.defaults()
     topics = {"": {}}
     for name, field in it.own.model_fields.items():

@@ -256,7 +256,10 @@ def label(name: str) -> str:
 
 # %% ../nbs/04_stage1.ipynb #b18ef182
 @torch.no_grad()
-def evaluate(backbone: Backbone, evaluator: Evaluator, split: str) -> tuple[pd.DataFrame, np.ndarray]:
+def evaluate(
+    backbone: Backbone, evaluator: Evaluator,
+    split: str,  # valid or test
+) -> tuple[pd.DataFrame, np.ndarray]:
     "Per-user metrics and top-50 lists of a backbone on a split."
     backbone.eval()
     return evaluator(split, *backbone())
@@ -283,7 +286,10 @@ def most_bought(inter: Interactions, evaluator: Evaluator) -> pd.DataFrame:
     return evaluator("valid", torch.ones_like(item_emb[:1]).expand(inter.n_users, 1), item_emb)[0]
 
 # %% ../nbs/04_stage1.ipynb #7c066783
-def train_one_epoch(backbone: Backbone, optimiser: torch.optim.Optimizer, batches: Iterable) -> dict:
+def train_one_epoch(
+    backbone: Backbone, optimiser: torch.optim.Optimizer,
+    batches: Iterable,  # of triples (user, pos, neg)
+) -> dict:
     "One pass over `batches` of triples; returns the mean of each loss term. Raises `Diverged`."
     backbone.train()
     backbone.start_epoch()
@@ -308,8 +314,7 @@ def validate(backbone: Backbone, evaluator: Evaluator, metric: str) -> dict:
 
 # %% ../nbs/04_stage1.ipynb #3b0db41a
 def train_backbone(
-    backbone: Backbone,
-    evaluator: Evaluator,
+    backbone: Backbone, evaluator: Evaluator,
     lr: float = 1e-3,
     batch_size: int = 2048,
     epochs: int = 1000,  # at most
@@ -348,20 +353,19 @@ def train_backbone(
     return history
 
 
-def train_with(
-    settings: Settings,
-    backbone: Backbone,
-    evaluator: Evaluator,
-    name: str,  # of the training, for messages
-    checkpoint: Path | None,  # file to go on from, and to write
-) -> pd.DataFrame:
+def train_with(settings: Settings, backbone: Backbone, evaluator: Evaluator, name: str,
+               checkpoint: Path | None) -> pd.DataFrame:
     "`train_backbone` with resolved settings; freed memory is kept, since this process goes on with work of the kind."
     keep_freed_memory()
     return train_backbone(backbone, evaluator, settings.lr, settings.batch_size, settings.epochs, settings.patience,
                           settings.metric, f"{name}, seed {settings.seed}", checkpoint, settings.on_nan)
 
 # %% ../nbs/04_stage1.ipynb #6e082828
-def check_fit(history: pd.DataFrame, inter: Interactions, evaluator: Evaluator, metric: str = "recall@20") -> dict:
+def check_fit(
+    history: pd.DataFrame,  # of the training
+    inter: Interactions, evaluator: Evaluator,
+    metric: str = "recall@20",  # on validation
+) -> dict:
     "Warn if Stage 1 underfits: its best validation metric is below that of the most bought items. Returns both."
     popular = most_bought(inter, evaluator)[metric].mean()
     report = {"trained": float(history[f"valid {metric}"].max()), "most bought": float(popular)}
@@ -411,7 +415,11 @@ def run_arguments(settings: Settings) -> dict:
     return everything | {"dataset": str(find_dataset(settings.dataset))}
 
 # %% ../nbs/04_stage1.ipynb #58a3744f
-def train_stage1(run: Run, settings: Settings, inputs: Inputs, test: bool = True) -> Run:
+def train_stage1(
+    run: Run,  # begun
+    settings: Settings, inputs: Inputs,
+    test: bool = True,  # False: a trial, which is not scored on test
+) -> Run:
     "Train a run of Stage 1 and, with `test`, score it and finish it; what is trained already is not trained again."
     set_seed(settings.seed, inputs.device)
     evaluator = make_evaluator(settings, inputs)
@@ -433,12 +441,19 @@ def train_stage1(run: Run, settings: Settings, inputs: Inputs, test: bool = True
     return score_stage1(run, backbone, evaluator, inputs.data.inter) if test else run
 
 
-def trained_stage1(settings: Settings, inputs: Inputs, test: bool = True) -> Run:
+def trained_stage1(
+    settings: Settings, inputs: Inputs,
+    test: bool = True,  # False: trained is enough
+) -> Run:
     "The run of Stage 1 with these settings, trained and, with `test`, scored, unless it is there."
     return use_or_train(find_stage1_run(settings, inputs), train_stage1, settings, inputs, test=test)
 
 # %% ../nbs/04_stage1.ipynb #000d05f2
-def score_stage1(run: Run, backbone: Backbone, evaluator: Evaluator, inter: Interactions) -> Run:
+def score_stage1(
+    run: Run,  # trained
+    backbone: Backbone,  # its backbone
+    evaluator: Evaluator, inter: Interactions,
+) -> Run:
     "Score a trained run on both splits, keep what it recommends, and finish it."
     check_fit(run.load_table("history.csv"), inter, evaluator, run.params["metric"])
     metrics = {}
@@ -483,7 +498,11 @@ def backbone_name(name: str) -> str:
     return BACKBONE_NAMES.get(name, name)
 
 
-def plot_history(runs: list[Run], columns: list[str], title: str = "") -> plt.Figure:
+def plot_history(
+    runs: list[Run],  # one per seed
+    columns: list[str],  # of the history
+    title: str = "",
+) -> plt.Figure:
     "A panel per history column, a line per run; returns the figure."
     figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 2.8), squeeze=False, layout="constrained")
     for ax, column in zip(axes[0], columns):
