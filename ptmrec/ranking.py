@@ -262,7 +262,7 @@ def paired_test(before: list[pd.Series], after: list[pd.Series]) -> dict:
     difference = (after - before).dropna()
     low, high, p = 0.0, 0.0, 1.0
     if difference.any() or not len(difference):
-        from scipy import stats  # imported here, for it takes half a second
+        from scipy import stats  # imported here because it takes half a second
 
         test = stats.ttest_1samp(difference, 0)
         (low, high), p = test.confidence_interval(0.95), test.pvalue

@@ -204,6 +204,6 @@ def plot_search(table: pd.DataFrame) -> plt.Figure:
         ax.plot(place[:1], table[metric][:1], "*", color="C1", ms=14, label="winner")
         ax.set(xlabel=name.replace("_", " "), xticks=range(len(values)), xticklabels=[f"{v:g}" for v in values])
         ax.margins(x=0.2)
-    axes[0, 0].set(ylabel=label(metric), ylim=(0, None))
+    axes[0, 0].set(ylabel=label(metric), ylim=(0, 1.1 * table[metric].max()))
     axes[0, -1].legend()
     return figure
