@@ -509,7 +509,9 @@ def plot_history(
         for run in runs:
             history = run.load_table("history.csv").dropna(subset=[column])
             ax.plot(history.epoch, history[column], marker=".", ms=3, label=f"seed {run.params['seed']}")
-        ax.set(xlabel="epoch", ylabel=label(column), ylim=(0, None) if column.startswith("valid") else None)
+        ax.set(xlabel="epoch", ylabel=label(column))
+        if column.startswith("valid"):
+            ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
         ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     figure.suptitle(title)
