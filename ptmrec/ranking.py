@@ -109,13 +109,21 @@ def register_metric(name: str) -> Callable:
 
 # %% ../nbs/03a_ranking.ipynb #450c5588
 @register_metric("recall")
-def recall_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def recall_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "Share of the positives in the first `k`."
     return hits[:, :k].sum(1) / n_pos
 
 # %% ../nbs/03a_ranking.ipynb #2eff2a6a
 @register_metric("ndcg")
-def ndcg_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def ndcg_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "Discounted gain of the first `k`, divided by that of an ideal list."
     hits = hits[:, :k]
     discount = 1 / np.log2(np.arange(hits.shape[1]) + 2)
@@ -124,20 +132,32 @@ def ndcg_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
 
 # %% ../nbs/03a_ranking.ipynb #11220674
 @register_metric("precision")
-def precision_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def precision_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "Share of hits in the first `k`."
     return hits[:, :k].sum(1) / k
 
 # %% ../nbs/03a_ranking.ipynb #522415b5
 @register_metric("map")
-def map_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def map_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "Mean over positives of the precision at their rank; 0 below rank `k`."
     hits = hits[:, :k]
     return (hits * hits.cumsum(1) / np.arange(1, hits.shape[1] + 1)).cumsum(1)[:, -1] / n_pos
 
 # %% ../nbs/03a_ranking.ipynb #cc7ed775
 @register_metric("hit")
-def hit_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def hit_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "1 if there is a hit in the first `k`, else 0."
     return (hits[:, :k].sum(1) > 0).astype(float)
 
@@ -242,7 +262,7 @@ def paired_test(before: list[pd.Series], after: list[pd.Series]) -> dict:
     difference = (after - before).dropna()
     low, high, p = 0.0, 0.0, 1.0
     if difference.any() or not len(difference):
-        from scipy import stats  # imported here, for it takes half a second
+        from scipy import stats  # imported here because it takes half a second
 
         test = stats.ttest_1samp(difference, 0)
         (low, high), p = test.confidence_interval(0.95), test.pvalue

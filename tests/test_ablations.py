@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -209,13 +210,14 @@ def test_cells_that_make_the_same_run_wait(shop):
         most = max(most, len(running))
 
         def work():
-            time.sleep(0.02)
+            if cell.params["seed"] not in stage1:
+                side_by_side.wait(timeout=60)  # the first cell of each seed
             running.discard(cell), stage1.add(cell.params["seed"])
             return {"error": None}
 
         return pool.submit(work)
 
-    stage1 = set()
+    stage1, side_by_side = set(), threading.Barrier(2)
     with ThreadPoolExecutor(4) as pool:
         run_cells(cells, submit, lambda cell: grids.claims("05_stage2", True, cell), at_once=4)
     assert {cell.status for cell in cells} == {"finished"} and most == 2
