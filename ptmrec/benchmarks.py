@@ -11,8 +11,8 @@ __all__ = ['VERSIONS', 'measure_fresh', 'main', 'synchronize', 'device_name', 'p
            'training_update', 'as_cuda_graph', 'kernels_per_step', 'freedom_and_batch', 'training_step',
            'draw_grouped_features', 'item_graph_recall', 'timed_steps', 'timed_ranking', 'timed_exact_neighbours',
            'large_steps', 'alternate', 'seconds_of', 'clever_row', 'interactions_of', 'epoch_of', 'plain_propagate',
-           'compare_horner', 'compare_rows', 'AllRowsLightGCN', 'random_item_graph', 'compare_step', 'plain_topk',
-           'compare_topk', 'epoch_seconds', 'compare_kept']
+           'compare_horner', 'compare_rows', 'AllRowsLightGCN', 'random_item_graph', 'compare_step', 'epoch_seconds',
+           'compare_kept']
 
 # %% ../nbs/08_benchmarks.ipynb #5066b869
 import argparse
@@ -42,7 +42,7 @@ from .backbones import BACKBONES, FREEDOM, LightGCN
 from .data import SPLIT_RULES, Interactions, describe, k_core, load_data, make_split
 from .data import read_interactions, repo_root
 from .graphs import Graph, propagate, rows_of, sample_edges, user_item_graph
-from .ranking import CUTOFFS, Evaluator, Pairs, rank_items, stable_topk, user_metrics
+from .ranking import CUTOFFS, Evaluator, Pairs, rank_items, user_metrics
 from .runs import pick_device
 from .training import TripleSampler, keep_freed_memory
 
@@ -737,34 +737,6 @@ def compare_step(
 
     classes = {"plain": {"lightgcn": AllRowsLightGCN, "freedom": AllRowsFREEDOM}[backbone], "clever": BACKBONES[backbone]}
     return alternate({name: partial(seconds_of, step_of(cls), device) for name, cls in classes.items()}, times)
-
-# %% ../nbs/08_benchmarks.ipynb #5c5c4db2
-def plain_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
-    "The `k` highest of each row of `scores` (B, I) as item numbers (B, k), ties by the lower number."
-    values, items = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more shows whether a tie was cut
-    tied = (values[:, :-1] == values[:, 1:]).any(1).nonzero().flatten()
-    items = items[:, :k]
-    items[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return items
-
-# %% ../nbs/08_benchmarks.ipynb #eaa38c76
-def compare_topk(
-    size: dict,  # {users, items, pairs}
-    times: int = 7,  # turns
-    d: int = 64,  # size of the embeddings
-    device: str = "auto",
-) -> list[dict]:
-    "Ranking all items for all users: the best 50 by `plain_topk` against `stable_topk`."
-    device, inter = pick_device(device), interactions_of(**size)
-    torch.manual_seed(0)
-    user_emb, item_emb = (torch.randn(n, d, device=device) for n in (inter.n_users, inter.n_items))
-    masked, users = Pairs(*inter.part("train"), inter.n_users, device), torch.arange(inter.n_users, device=device)
-
-    def seconds(topk):
-        with mock.patch("ptmrec.ranking.stable_topk", topk):
-            return seconds_of(lambda: rank_items(user_emb, item_emb, users, masked), device)
-
-    return alternate({"plain": partial(seconds, plain_topk), "clever": partial(seconds, stable_topk)}, times)
 
 # %% ../nbs/08_benchmarks.ipynb #0d997130
 def epoch_seconds(size: dict, keep: bool, backbone: str, epochs: int = 1, dim: int = 512, device: str = "auto") -> float:
