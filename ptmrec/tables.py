@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPELLINGS', 'OTHER_SPELLINGS', 'STANDARD_NAMES', 'TEXT_FIELDS', 'READ_AS_TEXT', 'TEXT_HEADERS', 'LINE_BYTES',
            'SEPARATORS', 'HEADERLESS', 'READERS', 'ENDINGS', 'TABLE_ENDINGS', 'standard_name', 'standard_columns',
-           'integers_if_lossless', 'find_encoding', 'table_kind', 'open_unpacked', 'check_size', 'pieces',
+           'integers_if_lossless', 'bare_ids', 'find_encoding', 'table_kind', 'open_unpacked', 'check_size', 'pieces',
            'file_encoding', 'open_text', 'find_separator', 'storable', 'plain_text', 'reading', 'read_raw',
            'read_table', 'location', 'column_names', 'find_tables']
 
@@ -22,7 +22,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from glob import escape as glob_escape
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -102,18 +101,48 @@ def integers_if_lossless(ids: pd.Series) -> pd.Series:
     plain = pd.api.types.is_string_dtype(ids) and len(ids) and ids.str.fullmatch("0|-?[1-9][0-9]{0,17}").fillna(False).all()
     return ids.astype(np.int64) if plain else ids
 
+# %% ../nbs/00f_tables.ipynb #1bb4937a
+def bare_ids(
+    table: pd.DataFrame,  # with standard column names
+    source: str | Path = "the table",  # what messages call it
+) -> pd.DataFrame:
+    "The table, ids without blanks around them; a warning counts those. Raises `DataError` for an id over several lines."
+    for column in {"user", "item"} & set(table):
+        if not pd.api.types.is_string_dtype(table[column]):
+            continue
+        kinds = pd.Series(pd.unique(table[column])).dropna()
+        if (lines := kinds.str.contains("\n", regex=False)).any():
+            raise DataError(f"{source}, column '{column}': the id {kinds[lines].iloc[0][:60]!r} has several lines. Is a "
+                            "quote not closed?")
+        if (padded := kinds[kinds != kinds.str.strip()]).size:
+            n = int(table[column].isin(padded).sum())
+            warnings.warn(f"{source}: {n:,} {column} ids have blanks around them, which are left out (the first: "
+                          f"{padded.iloc[0]!r}).")
+            table = table.assign(**{column: table[column].str.strip().replace("", None)})
+    return table
+
 # %% ../nbs/00f_tables.ipynb #8f93169b
 def _decodes(content, encoding):
     try:
-        return bool(content.decode(encoding)) or True
+        return "\0" not in content.decode(encoding) or encoding == "utf-8"
     except UnicodeDecodeError:
         return False
+
+
+def _unmarked_utf_16(content):
+    "`utf-16-le` or `utf-16-be` if zeros are in every other byte only, as in UTF-16 of a Western language; else None."
+    if content.count(0) <= len(content) / 4:
+        return None
+    zeros = set((np.flatnonzero(np.frombuffer(content, np.uint8) == 0) % 2).tolist())
+    return {(0,): "utf-16-be", (1,): "utf-16-le"}.get(tuple(zeros))
 
 # %% ../nbs/00f_tables.ipynb #4adab974
 def find_encoding(content: bytes, source: str | Path = "the file") -> str:
     "The encoding of a text, when there is one answer. Raises `DataError` that says how to convert the file."
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) and _decodes(content, "utf-16"):
         return "utf-16"
+    if encoding := _unmarked_utf_16(content):
+        return encoding
     if _decodes(content, "utf-8"):
         return "utf-8"
     high = len(re.findall(rb"[\x80-\xff]", content))
@@ -169,6 +198,8 @@ def file_encoding(path: str | Path) -> str:
         try:
             for piece in pieces(path):
                 decoder.decode(piece)
+                if encoding := _unmarked_utf_16(piece):
+                    return encoding
             decoder.decode(b"", final=True)
             return "utf-8"
         except UnicodeDecodeError:
@@ -181,7 +212,7 @@ def open_text(path: str | Path, warn: bool = True) -> TextIO:
     "A text file, packed or not, in its own encoding; warns if that is not UTF-8. Raises `DataError`."
     encoding = file_encoding(path)
     if warn and encoding != "utf-8":
-        name = {"latin-1": "Latin-1", "cp1252": "Windows-1252", "utf-16": "UTF-16"}[encoding]
+        name = {"latin-1": "Latin-1", "cp1252": "Windows-1252"}.get(encoding, "UTF-16")
         warnings.warn(f"{path} is not UTF-8; it is read as {name}. Look at a few titles.")
     encoding = "utf-8-sig" if encoding == "utf-8" else encoding  # a mark at the begin is dropped
     return io.TextIOWrapper(open_unpacked(path), encoding=encoding, newline="")
@@ -239,9 +270,33 @@ def _read_text_table(path):
     with open_text(path) as file:
         try:
             return _parse_text(file, *_text_format(path, file))
-        except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as e:
+        except pd.errors.EmptyDataError:
+            raise DataError(f"{path} is empty.") from None
+        except (pd.errors.ParserError, pd.errors.ParserWarning) as e:
             raise DataError(f"{path} cannot be read as a table: expected a header, and the same number of fields in every "
                             f"line ({str(e).strip()}).") from e
+
+# %% ../nbs/00f_tables.ipynb #443e9dea
+def _shape(value):
+    "The kind of an id: `a9` for `B00X1`, `9` for `17`."
+    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "9", str(value)))
+
+
+def _warn_of_swallowed(path, table):
+    "Warn of lines within fields that look like rows: as many fields, and ids like those of the table (standard columns)."
+    texts = [c for c in table if c not in ("user", "item") and pd.api.types.is_string_dtype(table[c])]
+    long = {c: table[c][table[c].str.contains("\n", regex=False).fillna(False)] for c in texts}
+    if not any(map(len, long.values())):
+        return
+    with open_text(path, warn=False) as file:
+        separator = _text_format(path, file)[0]
+    places = {n: set(map(_shape, table[c])) for n, c in enumerate(table) if c in ("user", "item")}
+    found = [row for values in long.values() for row, value in values.items() for line in value.split("\n")[1:]
+             if len(fields := line.split(separator)) == table.shape[1] and places
+             and all(_shape(fields[n].strip(' "\r')) in shapes for n, shapes in places.items())]
+    if found:
+        warnings.warn(f"{path}: {len(found):,} lines are inside a field of another row and not read (first in "
+                      f"{location(path, found[0])}). A quote is probably not closed: close or remove it.")
 
 # %% ../nbs/00f_tables.ipynb #eb449df4
 def storable(text: str) -> str:
@@ -259,21 +314,31 @@ def plain_text(value: object, separator: str = " ") -> str | None:
     return separator.join(dict.fromkeys(p for p in parts if p)) or None
 
 # %% ../nbs/00f_tables.ipynb #c09a23db
-def _user_lists(whole):
-    "The records of `{user: [items]}`; None if it is something else."
-    if all(isinstance(items, list) for items in whole.values()) and not any(map(_is_known, whole)):
-        return [{"user": user, "item": item} for user, items in whole.items() for item in items]
+def _object_records(whole):
+    "The records of a JSON object: a table by pandas, by columns or by rows, or `{user: [items]}`, or a single record."
+    kinds, of_columns = {type(value) for value in whole.values()}, any(map(_is_known, whole))
+    if isinstance(whole.get("data"), list):  # orient="split" and "table"
+        return [dict(zip(whole["columns"], row)) for row in whole["data"]] if "columns" in whole else whole["data"]
+    if kinds in ({dict}, {list}) and of_columns:  # orient="columns"
+        return pd.DataFrame(whole, dtype=object).to_dict("records")
+    if kinds == {dict}:  # orient="index"
+        return list(whole.values())
+    if kinds != {list}:
+        return [whole]
+    if any(isinstance(item, list | dict) for items in whole.values() for item in items):
+        raise ValueError("expected {user: [items]}, and an item is a list or a record")
+    return [{"user": user, "item": item} for user, items in whole.items() for item in items]
 
 # %% ../nbs/00f_tables.ipynb #3f49c5aa
 def _json_records(path) -> Iterator[dict]:
-    "The records of a JSON file: one per line, or a list of them, or `{user: [items]}` as records."
+    "The records of a JSON file: one per line, or a list of them, or those of an object."
     with open_text(path) as file:
         number = 0
         try:
             if file.readline().lstrip()[:1] == "[" or not file.read(1):
                 file.seek(0)
                 whole = json.load(file)
-                yield from whole if isinstance(whole, list) else _user_lists(whole) or [whole]
+                yield from _object_records(whole) if isinstance(whole, dict) else whole
                 return
             file.seek(0)
             for line in file:
@@ -284,9 +349,13 @@ def _json_records(path) -> Iterator[dict]:
             raise DataError(f"{path}{where} cannot be read as JSON: {e}.") from None
 
 # %% ../nbs/00f_tables.ipynb #1388497b
-def _json_value(value, separator):
-    "A value of a record as a table can hold it."
-    return plain_text(value, separator) if isinstance(value, list) else storable(value) if isinstance(value, str) else value
+def _json_value(name, value):
+    "A value of a record as a table can hold it; lists of texts are joined, lists of ids are an error."
+    if isinstance(value, list) and standard_name(name) in ("user", "item"):
+        raise ValueError(f"'{name}' is a list; write a record for each of its ids")
+    if isinstance(value, list):
+        return plain_text(value, "|" if standard_name(name) == "categories" else " ")
+    return storable(value) if isinstance(value, str) else value
 
 
 def _read_json(path):
@@ -295,8 +364,10 @@ def _read_json(path):
     for number, record in enumerate(_json_records(path), 1):
         if not isinstance(record, dict):
             raise DataError(f"{path}, record {number}: expected {{name: value}}, found {str(record)[:40]!r}.")
-        rows.append({k: _json_value(v, "|" if standard_name(k) == "categories" else " ") for k, v in record.items()
-                     if _is_known(k) and not isinstance(v, dict)})
+        try:
+            rows.append({k: _json_value(k, v) for k, v in record.items() if _is_known(k) and not isinstance(v, dict)})
+        except ValueError as e:
+            raise DataError(f"{path}, record {number}: {e}.") from None
     table = pd.DataFrame([row for row in rows if row])
     return table.astype({c: str for c in table if _plain(c) in TEXT_HEADERS and table[c].map(type).nunique() > 1
                          and table[c].notna().all()})
@@ -345,7 +416,10 @@ def read_raw(path: str | Path) -> pd.DataFrame:
     "A table with standard column names, ids as they are written. Raises `DataError`."
     path = Path(path)
     with reading(path):
-        return standard_columns(READERS.get(table_kind(path), _read_text_table)(path), path)
+        table = bare_ids(standard_columns(READERS.get(table_kind(path), _read_text_table)(path), path), path)
+        if table_kind(path) not in READERS:
+            _warn_of_swallowed(path, table)
+    return table
 
 # %% ../nbs/00f_tables.ipynb #7f3f59e2
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -389,24 +463,31 @@ def _check_parts(paths):
     if all(counts) and len(paths) != int(counts[0][2]):
         raise DataError(f"{paths[0].parent} has {len(paths)} of {int(counts[0][2])} parts like {paths[0].name}; add the "
                         "others.")
+    numbers = {int(n[1]) for p in paths if (n := re.search(r"[-_.](\d+)\.[a-z]+(\.gz)?$", p.name))}
+    if not any(counts) and len(numbers) == len(paths) < max(numbers) - min(numbers) + 1 <= 100 * len(paths):
+        gap = min(set(range(min(numbers), max(numbers))) - numbers)
+        warnings.warn(f"{paths[0].parent} has {len(paths)} parts from {paths[0].name} to {paths[-1].name}, and none with "
+                      f"the number {gap}. Is it missing?")
 
 # %% ../nbs/00f_tables.ipynb #ccc4eb0c
-def _parts(folder, stem, ending):
-    "The files of a table: itself, the files of a folder of that name, or numbered ones."
-    path = folder / f"{stem}{ending}"
-    if path.is_file():
+def _parts(names, stem, ending):
+    "The files of a table: itself, those of a folder of that name, or numbered ones. `names`: {name in lower case: path}."
+    path = names.get(f"{stem}{ending}".lower())
+    if path and path.is_file():
         return [path]
-    for inside in (path, folder / stem):
-        if inside.is_dir() and (parts := [p for p in sorted(inside.glob(f"*{ending}")) if p.name[0] not in "._"]):
+    for inside in filter(None, (path, names.get(stem.lower()))):
+        files = sorted(inside.iterdir()) if inside.is_dir() else []
+        if parts := [p for p in files if p.name.lower().endswith(ending) and p.name[0] not in "._"]:
             return parts
     number = r"[-_.](part[-_.]?)?\d+" if ending == ".parquet" else r"[-_.]part[-_.]?\d+"
-    pattern = re.compile(rf"{re.escape(stem)}({number}|-\d+-of-\d+){re.escape(ending)}")
-    return sorted(p for p in folder.glob(f"{glob_escape(stem)}*{ending}") if pattern.fullmatch(p.name))
+    pattern = re.compile(rf"{re.escape(stem)}({number}|-\d+-of-\d+){re.escape(ending)}", re.IGNORECASE)
+    return sorted(p for p in names.values() if pattern.fullmatch(p.name))
 
 # %% ../nbs/00f_tables.ipynb #4d4bb7b8
 def find_tables(folder: Path, stem: str) -> list[list[Path]]:
     "The tables called `stem` in a folder, one per ending, each as its parts. Raises `DataError` if a part is missing."
-    tables = [parts for ending in TABLE_ENDINGS if (parts := _parts(folder, stem, ending))]
+    names = {p.name.lower(): p for p in sorted(folder.iterdir())} if folder.is_dir() else {}
+    tables = [parts for ending in TABLE_ENDINGS if (parts := _parts(names, stem, ending))]
     for parts in tables:
         _check_parts(parts)
     return tables
