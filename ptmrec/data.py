@@ -277,10 +277,16 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".rar", ".7z")
 def _read_checked(folder, timed):
     "Source and table of the interactions of a folder, repeated pairs included; `timed`: a time column is needed."
     folder, tables = Path(folder), []
-    for label, paths in interaction_files(folder).items():
-        for path in paths:
-            table = _check_interactions(path, read_raw(path), timed)
-            tables.append(table if label is None else table.assign(split=label))
+    files = [(label, path) for label, paths in interaction_files(folder).items() for path in paths]
+    for label, path in files:
+        table = _check_interactions(path, read_raw(path), timed)
+        if label is not None and "split" in table and (table.split != label).any():
+            warnings.warn(f"{path} has split labels of its own, which are not used: the name of the file tells its split.")
+        tables.append(table if label is None else table.assign(split=label))
+    for column in ("rating", "time"):
+        without = [path.name for (_, path), table in zip(files, tables) if column not in table]
+        if 0 < len(without) < len(tables):
+            warnings.warn(f"{folder}: {', '.join(without)} has no column '{column}', which the other tables have.")
     if not tables:
         found = [str(p.relative_to(folder)) for pattern in ("*.*", "*/*.*") for p in sorted(folder.glob(pattern))
                  if p.name.lower().endswith((*TABLE_ENDINGS, *ARCHIVES))] or ["no tables"]

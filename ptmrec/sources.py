@@ -187,7 +187,9 @@ def _missing(source, files, images):
     roles = {"interactions": source.interactions, "items": source.items}
     if images and any(Path(name).stem in source.pictures for name in source.archives):
         roles["pictures"] = source.pictures
-    return [patterns[0] for role, patterns in roles.items() if patterns and not files[role]]
+    shared = set(source.interactions) & set(source.items)  # PixelRec calls both tables the same
+    return [patterns[0] + f" with {role}" * (patterns[0] in shared) for role, patterns in roles.items()
+            if patterns and not files[role]]
 
 # %% ../nbs/00g_sources.ipynb #5bb31aca
 def source_files(

@@ -720,3 +720,20 @@ def test_item_tables_without_texts_are_said(home):
 def test_entities_within_entities(home):
     data, _ = load(folder_of(home, {"interactions.csv": text(TABLE, ","), "items.csv": "item,title\n0000,R&amp;amp;B\n"}))
     assert "R&B" in data.texts
+
+
+def test_invisible_characters_around_ids(home):
+    hidden = TABLE.assign(item=[f"{i}\u200b" if n % 2 else f"\ufeff{i}" for n, i in enumerate(TABLE["item"])])
+    data, said = load(folder_of(home, {"interactions.csv": text(hidden, ",")}))
+    assert sorted(data.inter.item_ids) == sorted(set(TABLE["item"]))
+    assert any("8 item ids have blanks" in note for note in said)
+
+
+def test_tables_of_a_split_that_differ_are_said(home):
+    parts = {"train.csv": slice(0, 4), "valid.csv": slice(4, 6), "test.csv": slice(6, 8)}
+    tables = {name: TABLE.iloc[rows].assign(x_label=1) for name, rows in parts.items()}
+    tables["test.csv"] = tables["test.csv"].drop(columns="rating")
+    data, said = load(folder_of(home, {name: table.to_csv(index=False) for name, table in tables.items()}))
+    assert np.bincount(data.inter.split).tolist() == [4, 2, 2]
+    assert any("test.csv has no column 'rating', which the other tables have" in note for note in said)
+    assert sum("has split labels of its own, which are not used" in note for note in said) == 2  # valid.csv agrees
