@@ -272,7 +272,7 @@ def test_items_without_a_picture_are_counted(home):
 
 def test_counts_are_compared_with_the_published(home):
     put(home / "movielens-1m" / "raw", ML)
-    with pytest.warns(UserWarning, match=r"6 / 5 / 30 users / items / interactions here, but 6,040 / \? / 1,000,209"):
+    with pytest.warns(UserWarning, match=r"6 / 5 / 30 users / items / interactions here, but 6,040 / 3,900 / 1,000,209"):
         prepare_source("movielens-1m")
 
 
@@ -369,3 +369,13 @@ def test_two_that_prepare_the_same_set_end_as_one(home):
         assert [process.wait(120) for process in both] == [0] * n and not left.exists()
         found[name] = {p.relative_to(home / name): p.read_bytes() for p in (home / name).rglob("*") if p.is_file()}
     assert found["both"] == found["alone"] and len(found["alone"]) == 7
+
+
+def test_every_set_has_published_counts_and_finds_its_own_files(home):
+    assert all(None not in s.published for s in SOURCES.values())
+    for name in ("KU", "Bili_Food"):
+        files = {f"{name}/{name}_pair.csv": "".join(f"u{u},v{i},{u * 9 + i}\n" for u in range(5) for i in range(5)),
+                 f"{name}/{name}_item.csv": "".join(f"v{i},食,Food {i}\n" for i in range(5))}
+        put(home / f"ninerec-{name.lower().replace('_', '-')}" / "raw", files)
+        data, _ = prepared(f"ninerec-{name.lower().replace('_', '-')}")
+        assert data.inter.n_items == 5 and data.texts[0].startswith("Food 0") and data.inter.time is not None
