@@ -146,8 +146,8 @@ csv.field_size_limit(LINE_BYTES)  # csv's own limit of 131,072 is less than some
 def check_size(path: str | Path, size: int) -> None:
     "Raise `DataError` if a table that takes `size` bytes of memory leaves less than half of what is free."
     if size > (free := psutil.virtual_memory().available) // 2:
-        raise DataError(f"{path} unpacks to more than {free / 2e9:,.1f} GB, half of the memory that is free. Leave out rows "
-                        "or columns, or take a machine with more memory.")
+        raise DataError(f"{path} takes more than {free / 2e9:,.1f} GB to read, half of the memory that is free. Leave out "
+                        "rows or columns, or take a machine with more memory.")
 
 # %% ../nbs/00f_tables.ipynb #585d7090
 def pieces(path: str | Path) -> Iterator[bytes]:
