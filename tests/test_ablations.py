@@ -182,6 +182,13 @@ def test_a_process_that_dies_says_so(tmp_path):
     assert "ended with status 1" in outcome["error"] and "none.ipynb" in outcome["error"]
 
 
+def test_a_process_whose_grid_was_killed_leaves_its_output_alone(tmp_path):
+    "And no answer that nobody reads any more."
+    command = [sys.executable, "-m", "ptmrec.processes", "builtins.print", tmp_path / "out.txt", '{"end": "!"}']
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert said.splitlines()[-1] == '{"error": null}' and os.listdir(tmp_path) == ["out.txt"]
+
+
 # ---------------------------------------------------------------- the engine, without
 
 
