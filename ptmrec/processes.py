@@ -21,8 +21,6 @@ from typing import Any
 
 import psutil
 
-from .files import write_atomically
-
 # %% ../nbs/03f_processes.ipynb #95a61992
 @functools.cache
 def exit_with_parent() -> None:
@@ -60,11 +58,11 @@ def call(function: str, output: str | Path, parameters: dict) -> str | None:
 
 # %% ../nbs/03f_processes.ipynb #b3dc2f47
 def main(arguments: list[str]) -> None:
-    "Run what `arguments` name, [notebook or function, output, parameters as JSON]; what it raised goes to <output>.json."
+    "Run what `arguments` name, [notebook or function, output, parameters as JSON]; the last line says what it raised."
     exit_with_parent()
     what, output, parameters = arguments
     error = (execute if what.endswith(".ipynb") else call)(what, output, json.loads(parameters))
-    write_atomically(f"{output}.json", lambda path: path.write_text(json.dumps({"error": error})))
+    print("\n" + json.dumps({"error": error}), flush=True)
 
 
 if __name__ == "__main__" and "__file__" in globals():
@@ -103,17 +101,15 @@ def run_notebook(
     stop: Any = None,  # an event, of `threading` or `dask.distributed`, that kills the run when it is set
 ) -> dict:
     "Run a notebook in a process of its own: its `seconds`, `peak_mb`, and what it raised as `error` (None: nothing)."
-    answer, started = Path(f"{output}.json"), time.perf_counter()
-    answer.unlink(missing_ok=True)
+    started = time.perf_counter()
     command = [sys.executable, "-m", "ptmrec.processes", notebook, output, json.dumps(parameters)]
     limits = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+    with tempfile.TemporaryFile("w+", errors="replace") as told, tempfile.TemporaryFile("w+", errors="replace") as said:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=told, stderr=said,
                                    env=os.environ | limits | (environment or {}))
         peak = wait_and_measure(process, stop)
-        said.seek(0)
-        last_words = said.read().strip()[-500:]
+        told.seek(0), said.seek(0)
+        answer, last_words = told.read().strip().rpartition("\n")[2], said.read().strip()[-500:]
     dead = f"The process ended with status {process.returncode}. {last_words}".strip()
-    error = json.loads(answer.read_text())["error"] if answer.exists() else dead
-    answer.unlink(missing_ok=True)
+    error = json.loads(answer)["error"] if answer.startswith('{"error": ') else dead
     return {"seconds": time.perf_counter() - started, "peak_mb": peak / 1e6, "error": error}

@@ -29,7 +29,9 @@ from typing import IO, TextIO
 import numpy as np
 import pandas as pd
 import psutil
-from pyarrow.parquet import read_metadata
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow.parquet import ParquetFile
 
 from .files import DataError
 
@@ -174,18 +176,19 @@ csv.field_size_limit(LINE_BYTES)  # csv's own limit of 131,072 is less than some
 
 
 def check_size(path: str | Path, size: int) -> None:
-    "Raise `DataError` if a table of `size` bytes, unpacked, leaves less than half of the free memory."
+    "Raise `DataError` if a table that takes `size` bytes of memory leaves less than half of what is free."
     if size > (free := psutil.virtual_memory().available) // 2:
-        raise DataError(f"{path} unpacks to more than {free / 2e9:,.1f} GB, half of the memory that is free. Leave out rows "
-                        "or columns, or take a machine with more memory.")
+        raise DataError(f"{path} takes more than {free / 2e9:,.1f} GB to read, half of the memory that is free. Leave out "
+                        "rows or columns, or take a machine with more memory.")
 
 # %% ../nbs/00f_tables.ipynb #585d7090
 def pieces(path: str | Path) -> Iterator[bytes]:
     "The bytes of a text file, packed or not, in pieces. Raises `DataError` if all of it, or a line, is too large."
     size, line, whole = 0, 0, table_kind(path) in (".json", ".jsonl")
+    marks, each = (b",[{", 64) if whole else (b",\t\n\n", 16)  # Python's values; pandas's fields, and twice for lines
     with open_unpacked(path) as file:
         while piece := file.read(1 << 20):
-            size += len(piece)
+            size += len(piece) + each * sum(map(piece.count, marks))
             line = len(piece) - piece.rfind(b"\n") - 1 if b"\n" in piece else line + len(piece)
             check_size(path, size)
             if line > LINE_BYTES and not whole:
@@ -376,10 +379,26 @@ def _read_json(path):
                          and table[c].notna().all()})
 
 # %% ../nbs/00f_tables.ipynb #c6f3cfef
+def _text_bytes(texts):
+    "Bytes of an Arrow array of numbered texts, or of lists or records of them, once they are unpacked."
+    if isinstance(texts, pa.DictionaryArray):
+        return pc.sum(pc.take(pc.binary_length(texts.dictionary), texts.indices)).as_py() or 0
+    if not pa.types.is_nested(texts.type):  # long numbers
+        return texts.nbytes
+    inner = (texts.keys, texts.items) if isinstance(texts, pa.MapArray) else texts.flatten()
+    return sum(map(_text_bytes, [inner] if isinstance(inner, pa.Array) else inner))
+
+
 def _read_parquet(path):
-    about = read_metadata(path)
+    with ParquetFile(path) as file:
+        about, schema = file.metadata, file.schema
     unpacked = sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups))
-    check_size(path, max(unpacked, 8 * about.num_rows * about.num_columns))
+    check_size(path, size := max(unpacked, 8 * about.num_rows * about.num_columns))
+    columns = map(schema.column, range(len(schema)))
+    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    with ParquetFile(path, read_dictionary=texts) as file:
+        for batch in file.iter_batches(columns=texts) if texts else ():
+            check_size(path, size := size + sum(map(_text_bytes, batch.columns)))
     return pd.read_parquet(path)
 
 # %% ../nbs/00f_tables.ipynb #3a507441

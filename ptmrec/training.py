@@ -10,6 +10,7 @@ __all__ = ['ON_NAN', 'TripleSampler', 'Callback', 'keep_freed_memory', 'Stopped'
 
 # %% ../nbs/03b_training.ipynb #2757e5fa
 import atexit
+import builtins
 import copy
 import ctypes
 import math
@@ -168,10 +169,14 @@ def leaves_within(
         writer.close()
 
 # %% ../nbs/03b_training.ipynb #860becdd
-def _alarm(seconds=8):
-    if hasattr(signal, "alarm"):  # not on Windows
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(seconds)
+def _leave(code, seconds=8):
+    "End this process with what libraries do at exit, for which they have so many seconds, and nothing else."
+    limit = threading.Timer(seconds, os._exit, [code])
+    limit.daemon = True
+    limit.start()
+    atexit._run_exitfuncs()  # as multiprocessing does
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager
@@ -183,8 +188,10 @@ def exits_when_stopped() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         if not rank():
             print(str(stop) or "Stopped.", file=sys.stderr)
-        atexit.register(_alarm)
-        sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
+        code = 128 + getattr(stop, "signal", signal.SIGINT)
+        if not hasattr(builtins, "get_ipython"):
+            _leave(code)
+        sys.exit(code)
 
 # %% ../nbs/03b_training.ipynb #a8406ba2
 class Loop:
@@ -396,7 +403,7 @@ def what_is_kept(loop: Loop, path: Path) -> str:
 
 # %% ../nbs/03b_training.ipynb #b52006c9
 class Checkpoint(Callback):
-    """Writes `path` after an epoch if `seconds` have passed since it last did (0: after every epoch), and resumes from it.
+    """Writes `path` after an epoch, every `seconds` and in at most `share` of the time (0 and 1: always); resumes from it.
 
     It also writes when the training is ended by hand.
 
@@ -404,11 +411,11 @@ class Checkpoint(Callback):
     is kept elsewhere. Of several processes, the first writes.
     """
 
-    def __init__(self, path: str | Path, seconds: float = 10):
-        self.path, self.seconds, self.kept = Path(path), seconds, None
+    def __init__(self, path: str | Path, seconds: float = 10, share: float = 0.05):
+        self.path, self.seconds, self.share, self.kept = Path(path), seconds, share, None
 
     def resume(self, loop: "Loop") -> None:
-        self.written = time.monotonic()
+        self.due = time.monotonic() + self.seconds
         if not self.path.exists():
             return
         try:
@@ -418,10 +425,13 @@ class Checkpoint(Callback):
             warnings.warn(f"The checkpoint {self.path} is not used, and the training starts anew: {error}.")
 
     def after_epoch(self, loop: "Loop") -> None:
-        if rank() or not loop.by_hand and time.monotonic() - self.written < self.seconds:
+        begun = time.monotonic()
+        if rank() or begun < self.due and not loop.by_hand:
             return
         write_snapshot(self.path, take_snapshot(loop))
-        self.written, self.kept = time.monotonic(), what_is_kept(loop, self.path)
+        ended = time.monotonic()
+        self.due = ended + max(self.seconds, (ended - begun) * (1 / self.share - 1))
+        self.kept = what_is_kept(loop, self.path)
 
     def interrupted(self, loop: "Loop") -> str | None:
         return self.kept

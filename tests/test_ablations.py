@@ -99,8 +99,9 @@ def below(pid):
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc, as on Linux")
 def test_killed_and_called_again(shop, runs):
     "SIGKILL: program and kernel end by themselves; what is finished stays, the rest is run."
-    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 2000, "patience": 2000}
-    code = f"from ptmrec.grids import grid; grid('04_stage1', {base}, {{'emb_size': [8, 16]}}, [0], 'killed', at_once=1)"
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "patience": 5000}
+    axes = {"epochs": [1, 5000]}  # the second is still at it when it is killed, however busy the machine
+    code = f"from ptmrec.grids import grid; grid('04_stage1', {base}, {axes}, [0], 'killed', at_once=1)"
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     while len(list((runs / "stage1").glob("*/*/run.json"))) < 2:
         assert first.poll() is None, "the grid ended before it could be killed"
@@ -108,14 +109,14 @@ def test_killed_and_called_again(shop, runs):
     started = below(first.pid)
     first.kill()
     first.wait()
-    for _ in range(600):
+    for _ in range(2400):
         if not any(map(alive, started)):
             break
         time.sleep(0.05)
     assert len(started) >= 2 and not any(map(alive, started))
     done = {path: path.stat().st_mtime_ns for path in (runs / "stage1").rglob("metrics.json")}
     assert len(done) == 1
-    table = grid("04_stage1", base, {"emb_size": [8, 16]}, [0], "killed", at_once=1)
+    table = grid("04_stage1", base, axes, [0], "killed", at_once=1)
     assert table.reused.tolist() == [True, False] and (table.status == "finished").all()
     assert done == {path: path.stat().st_mtime_ns for path in done}
 
@@ -163,8 +164,8 @@ def test_ctrl_c_ends_the_runs_on_a_cluster(shop, runs, tmp_path, to_group):
         time.sleep(0.05)
     started = below(first.pid)
     (os.killpg if to_group else os.kill)(first.pid, signal.SIGINT)
-    said, _ = first.communicate(timeout=120)
-    for _ in range(600):
+    said, _ = first.communicate(timeout=400)
+    for _ in range(2400):
         if not any(map(alive, started)):
             break
         time.sleep(0.05)
@@ -179,6 +180,13 @@ def test_ctrl_c_ends_the_runs_on_a_cluster(shop, runs, tmp_path, to_group):
 def test_a_process_that_dies_says_so(tmp_path):
     outcome = run_notebook(str(tmp_path / "none.ipynb"), str(tmp_path / "out.ipynb"), {})
     assert "ended with status 1" in outcome["error"] and "none.ipynb" in outcome["error"]
+
+
+def test_a_process_whose_grid_was_killed_leaves_its_output_alone(tmp_path):
+    "And no answer that nobody reads any more."
+    command = [sys.executable, "-m", "ptmrec.processes", "builtins.print", tmp_path / "out.txt", '{"end": "!"}']
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert said.splitlines()[-1] == '{"error": null}' and os.listdir(tmp_path) == ["out.txt"]
 
 
 # ---------------------------------------------------------------- the engine, without
@@ -225,14 +233,17 @@ def test_cells_that_make_the_same_run_wait(shop):
 
 @pytest.mark.parametrize("gpus, most", [(["cuda:0"] * 3, 1), (["cuda:0", "cuda:1", "cuda:0"], 2), ([None] * 3, 3)])
 def test_a_gpu_has_one_run_at_a_time(gpus, most):
-    cells, running, seen = [Cell({}, {}, None) for _ in gpus], [], []
+    cells, running, seen, full = [Cell({}, {}, None) for _ in gpus], [], [], threading.Event()
 
     def submit(cell):
         running.append(cell)
         seen.append(len(running))
+        if len(running) == most:
+            full.set()
 
         def work():
-            time.sleep(0.05)
+            full.wait(60)
+            time.sleep(0.05)  # one more would come now
             running.remove(cell)
             return {"error": None}
 

@@ -226,7 +226,7 @@ def test_a_kill_in_the_middle_loses_nothing(server, tmp_path):
         server.stop_at = stop_at
         process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "items.parquet", tmp_path / "shop",
                                     server.address])
-        assert server.stopped.wait(120)
+        assert server.stopped.wait(400)
         process.send_signal(signal.SIGKILL)
         process.wait()
         server.stop_at = 0
@@ -517,7 +517,7 @@ def test_two_prepare_at_once_end_as_one(server, files, tmp_path):
         environment = os.environ | {"PTMREC_DATA": str(home), "TQDM_DISABLE": "1"}
         processes = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", PREPARE, files.address, server.address],
                                       env=environment, stdout=subprocess.PIPE, text=True) for _ in range(n)]
-        said = [p.communicate(timeout=120)[0] for p in processes]
+        said = [p.communicate(timeout=400)[0] for p in processes]
         assert [p.returncode for p in processes] == [0] * n
         assert n == 1 or sum("Another process is at it (data set Toys)" in out for out in said) <= n - 1
         return {p.relative_to(home): p.read_bytes() for p in home.rglob("*") if p.is_file()}

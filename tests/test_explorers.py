@@ -245,15 +245,15 @@ def test_formulas_in_an_export_are_text():
 
 
 def test_a_click_is_quick_with_25000_items():
-    "A tenth of a second here as a rule; the limit is generous, for a machine that is busy."
+    "A tenth of a second as a rule; of this process's own, whatever else the machine does."
     browser = explorers.DataBrowser(large())
     clicks = [lambda: setattr(browser.words, "value", "word7 word1"), lambda: setattr(browser.words, "value", ""),
               lambda: setattr(browser.order, "value", "fewest interactions first"), browser.found.forth.click,
               browser.found.buttons[3].click, lambda: setattr(browser.only, "value", "without a picture")]
     seconds = []
     for click in clicks:
-        start = time.perf_counter()
+        start = time.process_time()
         click()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert max(seconds) < 1.5, seconds
     assert len(shown(browser)) < 60_000, "the page holds what is shown, not the data set"

@@ -124,7 +124,7 @@ def test_a_killed_run_is_not_a_finished_one_and_resumes(runs, monkeypatch):
     expected = whole.metrics()
     shutil.rmtree(whole.folder)
     evaluate, calls = stage1.evaluate, []
-    monkeypatch.setattr(stage1, "Checkpoint", partial(stage1.Checkpoint, seconds=0))
+    monkeypatch.setattr(stage1, "Checkpoint", partial(stage1.Checkpoint, seconds=0, share=1))
 
     def dies(*args):
         calls.append(1)

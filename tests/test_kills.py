@@ -60,15 +60,15 @@ def work(kind, folder, runs):
     import torch
 
     import ptmrec.stage1 as stage1
+    import ptmrec.stage2 as stage2
     from ptmrec.search import search
-    from ptmrec.stage2 import run_stage2
 
     torch.set_num_threads(1)
     place = runs if kind in ("features", "downloads") else folder.parent
     os.environ |= {"PTMREC_RUNS": str(runs), "PTMREC_DATA": str(place), "TQDM_DISABLE": "1"}
     warnings.simplefilter("ignore")
-    stage1.Checkpoint = partial(stage1.Checkpoint, seconds=0)
-    {"stage1": stage1.run_stage1, "stage2": run_stage2, "search": search, "features": encode, "downloads": download,
+    stage1.Checkpoint = stage2.Checkpoint = partial(stage1.Checkpoint, seconds=0, share=1)
+    {"stage1": stage1.run_stage1, "stage2": stage2.run_stage2, "search": search, "features": encode, "downloads": download,
      "grid": make_grid}[kind](dataset=folder, **KINDS[kind])
 
 

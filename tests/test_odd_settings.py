@@ -319,7 +319,7 @@ def test_a_program_that_is_stopped_while_it_starts_says_one_line(tmp_path):
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         time.sleep(seconds)
         program.send_signal(signal.SIGTERM)
-        _, said = program.communicate(timeout=120)
+        _, said = program.communicate(timeout=300)
         assert program.returncode in (143, 0, -15), program.returncode  # -15: before Python ran a line of it
         assert said in ("", "Stopped while starting.\n"), said
 

@@ -366,7 +366,7 @@ def test_two_that_prepare_the_same_set_end_as_one(home):
         (left := home / name / "movielens-1m" / f".tmp-{_host()}-99999999-ab").mkdir()
         environment = os.environ | {"PTMREC_DATA": str(home / name), "PYTHONPATH": str(ROOT)}
         both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", TWICE], env=environment) for _ in range(n)]
-        assert [process.wait(120) for process in both] == [0] * n and not left.exists()
+        assert [process.wait(400) for process in both] == [0] * n and not left.exists()
         found[name] = {p.relative_to(home / name): p.read_bytes() for p in (home / name).rglob("*") if p.is_file()}
     assert found["both"] == found["alone"] and len(found["alone"]) == 7
 

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import SHARED
 from PIL import Image
@@ -506,15 +508,24 @@ def parquet_bomb(path, size):
     pd.DataFrame(np.zeros((size // 16, 2), int), columns=["user", "item"]).to_parquet(path)
 
 
+def parquet_texts(path, size):
+    "A Parquet file that has a long text once, and unpacks to so many bytes of it."
+    texts = pa.DictionaryArray.from_arrays(np.zeros(size // 10_000, np.int8), ["u" * 10_000])
+    pq.write_table(pa.table({"item": np.arange(len(texts)), "user": texts}), path)
+
+
 @pytest.mark.parametrize("name, write, said", [
     ("interactions.csv.gz", packed_lines, "half of the memory that is free"),
+    ("interactions.csv.gz", lambda path, size: packed_lines(path, size // 10), "half of the memory that is free"),
+    ("interactions.jsonl.gz", lambda path, size: path.write_bytes(gzip.compress(b"[[]]\n" * (size // 100), 1)), "half of"),
     ("interactions.parquet", parquet_bomb, "half of the memory that is free"),
+    ("interactions.parquet", parquet_texts, "half of the memory that is free"),
     ("interactions.xlsx", sheet_bomb, "half of the memory that is free"),
     ("interactions.json.gz", lambda path, size: path.write_bytes(gzip.compress(b"[" + b" " * size, 1)), "half of the mem"),
     ("interactions.csv", lambda path, size: path.write_bytes(b"user,item\n1," + b"x" * size), "a line of more than 50 MB")
-], ids=["csv.gz", "parquet", "xlsx", "json.gz", "one field"])
+], ids=["csv.gz", "short lines", "short values", "parquet", "one text in parquet", "xlsx", "json.gz", "one field"])
 def test_tables_that_are_too_large_are_refused_before_they_are_read(home, monkeypatch, name, write, said):
-    "60 MB where 100 MB are free, or in one field; of the packed ones the files are small."
+    "60 MB, or what is parsed to as much, where 100 MB are free, or in one field; of the packed ones the files are small."
     monkeypatch.setattr("ptmrec.tables.psutil.virtual_memory", lambda: SimpleNamespace(
         available=10**12 if name.endswith(".csv") else 10**8))
     for reader in ("read_csv", "read_parquet", "ExcelFile"):
