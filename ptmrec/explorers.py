@@ -7,13 +7,15 @@ __all__ = ['CARD_LAYOUT', 'ONLY', 'ORDERS', 'FAR', 'GAIN', 'RULES', 'ASPECTS', '
            'card_style', 'small_button', 'Gallery', 'page_draws_widgets', 'as_jpeg', 'figure_html', 'Explorer',
            'find_items', 'searchable', 'buyers', 'also_bought', 'item_facts', 'plain_table', 'item_html',
            'side_by_side', 'DataBrowser', 'moves', 'rank_text', 'move_text', 'order_users', 'run_name', 'open_rows',
-           'runs_alike', 'variants_of', 'list_name', 'Lists', 'user_rows', 'UserPicker', 'UserExplorer',
-           'neighbour_rows', 'vocabulary', 'encode_words', 'nearest_words', 'Words', 'about_item', 'ItemPicker',
-           'ItemExplorer', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'new_map', 'EmbeddingMap',
-           'different_parameters', 'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer', 'explore']
+           'runs_alike', 'variants_of', 'list_name', 'Lists', 'user_rows', 'UserPicker', 'UserExplorer', 'unit_tables',
+           'neighbour_rows', 'vocabulary', 'encode_words', 'nearest_words', 'attention_html', 'Words', 'about_item',
+           'ItemPicker', 'ItemExplorer', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'new_map',
+           'EmbeddingMap', 'different_parameters', 'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer',
+           'explore']
 
 # %% ../nbs/07a_explorers.ipynb #23ad5d20
 import base64
+import functools
 import html
 import io
 import itertools
@@ -36,8 +38,9 @@ from .ranking import metric_names
 from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, per_user_values
 from .stage1 import label
 from .stage2 import variant_name
-from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, aligned_maps, attention_maps, embedding_map,
-                                  in_style, item_tables, most_frequent, neighbours, sheet, skewed, user_number, view)
+from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, attention_shares, embedding_map, in_style,
+                                  item_pixels, item_tables, most_frequent, nearest, principal_plane, sheet, skewed,
+                                  turned_onto, under_attention, user_number, view)
 
 # %% ../nbs/07a_explorers.ipynb #427f00b8
 def data_uri(pixels: np.ndarray) -> str:
@@ -483,12 +486,22 @@ class UserExplorer(Explorer):
         self.item.value = item_html(catalogue, item) + plain_table(item_facts(catalogue, item).items())
 
 # %% ../nbs/07a_explorers.ipynb #6fd5fd79
-def neighbour_rows(tables: dict, item: int, modality: str, k: int = 7) -> pd.DataFrame:
+def unit_tables(run: Run | RunView) -> dict[str, torch.Tensor]:
+    "`item_tables` with rows of length 1: made once, so that a click need not."
+    return {name: torch.nn.functional.normalize(table.float(), dim=1) for name, table in item_tables(run).items()}
+
+
+def neighbour_rows(
+    tables: dict[str, torch.Tensor],  # of `unit_tables`
+    item: int,
+    modality: str,
+    k: int = 7,
+) -> pd.DataFrame:
     "The `k` nearest items under ID, frozen and tuned features of a modality: columns space, item, cosine, in_id."
     rows, ids = [], set()
     for space in ("ID", f"frozen {modality}", f"tuned {modality}"):
         if space in tables:
-            near, cosine = neighbours(tables[space], item, k)
+            near, cosine = nearest(tables[space], item, k)
             ids = set(near.tolist()) if space == "ID" else ids
             rows.append(pd.DataFrame({"space": space, "item": near.numpy(), "cosine": cosine.numpy(),
                                       "in_id": [i in ids for i in near.tolist()]}))
@@ -514,6 +527,16 @@ def nearest_words(feature: torch.Tensor, words: Sequence[str], tables: torch.Ten
     best = cosine.argsort(descending=True, stable=True)[:k]
     return {words[i]: f"{cosine[i]:.2f}" for i in best.tolist()}
 
+# %% ../nbs/07a_explorers.ipynb #03f77309
+def attention_html(run: Run | RunView, item: int, size: int = 140) -> str:
+    "HTML: an item's picture under the attention of the class token, frozen and tuned. Raises `DataError`."
+    pixels = item_pixels(run, [item])
+    shares = {name: share[0] for name, share in attention_shares(run, pixels).items()}
+    top = max(float(share.max()) for share in shares.values())
+    cells = "".join(f'<td>{name}<br><img src="{data_uri(under_attention(pixels[0], share, top))}" width="{size}"></td>'
+                    for name, share in shares.items())
+    return f"<table><tr>{cells}</tr></table>Darkest red: {top:.1f} times an even share of the class token's attention."
+
 # %% ../nbs/07a_explorers.ipynb #0a13a952
 class Words:
     "The words of a run's data set, and which of them the frozen and the tuned CLIP find nearest to an item."
@@ -526,7 +549,11 @@ class Words:
         run = self.seen.run if space.startswith("tuned") else self.seen.run.stage1
         if run.key not in self.features:
             self.features[run.key] = encode_words(run.encoder(), self.words)
-        return nearest_words(feature, self.words, self.features[run.key])
+        table = self.features[run.key]
+        if len(feature) != table.shape[1]:
+            raise DataError(f"{space} features have {len(feature)} numbers and words {table.shape[1]}, so no word is near: "
+                            "the towers of this CLIP were trained apart. Click text for the words near an item's text.")
+        return nearest_words(feature, self.words, table)
 
 
 ASPECTS = ("facts", "words", "attention")
@@ -537,7 +564,7 @@ def about_item(words: Words, tables: dict, item: int, spaces: Sequence[str], asp
     if aspect == "facts":
         return plain_table(item_facts(words.seen.catalogue, item).items())
     if aspect == "attention":
-        return figure_html(attention_maps(words.seen, [item]))
+        return attention_html(words.seen, item)
     found = {space: words.nearest(space, tables[space][item]) for space in spaces}
     return "".join(f"<b>{space}</b>" + plain_table(near.items()) for space, near in found.items())
 
@@ -580,7 +607,7 @@ class ItemExplorer(Explorer):
     "An item's neighbours under ID, frozen and tuned features; those that are ID neighbours, too, are framed."
 
     def __init__(self, run: Run | RunView, item: int | None = None):
-        self.seen, self.tables, self.words, self.item = view(run), item_tables(run), Words(run), widgets.HTML()
+        self.seen, self.tables, self.words, self.item = view(run), unit_tables(run), Words(run), widgets.HTML()
         self.kinds = ("ID", "frozen", "tuned") if "tuning" in self.seen.run.params else ("ID", "frozen")
         self.picker = ItemPicker(self.seen.catalogue, lambda _: self.draw())
         self.modality, self.aspect = (widgets.ToggleButtons(options=options, style={"button_width": "80px"})
@@ -605,8 +632,8 @@ class ItemExplorer(Explorer):
             gallery.show(title, rows.index, lambda other, rows=rows: f"cosine {rows.cosine[other]:.2f}",
                          rows.index[rows.in_id] if shared else ())
         spaces = [f"{kind} {modality}" for kind in self.kinds[1:]]
-        self.item.value = item_html(self.seen.catalogue, item) + about_item(self.words, self.tables, item, spaces,
-                                                                            self.aspect.value)
+        self.item.value = item_html(self.seen.catalogue, item)  # stays if the rest cannot be shown
+        self.item.value += about_item(self.words, self.tables, item, spaces, self.aspect.value)
 
 # %% ../nbs/07a_explorers.ipynb #933ff709
 def between(before: torch.Tensor, after: torch.Tensor, share: float) -> np.ndarray:
@@ -674,6 +701,7 @@ class EmbeddingMap(Explorer):
 
     def __init__(self, run: Run | RunView, color: str = "interactions"):
         self.tables, self.catalogue, names = item_tables(run), view(run).catalogue, list(item_tables(run))
+        self.plane = functools.cache(lambda name: principal_plane(self.tables[name]))
         ends = [next((n for n in names if n.startswith(kind)), names[0]) for kind in ("frozen", "tuned")]
         self.before, self.after = (widgets.Dropdown(options=names, value=name, description=text, layout={"width": "220px"})
                                    for text, name in zip(("from", "to"), ends))
@@ -691,8 +719,9 @@ class EmbeddingMap(Explorer):
         self.attempt(self.lay_out)
 
     def lay_out(self):
-        "Make the layouts of both ends, within -1 and 1, and draw the map."
-        ends = aligned_maps(self.tables[self.before.value], self.tables[self.after.value])
+        "Make the layouts of both ends, within -1 and 1, the second turned onto the first, and draw the map."
+        before, after = self.plane(self.before.value), self.plane(self.after.value)
+        ends = before, turned_onto(after, before)
         self.ends = [end / (1.05 * max(float(layout.abs().max()) for layout in ends)) for end in ends]
         self.map.move(between(*self.ends, self.slider.value))
         self.paint()
