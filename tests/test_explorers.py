@@ -133,6 +133,35 @@ def test_item_explorer_walks_and_tells(shop):
         assert sign in explorer.item.value and explorer.message.value == "", explorer.message.value
 
 
+def test_an_item_is_shown_where_the_rest_cannot_be(shop):
+    "Item 5 has no picture, so no attention; towers that were trained apart know no words for a picture."
+    explorer = explorers.ItemExplorer(shop[1], 0)
+    explorer.aspect.value = "attention"
+    assert explorer.item.value.count("data:image/jpeg") == 3 and explorer.message.value == ""
+    explorer.picker.pick(4)
+    explorer.safely(explorer.picker.pick)(5)
+    assert "Item 5 has no picture, so there is no attention to show." in explorer.message.value
+    assert html.escape(explorer.seen.catalogue.title(5, 200)) in explorer.item.value and "data:" not in explorer.item.value
+    explorer.tables["frozen image"] = explorer.tables["frozen image"][:, 1:]
+    explorer.aspect.value = "words"
+    assert "the towers of this CLIP were trained apart" in explorer.message.value
+
+
+def test_what_a_click_needs_is_made_once(shop, monkeypatch):
+    explorer, places = explorers.ItemExplorer(shop[1], 0), explorers.EmbeddingMap(shop[1])
+    explorer.aspect.value = "words"
+    explorer.aspect.value = "attention"
+    places.before.value, places.after.value = "ID", "frozen text"
+    for owner, name in ((explorers, "principal_plane"), (explorers, "encode_words"), (explorers, "item_tables"),
+                        (explorers.Run, "encoder")):
+        monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(f"{name} is called again"))
+    for aspect in ("words", "attention"):
+        explorer.aspect.value = aspect
+        explorer.safely(explorer.picker.pick)(len(aspect))
+    places.before.value, places.after.value = "frozen text", "ID"
+    assert explorer.error is None and places.error is None, (explorer.error, places.error)
+
+
 def test_the_map_slides_and_paints(shop):
     explorer = explorers.EmbeddingMap(shop[1])
     points = explorer.map.scatter.widget.points.copy()
