@@ -39,8 +39,8 @@ from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, p
 from .stage1 import label
 from .stage2 import variant_name
 from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, attention_shares, embedding_map, in_style,
-                                  item_pixels, item_tables, most_frequent, nearest, principal_plane, sheet, skewed,
-                                  turned_onto, under_attention, user_number, view)
+                                  item_pixels, item_tables, items_of, most_frequent, nearest, principal_plane, sheet,
+                                  skewed, turned_onto, under_attention, user_number, view)
 
 # %% ../nbs/07a_explorers.ipynb #427f00b8
 def data_uri(pixels: np.ndarray) -> str:
@@ -398,10 +398,10 @@ class Lists:
 # %% ../nbs/07a_explorers.ipynb #3969fcaa
 def user_rows(inter, user: int, before: Sequence[int], after: Sequence[int], k: int = 10) -> list[tuple]:
     "History, test items with their ranks, and the first `k` of two lists: (title, items, note(item), framed) for `Gallery`."
-    theirs, moved = inter.user == user, moves(before, after)
-    history, test = (inter.item[theirs & (inter.split == split)].tolist() for split in (0, 2))
+    (history, test), moved = (items_of(inter, user, split) for split in ("train", "test")), moves(before, after)
     moved = moved.reindex(moved.index.union(test))
-    rows = [(f"User {inter.user_ids[user]} has", history, lambda item: "", ()),
+    how = ", latest first" * (inter.time is not None)
+    rows = [(f"User {inter.user_ids[user]} has{how}", history, lambda item: "", ()),
             ("To be found: rank before → after", test, lambda i: " → ".join(map(rank_text, moved.loc[i])), ())]
     for side, items in (("before", before), ("after", after)):
         hits = set(items[:k]) & set(test)

@@ -6,7 +6,7 @@
 __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS', 'POPULARITY', 'cut', 'letterbox',
            'item_statistics', 'Catalogue', 'nearest', 'neighbours', 'RunView', 'view', 'item_tables', 'user_number',
            'in_style', 'installed_fonts', 'printable', 'save', 'shown_title', 'SheetRow', 'sheet', 'neighbour_sheet',
-           'user_gains', 'recommendation_sheet', 'show_what_changed', 'training_curves', 'principal_plane',
+           'user_gains', 'items_of', 'recommendation_sheet', 'show_what_changed', 'training_curves', 'principal_plane',
            'turned_onto', 'aligned_maps', 'most_frequent', 'skewed', 'embedding_map', 'random_cosines',
            'batch_distributions', 'domain_gap', 'class_attention', 'item_pixels', 'attention_shares', 'under_attention',
            'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front', 'cost_against_quality', 'hits_by_popularity',
@@ -42,7 +42,8 @@ from PIL import ImageOps
 from torch import Tensor
 
 from .clip_prompting import Clip, DeepPrompts, encode_image, image_tower, text_module, text_tower
-from .data import SPLITS, DataError, PictureError, RecData, as_rgb, load_image, open_picture, upright
+from .data import (SPLITS, DataError, Interactions, PictureError, RecData, as_rgb, load_image, open_picture,
+                         upright)
 from .losses import log_distribution
 from .ranking import Evaluator, rank_items, stable_topk
 from .runs import Run, RunEncoder, check_variant, first_features, open_run, per_user_values
@@ -345,13 +346,17 @@ def user_gains(run: Run, metric: str = "recall@10", variants: Sequence = ("stage
     return (after - before).dropna()
 
 # %% ../nbs/07_visualisation.ipynb #f35884df
+def items_of(inter: Interactions, user: int, split: str) -> list[int]:
+    "Item numbers of user number `user` in a split, the latest first where times are known."
+    rows = (inter.user == user) & (inter.split == SPLITS.index(split))
+    order = slice(None) if inter.time is None else np.argsort(-inter.time[rows], kind="stable")
+    return inter.item[rows][order].tolist()
+
+
 def _lists(seen, user: int, variants, k: int) -> list[SheetRow]:
     "Rows for user number `user`: training and test items (five at most), and the list of each variant with its hits."
-    inter, found = seen.data.inter, {}
-    for split in ("train", "test"):
-        rows = (inter.user == user) & (inter.split == SPLITS.index(split))
-        order = slice(None) if inter.time is None else np.argsort(-inter.time[rows], kind="stable")  # the latest first
-        found[split] = inter.item[rows][order].tolist()
+    inter = seen.data.inter
+    found = {split: items_of(inter, user, split) for split in ("train", "test")}
     how = ", latest first" * (inter.time is not None)
     rows = [SheetRow(f"{split} items{how}: {min(5, len(items))} of {len(items)}", items[:5])
             for split, items in zip(("training", "test"), found.values())]
