@@ -9,7 +9,7 @@ __all__ = ['CARD_LAYOUT', 'ONLY', 'ORDERS', 'FAR', 'GAIN', 'RULES', 'ASPECTS', '
            'side_by_side', 'DataBrowser', 'moves', 'rank_text', 'move_text', 'order_users', 'run_name', 'open_rows',
            'runs_alike', 'variants_of', 'list_name', 'Lists', 'user_rows', 'UserPicker', 'UserExplorer', 'unit_tables',
            'neighbour_rows', 'vocabulary', 'encode_words', 'nearest_words', 'attention_html', 'Words', 'about_item',
-           'ItemPicker', 'ItemExplorer', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'new_map',
+           'ItemPicker', 'ItemExplorer', 'layouts', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'new_map',
            'EmbeddingMap', 'different_parameters', 'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer',
            'explore']
 
@@ -636,6 +636,17 @@ class ItemExplorer(Explorer):
         self.item.value += about_item(self.words, self.tables, item, spaces, self.aspect.value)
 
 # %% ../nbs/07a_explorers.ipynb #933ff709
+def layouts(tables: dict[str, torch.Tensor]) -> Callable:
+    "A function of two names of `tables`: their aligned layouts (I, 2), within -1 and 1. Each plane is made once."
+    plane = functools.cache(lambda name: principal_plane(tables[name]))
+
+    def ends(before, after):
+        found = plane(before), turned_onto(plane(after), plane(before))
+        return [layout / (1.05 * max(float(end.abs().max()) for end in found)) for layout in found]
+
+    return ends
+
+
 def between(before: torch.Tensor, after: torch.Tensor, share: float) -> np.ndarray:
     "Layouts (I, 2) mixed: `share` 0 is `before`, 1 is `after`."
     return ((1 - share) * before + share * after).numpy()
@@ -701,7 +712,7 @@ class EmbeddingMap(Explorer):
 
     def __init__(self, run: Run | RunView, color: str = "interactions"):
         self.tables, self.catalogue, names = item_tables(run), view(run).catalogue, list(item_tables(run))
-        self.plane = functools.cache(lambda name: principal_plane(self.tables[name]))
+        self.layouts = layouts(self.tables)
         ends = [next((n for n in names if n.startswith(kind)), names[0]) for kind in ("frozen", "tuned")]
         self.before, self.after = (widgets.Dropdown(options=names, value=name, description=text, layout={"width": "220px"})
                                    for text, name in zip(("from", "to"), ends))
@@ -719,10 +730,8 @@ class EmbeddingMap(Explorer):
         self.attempt(self.lay_out)
 
     def lay_out(self):
-        "Make the layouts of both ends, within -1 and 1, the second turned onto the first, and draw the map."
-        before, after = self.plane(self.before.value), self.plane(self.after.value)
-        ends = before, turned_onto(after, before)
-        self.ends = [end / (1.05 * max(float(layout.abs().max()) for layout in ends)) for end in ends]
+        "Make the layouts of both ends, and draw the map."
+        self.ends = self.layouts(self.before.value, self.after.value)
         self.map.move(between(*self.ends, self.slider.value))
         self.paint()
 
