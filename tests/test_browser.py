@@ -64,7 +64,7 @@ def a_point(canvas):
     full = sum(np.roll(colour, (dy, dx), (0, 1)) for dy in (-2, 0, 2) for dx in (-2, 0, 2))
     y, x = np.unravel_index(full.argmax(), full.shape)
     box = canvas.bounding_box()
-    return box["x"] + x, box["y"] + y
+    return box["x"] + float(x), box["y"] + float(y)
 
 
 def test_what_goes_wrong_is_heard(lab):
@@ -278,11 +278,11 @@ def test_run_explorer(opened):
     page = opened.page
     rows, keys = page.locator("tbody tr"), {}
     for experiment in ("stage2", "stage1"):
-        page.locator("input[type=search]").fill(experiment)
+        page.locator(".dt-search input").fill(experiment)
         rows.filter(has_not_text=experiment).first.wait_for(state="detached")
         keys[experiment] = rows.first.locator("td").nth(2).inner_text()[:6]
         rows.first.click()
-    page.locator("input[type=search]").fill("")
+    page.locator(".dt-search input").fill("")
     opened.settle()
     page.locator("img[src^='data:image/jpeg']").wait_for()
     for experiment in ("stage1", "stage2"):  # sorted up, and down
