@@ -1,5 +1,6 @@
 """The explorers' logic and handlers, without a browser; `test_browser.py` uses them as a person does."""
 import html
+import json
 import time
 
 import ipywidgets as widgets
@@ -213,6 +214,15 @@ def test_run_explorer_compares_two(shop, monkeypatch):
     assert "paired t-test over" in explorer.answer.value and explorer.message.value == ""
     explorer.rows.selected_rows = [n for n, e in enumerate(explorer.table.experiment) if e == "stage1"]
     assert "data:image/jpeg" in explorer.curves.value
+
+
+def test_run_explorer_shows_all_of_many_runs(shop, monkeypatch):
+    monkeypatch.setenv("PTMREC_RUNS", str(shop[0].parent / "runs"))
+    many = pd.concat([explorers.list_runs()] * 500, ignore_index=True)
+    monkeypatch.setattr(explorers, "list_runs", lambda *_: many)
+    shown = explorers.RunExplorer().rows
+    assert len(many) == 2000 and len(shown.df) == 2000
+    assert len(json.loads(shown._dt_args["data_json"])) == 2000, "none is left out to save space"
 
 
 def test_what_is_missing_is_a_message(shop, monkeypatch, tmp_path):
