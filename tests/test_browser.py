@@ -276,7 +276,7 @@ def test_embedding_map(opened):
 @pytest.mark.parametrize("opened", ["explore()"], indirect=True)
 def test_run_explorer(opened):
     page = opened.page
-    rows, keys = page.locator("tbody tr"), {}
+    rows, keys = page.locator("table.dataTable tbody tr"), {}
     for experiment in ("stage2", "stage1"):
         page.locator(".dt-search input").fill(experiment)
         rows.filter(has_not_text=experiment).first.wait_for(state="detached")
