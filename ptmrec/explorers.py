@@ -9,9 +9,9 @@ __all__ = ['CARD_LAYOUT', 'ONLY', 'ORDERS', 'FAR', 'GAIN', 'RULES', 'ASPECTS', '
            'side_by_side', 'DataBrowser', 'moves', 'rank_text', 'move_text', 'order_users', 'run_name', 'open_rows',
            'runs_alike', 'variants_of', 'list_name', 'Lists', 'user_rows', 'UserPicker', 'UserExplorer', 'unit_tables',
            'neighbour_rows', 'vocabulary', 'encode_words', 'nearest_words', 'attention_html', 'Words', 'about_item',
-           'ItemPicker', 'ItemExplorer', 'layouts', 'between', 'colour_values', 'ScatterMap', 'StillMap', 'new_map',
-           'EmbeddingMap', 'different_parameters', 'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer',
-           'explore']
+           'ItemPicker', 'ItemExplorer', 'layouts', 'between', 'colour_columns', 'colour_values', 'ScatterMap',
+           'StillMap', 'new_map', 'EmbeddingMap', 'different_parameters', 'validation_curves', 'tested', 'safe_csv',
+           'run_rows', 'RunExplorer', 'explore']
 
 # %% ../nbs/07a_explorers.ipynb #23ad5d20
 import base64
@@ -36,6 +36,7 @@ from .clip_prompting import encode_text
 from .data import TEXT_FIELDS, DataError, RecData, load_data, runs_dir
 from .ranking import metric_names
 from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, per_user_values
+from .settings import SettingError, did_you_mean
 from .stage1 import label
 from .stage2 import variant_name
 from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, attention_shares, embedding_map, in_style,
@@ -536,7 +537,8 @@ def attention_html(run: Run | RunView, item: int, size: int = 140) -> str:
     top = max(float(share.max()) for share in shares.values())
     cells = "".join(f'<td>{name}<br><img src="{data_uri(under_attention(pixels[0], share, top))}" width="{size}"></td>'
                     for name, share in shares.items())
-    return f"<table><tr>{cells}</tr></table>Darkest red: {top:.1f} times an even share of the class token's attention."
+    scale = f"Darkest red: {top:.1f} times an even share of the class token's attention."
+    return f'<table><tr>{cells}</tr></table><div style="line-height: 1.4">{scale}</div>'
 
 # %% ../nbs/07a_explorers.ipynb #0a13a952
 class Words:
@@ -657,6 +659,15 @@ def between(before: torch.Tensor, after: torch.Tensor, share: float) -> np.ndarr
     return ((1 - share) * before + share * after).numpy()
 
 
+def colour_columns(table: pd.DataFrame, color: str) -> list[str]:
+    "Columns of a catalogue's table to colour by; raises `SettingError` if `color` is not one of them."
+    columns = list(table.columns.drop(["item", "title", "text"]))
+    if color not in columns:
+        raise SettingError(f"color='{color}' is not a column of the item table.{did_you_mean(color, columns)} Allowed: "
+                           f"{', '.join(columns)}.")
+    return columns
+
+
 def colour_values(column: pd.Series) -> pd.Series:
     "A column to colour by: numbers as they are, anything else as its most frequent values."
     number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
@@ -721,7 +732,7 @@ class EmbeddingMap(Explorer):
         ends = [next((n for n in names if n.startswith(kind)), names[0]) for kind in ("frozen", "tuned")]
         self.before, self.after = (widgets.Dropdown(options=names, value=name, description=text, layout={"width": "220px"})
                                    for text, name in zip(("from", "to"), ends))
-        columns = self.catalogue.table.columns.drop(["item", "title", "text"])
+        columns = colour_columns(self.catalogue.table, color)
         self.color = widgets.Dropdown(options=columns, value=color, description="colour")
         self.slider = widgets.FloatSlider(max=1, step=0.02, readout=False, layout={"width": "250px"})
         self.item, self.chosen = widgets.HTML(), Gallery(self.catalogue, 12, self.safely(self.open), 70)
@@ -809,7 +820,8 @@ def run_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/07a_explorers.ipynb #3cbb893c
 TABLE = {"select": "multi", "paging": True, "pageLength": 10, "lengthMenu": [10, 25, 100], "maxBytes": 0,  # 0: all runs
-         "layout": {"topStart": "search", "topEnd": "pageLength"}}
+         "layout": {"topStart": "search", "topEnd": "pageLength"},
+         "text_in_header_can_be_selected": False}  # a click on it sorts
 
 
 class RunExplorer(Explorer):

@@ -304,7 +304,7 @@ def test_run_explorer(opened):
 def test_real_posters(lab, movielens):
     "The explorers of users, items and a data set on MovieLens posters: pictures come and change."
     source = RUN.format(folder=str(movielens), short=SHORT | {"min_rating": 4, "core": 5, "stage2_batch_size": 128})
-    cells = "explore(run)", "ItemExplorer(run)", "explore(run.data())", "EmbeddingMap(run, color='genres')"
+    cells = "explore(run)", "ItemExplorer(run)", "explore(run.data())", "EmbeddingMap(run, color='categories')"
     with lab.open(written(lab, "posters", source, *cells)) as notebook:
         notebook.run_all()
         changed(notebook, lambda: notebook.page.get_by_role("button", name="Next").click())

@@ -12,6 +12,7 @@ from small import SHORT, make_shop
 from ptmrec import explorers
 from ptmrec.data import DataError, Interactions, RecData, load_data
 from ptmrec.runs import open_run
+from ptmrec.settings import SettingError
 from ptmrec.stage2 import run_stage2
 from ptmrec.visualisation import Catalogue
 
@@ -174,6 +175,8 @@ def test_the_map_slides_and_paints(shop):
     for column in explorer.color.options:
         explorer.color.value = column
     assert explorer.message.value == "", explorer.message.value
+    with pytest.raises(SettingError, match="color='colt'.*Did you mean cold"):
+        explorers.EmbeddingMap(shop[1], color="colt")
 
 
 def test_the_legend_of_the_map_is_named_and_tells_skewed_numbers_apart():
