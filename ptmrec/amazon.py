@@ -24,7 +24,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
 from functools import cache, partial
@@ -57,7 +57,7 @@ PUBLISHED = {"baby": (19445, 7050, 160792), "sports": (35598, 18357, 296337), "c
 PATIENCE = 120  # seconds: an image whose server asks for a longer pause is left for another run
 
 # %% ../nbs/00a_amazon.ipynb #e087186d
-def retry_after(headers) -> float:
+def retry_after(headers: Mapping) -> float:
     "The pause that a server asks for, in seconds (`Retry-After` is a number or a date); 0 if it asks for none."
     value = headers.get("Retry-After", "")
     try:
@@ -317,7 +317,7 @@ def _image_url(record):
 
 # %% ../nbs/00a_amazon.ipynb #182d07c2
 def _item_row(record, release, text_fields):
-    "What is kept of a metadata record."
+    "The part of a metadata record that is kept."
     fields = {f: META[release][1] if f == "brand" else f for f in text_fields}
     text = {f: plain_text(record.get(name), "|" if f == "categories" else " ") for f, name in fields.items()}
     try:
@@ -373,7 +373,7 @@ ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF":
 
 # %% ../nbs/00a_amazon.ipynb #318d1129
 def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, bytes, int, int]:
-    "What to keep of a downloaded image: (ending, bytes, width, height). Raises `ImageRefused`."
+    "A downloaded image as it is stored: (ending, bytes, width, height). Raises `ImageRefused`."
     try:
         image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP", "GIF"])
     except Image.DecompressionBombError:
@@ -674,7 +674,11 @@ def read_image_features(path: str | Path, item_ids: Sequence[str]) -> tuple[np.n
     return features, row >= 0
 
 # %% ../nbs/00a_amazon.ipynb #42038c8d
-def write_release(folder: Path, path: Path, interactions: pd.DataFrame) -> Path:
+def write_release(
+    folder: Path,  # the data set
+    path: Path,  # image_features_<Category>.b
+    interactions: pd.DataFrame,  # user, item, split
+) -> Path:
     "Write `<folder>-release/`, integer items with the release's own image features from `path`; returns the folder."
     target = folder.with_name(f"{folder.name}-release")
     item, item_ids = pd.factorize(interactions["item"], sort=True)

@@ -234,7 +234,7 @@ class MultiView(Backbone):
     lr_decay = 0.96
 
     def to_gate(self, features: dict) -> dict[str, Tensor]:
-        "What goes through each view's gate: {view: (I, d)}."
+        "The input of each view's gate: {view: (I, d)}."
         return {m: project(features[m]) for m, project in self.project.items()}
 
     def view(self, item_graph: Graph, item_emb: Tensor, user: Tensor | None = None,

@@ -11,8 +11,8 @@ __all__ = ['VERSIONS', 'measure_fresh', 'main', 'synchronize', 'device_name', 'p
            'training_update', 'as_cuda_graph', 'kernels_per_step', 'freedom_and_batch', 'training_step',
            'draw_grouped_features', 'item_graph_recall', 'timed_steps', 'timed_ranking', 'timed_exact_neighbours',
            'large_steps', 'alternate', 'seconds_of', 'clever_row', 'interactions_of', 'epoch_of', 'plain_propagate',
-           'compare_horner', 'compare_rows', 'AllRowsLightGCN', 'random_item_graph', 'compare_step', 'plain_topk',
-           'compare_topk', 'epoch_seconds', 'compare_kept']
+           'compare_horner', 'compare_rows', 'AllRowsLightGCN', 'random_item_graph', 'compare_step', 'epoch_seconds',
+           'compare_kept']
 
 # %% ../nbs/08_benchmarks.ipynb #5066b869
 import argparse
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ from .backbones import BACKBONES, FREEDOM, LightGCN
 from .data import SPLIT_RULES, Interactions, describe, k_core, load_data, make_split
 from .data import read_interactions, repo_root
 from .graphs import Graph, propagate, rows_of, sample_edges, user_item_graph
-from .ranking import CUTOFFS, Evaluator, Pairs, rank_items, stable_topk, user_metrics
+from .ranking import CUTOFFS, Evaluator, Pairs, rank_items, user_metrics
 from .runs import pick_device
 from .training import TripleSampler, keep_freed_memory
 
@@ -50,7 +51,7 @@ def measure_fresh(
     name: str,  # a function of this module, or `module.function` of another module of the package
     **arguments,  # its arguments, as JSON can hold them
 ) -> list | dict:
-    "What the measuring function returns when it runs in a fresh Python process. Raises `RuntimeError` with its error."
+    "The result of a measuring function that runs in a fresh Python process. Raises `RuntimeError` with its error."
     command = [sys.executable, "-m", "ptmrec.benchmarks", name, "--json", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(repo_root())})
     if done.returncode:
@@ -108,7 +109,7 @@ class Stopwatch:
         self.rows.append({"what": what, "seconds": seconds, "peak_gib": peak_gib(self.device)})
         return result
 
-    def totals(self):
+    def totals(self) -> dict[str, float]:
         "Seconds of each step, those of the same name added up."
         return pd.DataFrame(self.rows).groupby("what", sort=False).seconds.sum().to_dict()
 
@@ -168,7 +169,11 @@ def measure_data(n_rows: int, n_items: int, ending: str) -> pd.DataFrame:
     return pd.DataFrame(steps).assign(items=n_items, format=ending, cpus=os.cpu_count(), date=str(date.today()))
 
 # %% ../nbs/08_benchmarks.ipynb #525b683e
-def draw_interactions(users: int, items: int, pairs: int, seed: int = 0) -> Interactions:
+def draw_interactions(
+    users: int, items: int,
+    pairs: int,  # about so many distinct ones
+    seed: int = 0,
+) -> Interactions:
     "About `pairs` distinct pairs of `users` users and `items` items, popularity skewed, split 8:1:1 at random."
     rng = np.random.default_rng(seed)
     user = np.concatenate([np.repeat(np.arange(users), 4), rng.integers(0, users, pairs)])
@@ -213,7 +218,11 @@ def drawn_backbone(
     return model
 
 # %% ../nbs/08_benchmarks.ipynb #71b3dbeb
-def plain_adjacency(user: torch.Tensor, item: torch.Tensor, n_users: int, n_items: int) -> torch.Tensor:
+def plain_adjacency(
+    user: torch.Tensor,  # (n,)
+    item: torch.Tensor,  # (n,) the users' items
+    n_users: int, n_items: int,
+) -> torch.Tensor:
     "The symmetric, degree-normalised matrix over users and items, (U + I, U + I) in COO, of pairs `user`, `item` (n,)."
     n = n_users + n_items
     edges = torch.stack([torch.cat([user, n_users + item]), torch.cat([n_users + item, user])])
@@ -232,14 +241,14 @@ class PlainFREEDOM(nn.Module):
         self.item_graph = ours.item_graph.csr.to_sparse_coo().coalesce()
         self.adjacency = plain_adjacency(ours.user, ours.item, ours.n_users, ours.n_items)
 
-    def start_epoch(self):
+    def start_epoch(self) -> None:
         "Drop edges for an epoch (Eq. 7)."
         o = self.ours
         if dropout := o.settings.edge_dropout:
             kept = sample_edges(o.user, o.item, 1 - dropout, o.n_users, o.n_items)
             self.adjacency = plain_adjacency(o.user[kept], o.item[kept], o.n_users, o.n_items)
 
-    def forward(self):
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         "User and item embeddings (U, d), (I, d): the mean of all layers, and for items their neighbours' beside."
         layers = [torch.cat([self.ours.user_emb, self.ours.item_emb])]
         for _ in range(self.ours.n_layers):
@@ -247,7 +256,7 @@ class PlainFREEDOM(nn.Module):
         users, items = torch.stack(layers).mean(0).split([self.ours.n_users, self.ours.n_items])
         return users, items + torch.sparse.mm(self.item_graph, self.ours.item_emb)
 
-    def loss(self, user, pos, neg):
+    def loss(self, user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor) -> dict[str, torch.Tensor]:
         "BPR on the embeddings and on each modality's projected features (Eq. 13), for a batch of triples (B,)."
         users, items = self()
         terms = {"bpr": plain_bpr(users[user], items[pos], items[neg])}
@@ -262,7 +271,11 @@ def plain_bpr(user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor) -> torch
     return -F.logsigmoid((user * pos).sum(1) - (user * neg).sum(1)).mean()
 
 # %% ../nbs/08_benchmarks.ipynb #eaf16b03
-def plain_evaluation(model: nn.Module, evaluator: Evaluator, split: str) -> pd.DataFrame:
+def plain_evaluation(
+    model: nn.Module,  # returns user and item embeddings
+    evaluator: Evaluator,
+    split: str,  # valid or test
+) -> pd.DataFrame:
     "Metrics per user of the embeddings that `model()` returns, from the full score matrix in blocks of 4,096 users."
     positives, (user_emb, item_emb) = evaluator.positives[split], model()
     users, hits = torch.nonzero(positives.count).flatten(), []
@@ -275,7 +288,13 @@ def plain_evaluation(model: nn.Module, evaluator: Evaluator, split: str) -> pd.D
     return user_metrics(torch.cat(hits).cpu(), positives.count[users].cpu())
 
 # %% ../nbs/08_benchmarks.ipynb #4dd96dc0
-def timed_epoch(model: nn.Module, optimiser, sampler: TripleSampler, watch: Stopwatch, batch_size: int = 2048) -> None:
+def timed_epoch(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    sampler: TripleSampler,  # of the model's triples
+    watch: Stopwatch,  # notes the seconds
+    batch_size: int = 2048,  # triples per step
+) -> None:
     "Train one epoch on BPR triples; the watch notes each phase of each step."
     model.train()
     watch("start of epoch", model.start_epoch)
@@ -330,7 +349,7 @@ def stage1_epochs(
             for epoch, watch in enumerate([watches[0], *watches[2:]]) for phase, seconds in watch.totals().items()]
 
 # %% ../nbs/08_benchmarks.ipynb #3c7acd0b
-def median_seconds(run, device: torch.device, times: int = 9) -> float:
+def median_seconds(run: Callable, device: torch.device, times: int = 9) -> float:
     "Median seconds of `times` calls of `run`."
     watch = Stopwatch(device)
     for _ in range(times):
@@ -350,7 +369,12 @@ def product_speed(n: int, device: torch.device) -> float:
     return 2 * n**3 / median_seconds(lambda: square @ square, device, 3)
 
 # %% ../nbs/08_benchmarks.ipynb #8bb70a5b
-def propagation_bound(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_pairs: int) -> dict:
+def propagation_bound(
+    graph: Graph,  # (U, I)
+    user_emb: torch.Tensor,  # (U, d)
+    item_emb: torch.Tensor,  # (I, d)
+    n_pairs: int,  # edges of the graph
+) -> dict:
     "Milliseconds of a layer of propagation, and of copying the bytes that it has to move."
     (n_users, d), n_items = user_emb.shape, len(item_emb)
     seconds = median_seconds(lambda: propagate(graph, user_emb, item_emb, 1), user_emb.device)
@@ -361,7 +385,12 @@ def propagation_bound(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_p
             "by": "memory", "GB/s": near / 1e9}
 
 # %% ../nbs/08_benchmarks.ipynb #f0f25ad4
-def ranking_bounds(user_emb: torch.Tensor, item_emb: torch.Tensor, masked: Pairs, flops: float) -> list[dict]:
+def ranking_bounds(
+    user_emb: torch.Tensor,  # (U, d)
+    item_emb: torch.Tensor,  # (I, d)
+    masked: Pairs,  # items that are never ranked, by user
+    flops: float,  # operations per second of a matrix product
+) -> list[dict]:
     "Milliseconds of ranking all items for all users, and of their scores alone, beside the arithmetic at `flops`."
     (n_users, d), n_items, device = user_emb.shape, len(item_emb), user_emb.device
     users = torch.arange(n_users, device=device)
@@ -403,19 +432,19 @@ def propagation_and_ranking(
 class AllRowsFREEDOM(FREEDOM):
     "FREEDOM that computes the embeddings of all users and items in each step, then takes the batch's rows."
 
-    def forward(self, user=None, item=None):
+    def forward(self, user: torch.Tensor | None = None, item: torch.Tensor | None = None) -> tuple:
         users, items = super().forward()
         return rows_of(users, user), rows_of(items, item)
 
 # %% ../nbs/08_benchmarks.ipynb #5cc2a026
-def repeat(step, times: int = 3):
+def repeat(step: Callable, times: int = 3) -> Callable:
     "Call `step` `times` times; returns it."
     for _ in range(times):
         step()
     return step
 
 
-def training_update(loss_of, optimiser, batch: tuple) -> None:
+def training_update(loss_of: Callable, optimiser: torch.optim.Optimizer, batch: tuple) -> None:
     "One training step on a batch of triples; `loss_of` gives the loss terms."
     loss = sum(loss_of(*batch).values())
     optimiser.zero_grad()
@@ -423,7 +452,7 @@ def training_update(loss_of, optimiser, batch: tuple) -> None:
     optimiser.step()
 
 # %% ../nbs/08_benchmarks.ipynb #33da187a
-def as_cuda_graph(step):
+def as_cuda_graph(step: Callable) -> Callable:
     "Record `step` as a CUDA graph, after three warm-up steps on a stream of their own; returns its replay."
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -436,7 +465,7 @@ def as_cuda_graph(step):
     return graph.replay
 
 # %% ../nbs/08_benchmarks.ipynb #621e8b19
-def kernels_per_step(step, times: int = 5) -> tuple[float, float]:
+def kernels_per_step(step: Callable, times: int = 5) -> tuple[float, float]:
     "Kernels per step, and the seconds per step in which the GPU works on them."
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         repeat(step, times)
@@ -448,7 +477,12 @@ def kernels_per_step(step, times: int = 5) -> tuple[float, float]:
 VERSIONS = ["the batch's rows", "all rows", "all rows, compiled", "all rows, CUDA graph"]  # the last on a GPU only
 
 
-def freedom_and_batch(version: str, users: int, items: int, pairs: int, device: torch.device) -> tuple:
+def freedom_and_batch(
+    version: str,  # of `VERSIONS`
+    users: int, items: int,
+    pairs: int,  # interactions
+    device: torch.device,
+) -> tuple:
     "FREEDOM on drawn data, in the way that `version` says, and a batch of triples."
     user, item = (torch.as_tensor(x, device=device) for x in draw_pairs(users, items, pairs))
     torch.manual_seed(0)
@@ -461,7 +495,12 @@ def freedom_and_batch(version: str, users: int, items: int, pairs: int, device: 
     return freedom, batch
 
 # %% ../nbs/08_benchmarks.ipynb #7e4d4146
-def training_step(version: str, users: int, items: int, pairs: int, device: str = "auto") -> dict:
+def training_step(
+    version: str,  # of `VERSIONS`
+    users: int, items: int,
+    pairs: int,  # interactions
+    device: str = "auto",
+) -> dict:
     "Milliseconds of a training step of FREEDOM in one of `VERSIONS`, its loss after 23 steps and, on a GPU, its kernels."
     device = pick_device(device)
     freedom, batch = freedom_and_batch(version, users, items, pairs, device)
@@ -490,7 +529,12 @@ def draw_grouped_features(n_items: int, dim: int) -> torch.Tensor:
     return features
 
 # %% ../nbs/08_benchmarks.ipynb #07ca6c1c
-def item_graph_recall(item_graph, features: torch.Tensor, k: int, n_asked: int = 500) -> float:
+def item_graph_recall(
+    item_graph: Graph,  # (I, I), `k` neighbours per item
+    features: torch.Tensor,  # (I, d) that it was made of
+    k: int,
+    n_asked: int = 500,  # items that are compared
+) -> float:
     "The share of the exact `k` nearest items, of `n_asked` random ones, that an item graph of `k` neighbours has."
     asked, unit = torch.randperm(len(features))[:n_asked], F.normalize(features, dim=1)
     exact = (unit[asked] @ unit.T).topk(k).indices
@@ -498,7 +542,11 @@ def item_graph_recall(item_graph, features: torch.Tensor, k: int, n_asked: int =
     return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(exact.cpu().numpy(), found.cpu().numpy())]))
 
 # %% ../nbs/08_benchmarks.ipynb #962c9d0b
-def timed_steps(watch: Stopwatch, backbone: nn.Module, sampler: TripleSampler, batch_sizes: list[int]) -> None:
+def timed_steps(
+    watch: Stopwatch,  # notes the seconds
+    backbone: nn.Module, sampler: TripleSampler,
+    batch_sizes: list[int],  # triples per step
+) -> None:
     "Time the start of an epoch, and a training step for each batch size."
     optimiser = torch.optim.Adam(backbone.parameters(), 1e-3, fused=True)
     step = partial(training_update, backbone.loss, optimiser)
@@ -567,7 +615,7 @@ def alternate(
     return [{name: versions[name]() for name in names[:: 1 if turn % 2 else -1]} for turn in range(times)]
 
 # %% ../nbs/08_benchmarks.ipynb #dad00c6f
-def seconds_of(run, device: torch.device) -> float:
+def seconds_of(run: Callable, device: torch.device) -> float:
     "Seconds of one call: of the clock on a GPU; on a CPU of the process, on one core, which other programs change little."
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -578,7 +626,11 @@ def seconds_of(run, device: torch.device) -> float:
     return clock() - start
 
 # %% ../nbs/08_benchmarks.ipynb #f7283c1d
-def clever_row(what: str, size: str, turns: list[dict]) -> dict:
+def clever_row(
+    what: str,  # is compared
+    size: str,  # its name
+    turns: list[dict],  # {plain, clever}: seconds
+) -> dict:
     "A row of the stored table from turns {plain, clever}: medians of seconds, and how many times as long plain takes."
     median = pd.DataFrame(turns).median()
     return {"what": what, "size": size, "plain seconds": median.plain, "clever seconds": median.clever,
@@ -590,7 +642,7 @@ def interactions_of(dataset: str | None = None, **size) -> Interactions:
     return load_data(dataset).inter if dataset else draw_interactions(**size)
 
 # %% ../nbs/08_benchmarks.ipynb #5a5f8ed9
-def epoch_of(backbone: nn.Module, batch_size: int = 2048):
+def epoch_of(backbone: nn.Module, batch_size: int = 2048) -> Callable:
     "A function that trains `backbone` for an epoch, the same batches each time."
     optimiser = torch.optim.Adam(backbone.parameters(), 1e-3, fused=True)
     sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
@@ -602,7 +654,12 @@ def epoch_of(backbone: nn.Module, batch_size: int = 2048):
     return epoch
 
 # %% ../nbs/08_benchmarks.ipynb #630a6b0b
-def plain_propagate(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_layers: int) -> tuple:
+def plain_propagate(
+    graph: torch.Tensor,  # (U, I), sparse
+    user_emb: torch.Tensor,  # (U, d)
+    item_emb: torch.Tensor,  # (I, d)
+    n_layers: int,
+) -> tuple:
     "Mean of `n_layers` + 1 layers of propagation (LightGCN, Eq. 4), layer by layer: (U, d), (I, d)."
     users, items = [user_emb], [item_emb]
     for _ in range(n_layers):
@@ -611,7 +668,12 @@ def plain_propagate(graph, user_emb: torch.Tensor, item_emb: torch.Tensor, n_lay
     return torch.stack(users).mean(0), torch.stack(items).mean(0)
 
 # %% ../nbs/08_benchmarks.ipynb #22e94003
-def compare_horner(size: dict, times: int = 7, d: int = 64, n_layers: int = 3, device: str = "auto") -> list[dict]:
+def compare_horner(
+    size: dict,  # {users, items, pairs}
+    times: int = 7,  # turns
+    d: int = 64,  # size of the embeddings
+    n_layers: int = 3, device: str = "auto",
+) -> list[dict]:
     "Three layers of propagation, forward and backward: layer by layer against `propagate`."
     device, inter = pick_device(device), interactions_of(**size)
     user, item = (torch.as_tensor(x, device=device) for x in inter.part("train"))
@@ -625,7 +687,12 @@ def compare_horner(size: dict, times: int = 7, d: int = 64, n_layers: int = 3, d
                       {"plain": plain_propagate, "clever": propagate}.items()}, times)
 
 # %% ../nbs/08_benchmarks.ipynb #5681b065
-def compare_rows(size: dict, times: int = 7, dim: int = 512, device: str = "auto") -> list[dict]:
+def compare_rows(
+    size: dict,  # {users, items, pairs}
+    times: int = 7,  # turns
+    dim: int = 512,  # of the features
+    device: str = "auto",
+) -> list[dict]:
     "A training epoch of FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, inter = pick_device(device), interactions_of(**size)
     features = draw_features(inter.n_items, {"image": dim, "text": dim}, device)
@@ -637,7 +704,7 @@ def compare_rows(size: dict, times: int = 7, dim: int = 512, device: str = "auto
 class AllRowsLightGCN(LightGCN):
     "LightGCN that propagates for all users and items in each step, then takes the batch's rows."
 
-    def id_path(self, user=None, item=None):
+    def id_path(self, user: torch.Tensor | None = None, item: torch.Tensor | None = None) -> tuple:
         users, items = super().id_path()
         return rows_of(users, user), rows_of(items, item)
 
@@ -648,7 +715,13 @@ def random_item_graph(n_items: int, k: int, device: torch.device) -> Graph:
     return Graph(row, torch.randint_like(row, n_items), torch.full(row.shape, 1 / k, device=device), (n_items, n_items))
 
 # %% ../nbs/08_benchmarks.ipynb #6b1c70c0
-def compare_step(size: dict, backbone: str, times: int = 5, batch_size: int = 2048, device: str = "auto") -> list[dict]:
+def compare_step(
+    size: dict,  # {users, items, pairs}
+    backbone: str,  # lightgcn or freedom
+    times: int = 5,  # turns
+    batch_size: int = 2048,  # triples
+    device: str = "auto",
+) -> list[dict]:
     "A training step of LightGCN or FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, n = pick_device(device), (size["users"], size["items"])
     user, item = (torch.as_tensor(x, device=device) for x in draw_pairs(**size))
@@ -664,29 +737,6 @@ def compare_step(size: dict, backbone: str, times: int = 5, batch_size: int = 20
 
     classes = {"plain": {"lightgcn": AllRowsLightGCN, "freedom": AllRowsFREEDOM}[backbone], "clever": BACKBONES[backbone]}
     return alternate({name: partial(seconds_of, step_of(cls), device) for name, cls in classes.items()}, times)
-
-# %% ../nbs/08_benchmarks.ipynb #5c5c4db2
-def plain_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
-    "The `k` highest of each row of `scores` (B, I) as item numbers (B, k), ties by the lower number."
-    values, items = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more shows whether a tie was cut
-    tied = (values[:, :-1] == values[:, 1:]).any(1).nonzero().flatten()
-    items = items[:, :k]
-    items[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return items
-
-# %% ../nbs/08_benchmarks.ipynb #eaa38c76
-def compare_topk(size: dict, times: int = 7, d: int = 64, device: str = "auto") -> list[dict]:
-    "Ranking all items for all users: the best 50 by `plain_topk` against `stable_topk`."
-    device, inter = pick_device(device), interactions_of(**size)
-    torch.manual_seed(0)
-    user_emb, item_emb = (torch.randn(n, d, device=device) for n in (inter.n_users, inter.n_items))
-    masked, users = Pairs(*inter.part("train"), inter.n_users, device), torch.arange(inter.n_users, device=device)
-
-    def seconds(topk):
-        with mock.patch("ptmrec.ranking.stable_topk", topk):
-            return seconds_of(lambda: rank_items(user_emb, item_emb, users, masked), device)
-
-    return alternate({"plain": partial(seconds, plain_topk), "clever": partial(seconds, stable_topk)}, times)
 
 # %% ../nbs/08_benchmarks.ipynb #0d997130
 def epoch_seconds(size: dict, keep: bool, backbone: str, epochs: int = 1, dim: int = 512, device: str = "auto") -> float:
@@ -707,7 +757,12 @@ def epoch_seconds(size: dict, keep: bool, backbone: str, epochs: int = 1, dim: i
 
 # %% ../nbs/08_benchmarks.ipynb #9c9bf684
 def compare_kept(
-    size: dict, times: int = 5, backbone: str = "freedom", epochs: int = 1, dim: int = 512, device: str = "auto"
+    size: dict,  # {users, items, pairs}
+    times: int = 5,  # turns
+    backbone: str = "freedom",
+    epochs: int = 1,  # per turn
+    dim: int = 512,  # of the features
+    device: str = "auto",
 ) -> list[dict]:
     "An epoch with its validation: as the C library has it, against `keep_freed_memory`; a process per turn."
     run = partial(measure_fresh, "epoch_seconds", size=size, backbone=backbone, epochs=epochs, dim=dim, device=device)

@@ -71,7 +71,7 @@ class Clip:
         "(n, h, w, 3) uint8 to the (n, 3, h, w) floats that the image tower takes."
         return ((pixels / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
 
-    def to(self, device) -> "Clip":
+    def to(self, device: torch.device | str) -> "Clip":
         "Move model and normalisation to a device; returns itself."
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
@@ -130,7 +130,7 @@ def tiny_clip_file(name: str) -> Path:
 
 
 def find_weights(clip_model: str, pretrained: str) -> str:
-    "What open_clip takes as `pretrained`: the path of a weights file, or a tag. Raises `SettingError` if it is neither."
+    "The value of open_clip's `pretrained`: the path of a weights file, or a tag. Raises `SettingError` if it is neither."
     import open_clip
 
     path = find_path(tiny_clip_file(f"{clip_model}.safetensors") if pretrained == "sample" else pretrained)
@@ -286,7 +286,12 @@ class Tower:
     place: Callable | None = None  # text prompts (n, w) to what `embed` makes of words 1 ... n
 
 # %% ../nbs/01_clip_prompting.ipynb #79969378
-def no_prompts(clip: Clip, tower: str, module: nn.Module, needed: str) -> DataError:
+def no_prompts(
+    clip: Clip,
+    tower: str,  # image or text
+    module: nn.Module,  # the tower itself
+    needed: str,  # a tower that takes prompts, in words
+) -> DataError:
     "The error for a tower that takes no prompts."
     return DataError(f"{clip.name}: its {tower} tower is a {type(module).__name__}; prompts need {needed}. This one can be "
                      "tuned with tuning = lora, adapter or full.")
@@ -337,7 +342,11 @@ def text_pooling(text: nn.Module) -> tuple[str, int]:
     return (text.text_pool_type, text.text_eos_id) if inline else (text.pool_type, text.eos_id)
 
 # %% ../nbs/01_clip_prompting.ipynb #2510f534
-def pool_text(text: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
+def pool_text(
+    text: nn.Module,  # the text tower
+    x: Tensor,  # (B, N, w) output of the last block
+    ids: Tensor,  # (B, N) token ids
+) -> Tensor:
     "Text features (B, d_t) of what leaves the last block, x (B, N, w), for token ids (B, N)."
     from open_clip.transformer import text_global_pool
 
@@ -441,7 +450,7 @@ def run_blocks(
     mask: Tensor | None = None,
     first: int = 0,  # the layer to start from
 ) -> Tensor:
-    "What leaves the last block."
+    "The output of the last block."
     for layer, block in enumerate(list(blocks)[first:], first):
         if layer in prompts:
             fresh = prompts[layer].to(x.dtype).expand(len(x), -1, -1)
@@ -453,14 +462,23 @@ def run_blocks(
     return x
 
 # %% ../nbs/01_clip_prompting.ipynb #6c2eaaf4
-def image_features(tower: Tower, x: Tensor, prompts: dict[int, Tensor], first: int = 0) -> Tensor:
+def image_features(
+    tower: Tower,
+    x: Tensor,  # (B, N, w) tokens that come into layer `first`
+    prompts: dict[int, Tensor],  # {layer: (n_ctx, w)}
+    first: int = 0,  # layer to start from
+) -> Tensor:
     "Image features (B, d_v) of tokens x (B, N, w) that come into layer `first`; `prompts`: {layer: (n_ctx, w)}."
     n = x.shape[1]
     x = run_blocks(tower.blocks, x, prompts, n, first=first)
     return tower.pool(x[:, :n] if prompts else x)
 
 # %% ../nbs/01_clip_prompting.ipynb #c7400389
-def encode_image(clip: Clip, images: Tensor, prompts: DeepPrompts | None = None) -> Tensor:
+def encode_image(
+    clip: Clip,
+    images: Tensor,  # (B, 3, h, w), normalised
+    prompts: DeepPrompts | None = None,
+) -> Tensor:
     "Image features (B, d_v) of `images` (B, 3, h, w), with `prompts` if they have some for this tower."
     if not hasattr(prompts, "image"):
         return pooled(clip.model.visual(images))
@@ -483,7 +501,12 @@ def trim(
     return cut_at(tokens, tokens.argmax(1) if eos_id is None else (tokens == eos_id).int().argmax(1), limit, shorten)
 
 
-def cut_at(tokens: Tensor, end: Tensor, limit: int, shorten: bool = True) -> Tensor:
+def cut_at(
+    tokens: Tensor,  # (B, L) ids
+    end: Tensor,  # (B,) positions of the end tokens
+    limit: int,  # tokens that fit
+    shorten: bool = True,  # to the longest of the batch
+) -> Tensor:
     "Token ids (B, L) cut to `limit`, with the end tokens at `end` (B,) moved to where they still fit."
     if (end >= limit).any():
         tokens = tokens.clone()
@@ -493,7 +516,11 @@ def cut_at(tokens: Tensor, end: Tensor, limit: int, shorten: bool = True) -> Ten
     return tokens[:, : int(end.max()) + 1 if shorten else limit]
 
 # %% ../nbs/01_clip_prompting.ipynb #db8b8b74
-def cut_tokens(text: nn.Module, tokens: Tensor, limit: int) -> Tensor:
+def cut_tokens(
+    text: nn.Module,  # the text tower
+    tokens: Tensor,  # (B, L) ids
+    limit: int,  # tokens that fit
+) -> Tensor:
     "Token ids (B, L) as short as the text tower allows, at most `limit`."
     if by_hugging_face(text):  # it masks what comes after the last token
         last = (tokens != text.config.pad_token_id).long() * torch.arange(tokens.shape[1], device=tokens.device)
@@ -520,7 +547,11 @@ class TextTokens:
         return len(next(iter(self.prompts.values()), ()))
 
 # %% ../nbs/01_clip_prompting.ipynb #beb682d9
-def embed_text(clip: Clip, tower: Tower, tokens: Tensor, prompts: dict[int, Tensor]) -> TextTokens:
+def embed_text(
+    clip: Clip, tower: Tower,
+    tokens: Tensor,  # (B, L) ids
+    prompts: dict[int, Tensor],  # {layer: (n_ctx, w)}
+) -> TextTokens:
     "Token ids (B, L) as the text tower's blocks take them, with room for `prompts` {layer: (n_ctx, w)}."
     text = text_module(clip)
     room = len(prompts.get(0, ()))
@@ -531,13 +562,22 @@ def embed_text(clip: Clip, tower: Tower, tokens: Tensor, prompts: dict[int, Tens
     return TextTokens(x, mask, tokens, prompts, room)
 
 # %% ../nbs/01_clip_prompting.ipynb #c4182b9b
-def text_features(tower: Tower, text: TextTokens, x: Tensor | None = None, first: int = 0) -> Tensor:
+def text_features(
+    tower: Tower,
+    text: TextTokens,  # of `embed_text`
+    x: Tensor | None = None,  # (B, N, w) tokens that come into layer `first`; None: those of `text`
+    first: int = 0,  # layer to start from
+) -> Tensor:
     "Text features (B, d_t) of `text`; `x` (B, N, w), if given: its tokens as they come into layer `first`."
     x = run_blocks(tower.blocks, text.x if x is None else x, text.prompts, 1, text.room, text.mask, first)
     return tower.pool(torch.cat([x[:, :1], x[:, 1 + text.n_ctx :]], 1) if text.n_ctx else x, text.ids)
 
 # %% ../nbs/01_clip_prompting.ipynb #da7ff314
-def encode_text(clip: Clip, tokens: Tensor, prompts: DeepPrompts | None = None) -> Tensor:
+def encode_text(
+    clip: Clip,
+    tokens: Tensor,  # (B, L) ids
+    prompts: DeepPrompts | None = None,
+) -> Tensor:
     "Text features (B, d_t) of token ids (B, L <= context), with `prompts` if they have some for this tower."
     text = text_module(clip)
     if by_hugging_face(text) and not (hasattr(prompts, "text") and prompts.n_ctx):
@@ -576,7 +616,7 @@ def hugging_face_tower(clip: Clip) -> Tower:
         found = BaseModelOutputWithPooling(x, encoder.pooler and encoder.pooler(x))
         return text.proj(text.pooler(found, (ids != pad).long()))
 
-    def place(prompts):  # the first of these stands for the start token
+    def place(prompts):  # the first of these is the start token
         return words(inputs_embeds=torch.cat([prompts[:1], prompts])[None])[0, 1:]
 
     return Tower(text.config.hidden_size, nn.ModuleList(HuggingFaceBlock(layer) for layer in layers), embed, pool,
@@ -658,7 +698,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} cannot be used: {e}. Save it as safetensors.") from None
 
 # %% ../nbs/01_clip_prompting.ipynb #b05aa3a0
-def load_tower(tower: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+def load_tower(
+    tower: nn.Module,
+    weights: dict[str, Tensor],  # {name: tensor}
+    what: str,  # the tower in words, for messages
+) -> None:
     "Load `weights` into a tower, and warn of those that it does not have. Raises `DataError` if it lacks any."
     mine = {n: w for n, w in tower.state_dict().items() if not n.endswith("num_batches_tracked")}
     first = next(iter(mine))
@@ -691,7 +735,11 @@ def tower_files(pretrained: str) -> dict[str, Path]:
     return {tower: weights_file(path) for tower, path in paths.items()}
 
 # %% ../nbs/01_clip_prompting.ipynb #35a7e598
-def towers_of(model: nn.Module, tokenize: Callable, name: str) -> dict[str, nn.Module]:
+def towers_of(
+    model: nn.Module,  # of open_clip
+    tokenize: Callable,  # its tokenizer
+    name: str,  # of the CLIP, for messages
+) -> dict[str, nn.Module]:
     "The modules that weights of towers go into. Raises `DataError` for what they would leave without weights."
     text, words = getattr(model, "text", None), getattr(tokenize, "context_length", 0)
     if text is None:
@@ -740,7 +788,11 @@ def load_towers(clip_model: str, pretrained: str) -> Clip:
     return as_clip(clip_model if own else f"{clip_model}/{pretrained}", model, tokenize, prepare)
 
 # %% ../nbs/01_clip_prompting.ipynb #46cce536
-def token_map(clip: Clip, texts: list[str], block: int = 4096) -> np.ndarray:
+def token_map(
+    clip: Clip,
+    texts: list[str],  # of the items
+    block: int = 4096,  # texts at a time
+) -> np.ndarray:
     "Token ids of `texts` as a read-only memory map (I, context length) int32, cached by content."
     import open_clip
 
@@ -914,13 +966,13 @@ def _encode_and_keep(encoder, name):
     barrier()
 
 
-def frozen_features(data: RecData, clip: Clip | None, device="cpu") -> dict[str, Tensor]:
+def frozen_features(data: RecData, clip: Clip | None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     "Features to start from, {modality: (I, d_m)}: the ready-made tables of `data`, and those of the stock `clip`, cached."
     ready = {m: torch.from_numpy(np.asarray(f)).to(device) for m, f in data.features.items()}
     return ready if clip is None or not data.needs_clip else clip_features(data, clip, device) | ready
 
 
-def clip_features(data: RecData, clip: Clip, device="cpu") -> dict[str, Tensor]:
+def clip_features(data: RecData, clip: Clip, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     "Image and text features of the stock `clip`, {modality: (I, d_m)}, cached."
     key = fingerprint("features", FEATURES, PIXELS, clip.fingerprint(), data.texts, [p is not None for p in data.images],
                       *[p for p in data.images if p])

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -98,7 +99,7 @@ def interaction_files(folder: Path) -> dict[int | None, list[Path]]:
 
 # %% ../nbs/00_data.ipynb #adfce3ce
 def has_interactions(folder: Path) -> bool:
-    "Whether a folder holds an interactions file; without one it is no data set yet."
+    "Whether a folder holds an interactions file; without one it is not a data set yet."
     return folder.is_dir() and bool(interaction_files(folder))
 
 # %% ../nbs/00_data.ipynb #3aad4cfb
@@ -191,7 +192,7 @@ def _times_if_readable(table):
         return None
 
 # %% ../nbs/00_data.ipynb #08b4a082
-MAX_RATING = 1e9  # larger numbers are no ratings; times in seconds start here
+MAX_RATING = 1e9  # larger numbers cannot be ratings; times in seconds start here
 
 # %% ../nbs/00_data.ipynb #59b26f25
 def _check_ratings(path, table):
@@ -422,7 +423,12 @@ class Interactions:
         return describe(self).to_html()
 
     @classmethod
-    def from_table(cls, table: pd.DataFrame, split_seed: int = 0, split: str | None = None):
+    def from_table(
+        cls,
+        table: pd.DataFrame,  # columns user, item, and perhaps split
+        split_seed: int = 0,  # of the random rules
+        split: str | None = None,  # a rule; None: the column, else random
+    ) -> "Interactions":
         "Number the ids of a table in sorted order; `split`: a rule, else its `split` column counts, else a random split."
         return cls(*_number_and_split(table, split_seed, split))
 
@@ -499,7 +505,7 @@ class RecData:
     items: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
-    def from_frames(cls, interactions, items=None, name: str = "frames", **arguments):
+    def from_frames(cls, interactions: Any, items: Any = None, name: str = "frames", **arguments) -> "RecData":
         "A data set of tables in memory instead of files: see `data_of_frames`."
         return data_of_frames(interactions, items, name, **arguments)
 
@@ -640,7 +646,7 @@ def _files_by_name(folder, endings, table):
     return found
 
 # %% ../nbs/00_data.ipynb #9d0ab675
-PICTURE_BYTES = 100_000_000  # a larger file is no item picture
+PICTURE_BYTES = 100_000_000  # no item picture is larger
 OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_IMAGES)"
 
 
@@ -674,7 +680,7 @@ def _usable_files(folder, choices, by_name, most=math.inf):
 
 # %% ../nbs/00_data.ipynb #8354f565
 def _images_by_column(folder, table):
-    "The file that the `image` column names, per item, or None; it need not be there. Addresses on the web are no files."
+    "The file that the `image` column names, per item, or None; it need not be there. Addresses on the web do not count."
     if "image" not in table:
         return [None] * len(table)
     local = table.image.where(~table.image.astype(str).str.contains("://"))
@@ -730,7 +736,7 @@ def _item_files(folder, table, features):
 
 # %% ../nbs/00_data.ipynb #d6b5a4e4
 def _odd_times(time):
-    "What is odd in a column of times, a sentence each."
+    "Odd values in a column of times, a sentence each."
     if not pd.api.types.is_numeric_dtype(time):
         return []
     negative, n = int((time < 0).sum()), len(time)
@@ -753,7 +759,7 @@ def _odd_ids(ids, column):
 
 # %% ../nbs/00_data.ipynb #ca722c47
 def odd_values(table: pd.DataFrame) -> list[str]:
-    "What is odd in a table of interactions, a sentence each."
+    "Odd values in a table of interactions, a sentence each."
     notes = [note for column in ("user", "item") for note in _odd_ids(table[column], column)]
     if "rating" in table and 0 < (zeros := int((table.rating == 0).sum())) < len(table):
         notes.append(f"{zeros:,} of {len(table):,} ratings are 0. Where 0 means that there is no rating, leave them out "
@@ -762,7 +768,7 @@ def odd_values(table: pd.DataFrame) -> list[str]:
 
 # %% ../nbs/00_data.ipynb #0cc9c096
 @contextmanager
-def noting(notes: list):
+def noting(notes: list) -> Iterator[None]:
     "Add the warnings of a block to `notes`, and give them at its end."
     caught = []
     try:
@@ -857,8 +863,8 @@ def _as_frame(table, what):
 
 # %% ../nbs/00_data.ipynb #ee47e9ca
 def data_of_frames(
-    interactions,  # a DataFrame, a table with `to_pandas`, or a dictionary of them by split
-    items=None,  # likewise, without splits; a column `image` names files
+    interactions: Any,  # a DataFrame, a table with `to_pandas`, or a dictionary of them by split
+    items: Any = None,  # likewise, without splits; a column `image` names files
     name: str = "frames",  # of the data set
     **arguments,  # min_rating, core, split, split_seed, as of `load_data`
 ) -> RecData:
@@ -904,7 +910,7 @@ def too_many_scans(jpeg: bytes) -> bool:
 
 
 @contextmanager
-def open_picture(path) -> Iterator[Image.Image]:
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
     "A picture file, opened and decoded. Whatever goes wrong with it, in the block too, is a `PictureError`."
     try:
         status = os.stat(path)
@@ -933,7 +939,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation
 
 
-def upright(image):
+def upright(image: Image.Image) -> Image.Image:
     "A picture as its EXIF data says it should be seen."
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -942,7 +948,7 @@ def upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def as_rgb(image):
+def as_rgb(image: Image.Image) -> Image.Image:
     "A picture in RGB, 8 bits: of 16 bits the upper ones, transparent parts on white."
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -1055,7 +1061,11 @@ def describe(data: RecData | Interactions) -> pd.DataFrame:
     return pd.DataFrame({getattr(data, "name", "interactions"): values + [line for _, line in notes]}, index=index)
 
 # %% ../nbs/00_data.ipynb #8299ed79
-def show_items(data: RecData, items: Sequence[int], columns: int = 6):
+def show_items(
+    data: RecData,
+    items: Sequence[int],  # numbers
+    columns: int = 6,  # pictures per row
+) -> Any:
     "A grid of item images with their texts, blank where an image is missing or unreadable; returns the matplotlib figure."
     import matplotlib.pyplot as plt
 
@@ -1074,7 +1084,7 @@ def show_items(data: RecData, items: Sequence[int], columns: int = 6):
     return figure
 
 # %% ../nbs/00_data.ipynb #2b5a5ff2
-def show_statistics(data: RecData):
+def show_statistics(data: RecData) -> Any:
     "`describe` in pictures: interactions per user and item, split sizes, missing and cold; returns the matplotlib figure."
     import matplotlib.pyplot as plt
 

@@ -28,7 +28,11 @@ def with_interactions(data: RecData, kept: np.ndarray) -> RecData:
                                        time=time))
 
 
-def thinned(data: RecData, share: float, seed: int = 0) -> RecData:
+def thinned(
+    data: RecData,
+    share: float,  # that is kept
+    seed: int = 0,
+) -> RecData:
     "A share of the training interactions, drawn at random; each user and item keeps one interaction at least."
     inter, rng = data.inter, np.random.default_rng(seed)
     train = np.flatnonzero(inter.split == 0)
@@ -40,7 +44,11 @@ def thinned(data: RecData, share: float, seed: int = 0) -> RecData:
     return with_interactions(data, kept)
 
 # %% ../nbs/04d_derived.ipynb #a148f961
-def with_cold_items(data: RecData, share: float = 0.2, seed: int = 0) -> RecData:
+def with_cold_items(
+    data: RecData,
+    share: float = 0.2,  # that loses its training interactions
+    seed: int = 0,
+) -> RecData:
     "A share of the items without training interactions, drawn among those with a validation and a test interaction."
     inter = data.inter
     asked = np.intersect1d(*(inter.part(split)[1] for split in ("valid", "test")))
@@ -59,7 +67,12 @@ def _content(data, modality):
     return ("images", data.images) if modality == "image" else ("texts", data.texts)
 
 
-def without(data: RecData, modality: str, share: float = 1.0, seed: int = 0) -> RecData:
+def without(
+    data: RecData,
+    modality: str,  # image or text
+    share: float = 1.0,  # of the items
+    seed: int = 0,
+) -> RecData:
     "The data set without the images or texts of a share of the items; ready-made features become the others' mean."
     field, content = _content(data, modality)
     gone = np.random.default_rng(seed).permutation(len(content))[: round(share * len(content))]
@@ -140,10 +153,15 @@ def write_data(
     return folder
 
 # %% ../nbs/04d_derived.ipynb #f5a03c1f
-def derive(dataset: str, change: Callable[..., RecData], **how) -> Path:
+def derive(
+    dataset: str,
+    change: Callable[..., RecData],  # such as `thinned`
+    read: dict | None = None,  # how `dataset` is read, as `load_data` takes it: {"min_rating": 4, "core": 5}
+    **how,  # of `change`
+) -> Path:
     "Folder of the data set that `change(data, **how)` makes of `dataset`; made anew only if there is none."
     source = find_dataset(dataset)
-    data = load_data(source)
+    data = load_data(source, **read or {})
     words = [source.name, change.__name__, *map(str, how.values())]
     name = "-".join(re.sub(r"[^\w.]+", "_", word).strip("_") for word in words)
     folder = runs_dir() / "derived" / data.fingerprint() / name

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from .backbones import BACKBONES, FREEDOM, MGCN, SMORE, VBPR, grid_of
 from .runs import Run
@@ -85,7 +85,7 @@ class SetBatch:
 
     largest = 0
 
-    def loss(self, user, pos, neg, features=None):
+    def loss(self, user: Tensor, pos: Tensor, neg: Tensor, features: dict | None = None) -> dict[str, Tensor]:
         terms, self.largest = super().loss(user, pos, neg, features), max(self.largest, len(user))
         return terms | {"reg": terms["reg"] * len(user) / self.largest}
 
@@ -117,7 +117,12 @@ DEVIATIONS = [
     Deviation("mgcn", "last batch", "L2 loss per triple", "per triple of a full batch", "paper", variant=SetBatchMGCN)]
 
 # %% ../nbs/04e_deviations.ipynb #bc00cd69
-def runs_of(deviation: Deviation, side: str, dataset: str = "sample", n_seeds: int = 3, **params) -> list[Run]:
+def runs_of(
+    deviation: Deviation,
+    side: str,  # "paper" or "code"
+    dataset: str = "sample", n_seeds: int = 3,
+    **params,  # of `run_stage1`
+) -> list[Run]:
     "Finished runs of one side, \"paper\" or \"code\"; a weight that is searched is the best one on validation."
     how = params | deviation.settings.get(side, {})
     with in_place_of(deviation.backbone, deviation.variant if side == "code" else None):

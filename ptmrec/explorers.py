@@ -20,6 +20,7 @@ import html
 import io
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -33,7 +34,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .clip_prompting import encode_text
-from .data import TEXT_FIELDS, DataError, RecData, load_data, runs_dir
+from .data import TEXT_FIELDS, DataError, Interactions, RecData, load_data, runs_dir
 from .ranking import metric_names
 from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, per_user_values
 from .settings import SettingError, did_you_mean
@@ -55,7 +56,11 @@ _number = itertools.count()  # each gallery has a name of its own
 CARD_LAYOUT = widgets.Layout(flex="0 0 auto")  # one for all cards: fewer widgets to set up
 
 
-def gallery_style(name: str, size: int, hidden: Iterable[int] = ()) -> str:
+def gallery_style(
+    name: str,  # of the gallery
+    size: int,  # pixels of a picture
+    hidden: Iterable[int] = (),  # slots that are not shown
+) -> str:
     "CSS of gallery `name`: cards with a picture of `size` pixels above three lines of text; `hidden` slots are not shown."
     card, slots = f".jupyter-widgets.{name}", ", ".join(f".jupyter-widgets.{name}-{slot}" for slot in hidden)
     return (f"{card} {{ width: {size + 16}px; height: {size + 54}px; margin: 2px; padding: {size + 8}px 3px 0;"
@@ -94,7 +99,12 @@ class Gallery:
         self.box = widgets.VBox([widgets.HBox([self.heading, self.back, self.forth]), cards])
         self.show("", [])
 
-    def show(self, title: str, items: Sequence[int], note: Callable = lambda item: "", framed: Iterable[int] = ()) -> None:
+    def show(
+        self, title: str,
+        items: Sequence[int],  # numbers
+        note: Callable = lambda item: "",  # note(item): a line below the title
+        framed: Iterable[int] = (),  # items with a frame
+    ) -> None:
         "Show the first page of `items` (numbers) under `title`, each with its `note(item)`; those in `framed` get a frame."
         self.title, self.items, self.note, self.framed = title, [int(item) for item in items], note, set(framed)
         self.draw(0)
@@ -124,14 +134,14 @@ def page_draws_widgets() -> bool:
     return kernel is not None and bool(kernel.get_parent("shell").get("metadata"))
 
 
-def as_jpeg(figure, dpi: int = 150) -> str:
+def as_jpeg(figure: plt.Figure, dpi: int = 150) -> str:
     "A matplotlib figure as a JPEG in base64."
     file = io.BytesIO()
     figure.savefig(file, format="jpg", dpi=dpi, pil_kwargs={"quality": 85})
     return base64.b64encode(file.getvalue()).decode()
 
 
-def figure_html(figure) -> str:
+def figure_html(figure: plt.Figure) -> str:
     "A matplotlib figure as part of a page."
     return f'<img src="data:image/jpeg;base64,{as_jpeg(figure, 200)}" style="max-width: 100%">'
 
@@ -170,12 +180,12 @@ class Explorer:
         for control in controls:
             control.on_click(handler) if isinstance(control, widgets.Button) else control.observe(handler, "value")
 
-    def figure(self):
-        "What is shown now, as a matplotlib figure."
+    def figure(self) -> plt.Figure:
+        "The present view as a matplotlib figure."
         return sheet(self.galleries[0].catalogue, [gallery.row() for gallery in self.galleries])
 
     def still(self) -> dict[str, str]:
-        "What is shown where no page draws widgets: {MIME type: content}."
+        "The view where no page draws widgets: {MIME type: content}."
         return {"image/jpeg": as_jpeg(self.figure())}
 
     def _repr_mimebundle_(self, **kwargs):
@@ -213,12 +223,12 @@ def searchable(catalogue: Catalogue) -> pd.DataFrame:
     return table.assign(words=(table.item.astype(str) + " " + table.title + " " + table.text).str.lower())
 
 # %% ../nbs/07a_explorers.ipynb #41e1ec02
-def buyers(inter, item: int) -> np.ndarray:
+def buyers(inter: Interactions, item: int) -> np.ndarray:
     "Numbers of the users who have `item`, in any split."
     return np.unique(inter.user[inter.item == item])
 
 
-def also_bought(inter, item: int, k: int = 8) -> pd.DataFrame:
+def also_bought(inter: Interactions, item: int, k: int = 8) -> pd.DataFrame:
     "The `k` items that the users of `item` have most often besides it: columns item, users."
     theirs = np.zeros(inter.n_users, bool)
     theirs[buyers(inter, item)] = True
@@ -229,7 +239,7 @@ def also_bought(inter, item: int, k: int = 8) -> pd.DataFrame:
 
 
 def item_facts(catalogue: Catalogue, item: int) -> dict[str, str]:
-    "What is known of an item, as text: id, interactions by split, popularity, users, and the item table's columns."
+    "All facts about an item, as text: id, interactions by split, popularity, users, and the item table's columns."
     inter, row, who = catalogue.data.inter, catalogue.table.iloc[item], buyers(catalogue.data.inter, item)
     n = np.bincount(inter.split[inter.item == item], minlength=3)
     rank = int((catalogue.table.interactions > row.interactions).sum()) + 1
@@ -249,7 +259,12 @@ def plain_table(rows: Iterable[Sequence]) -> str:
     return f'<table style="line-height: 1.4">{"".join(lines)}</table>'
 
 
-def item_html(catalogue: Catalogue, item: int, size: int = 180, text: int = 400) -> str:
+def item_html(
+    catalogue: Catalogue,
+    item: int,  # number
+    size: int = 180,  # pixels of the picture
+    text: int = 400,  # letters that are shown
+) -> str:
     "An item's picture, title and the first `text` letters of its text."
     picture, title = catalogue.picture(item, size), catalogue.table.title.iat[item]
     words = f"{catalogue.table.text.iat[item]}. ".removeprefix(f"{title}. ").removesuffix(". ")
@@ -285,7 +300,7 @@ class DataBrowser(Explorer):
         self.when(self.search, *controls)
         self.attempt(self.search)
 
-    def search(self):
+    def search(self) -> None:
         "Show what the controls ask for, and open the first item."
         table, how = self.table, (self.words.value, self.only.value, *self.range.value, self.order.value)
         found = find_items(table, *how)
@@ -295,7 +310,7 @@ class DataBrowser(Explorer):
             raise DataError("No item fits. Ask for fewer words, or for more interactions.")
         self.open(found[0])
 
-    def open(self, item: int):
+    def open(self, item: int) -> None:
         "Show one item: picture, text, statistics, users, and what else they have."
         users = also_bought(self.catalogue.data.inter, item, 20).set_index("item").users
         self.item.value = item_html(self.catalogue, item) + plain_table(item_facts(self.catalogue, item).items())
@@ -331,7 +346,12 @@ GAIN = "ndcg@20"
 RULES = ("most improved", "most harmed", "cold", "random")
 
 
-def order_users(gain: pd.Series, cold: np.ndarray, rule: str, seed: int = 0) -> np.ndarray:
+def order_users(
+    gain: pd.Series,  # index: user number
+    cold: np.ndarray,  # (U,) bool
+    rule: str,  # of `RULES`
+    seed: int = 0,  # of the random rule
+) -> np.ndarray:
     "Numbers of the users of `gain` (index: user number) by a rule of RULES; `cold`: mask (U,). Raises `DataError` for none."
     if rule == "random":
         return np.random.default_rng(seed).permutation(gain.index)
@@ -398,7 +418,13 @@ class Lists:
         return [self.view_of(name).recommended(user, self.choices[name][1], FAR) for name in names]
 
 # %% ../nbs/07a_explorers.ipynb #3969fcaa
-def user_rows(inter, user: int, before: Sequence[int], after: Sequence[int], k: int = 10) -> list[tuple]:
+def user_rows(
+    inter: Interactions,
+    user: int,  # number
+    before: Sequence[int],  # all items, the best first
+    after: Sequence[int],  # likewise
+    k: int = 10,  # shown of each list
+) -> list[tuple]:
     "History, test items with their ranks, and the first `k` of two lists: (title, items, note(item), framed) for `Gallery`."
     (history, test), moved = (items_of(inter, user, split) for split in ("train", "test")), moves(before, after)
     moved = moved.reindex(moved.index.union(test))
@@ -469,20 +495,20 @@ class UserExplorer(Explorer):
         self.attempt(self.restart)
         self.picker.id.value = "" if user is None else str(user)
 
-    def restart(self):
+    def restart(self) -> None:
         "Compare the two lists for all users, and show the first."
         gains = self.lists.gains(self.before.value, self.after.value)
         self.picker.gain = (gains.after - gains.before).dropna()
         self.picker.start()
 
-    def draw(self, user: int):
+    def draw(self, user: int) -> None:
         "Show user number `user`: history, test items with their ranks, and both lists."
         lists = self.lists.lists(user, self.before.value, self.after.value)
         for gallery, row in zip(self.galleries, user_rows(self.lists.seen.data.inter, user, *lists)):
             gallery.show(*row)
         self.item.value = ""
 
-    def open(self, item: int):
+    def open(self, item: int) -> None:
         "Show an item that was clicked, below the lists."
         catalogue = self.lists.seen.catalogue
         self.item.value = item_html(catalogue, item) + plain_table(item_facts(catalogue, item).items())
@@ -495,9 +521,9 @@ def unit_tables(run: Run | RunView) -> dict[str, torch.Tensor]:
 
 def neighbour_rows(
     tables: dict[str, torch.Tensor],  # of `unit_tables`
-    item: int,
-    modality: str,
-    k: int = 7,
+    item: int,  # number
+    modality: str,  # image or text
+    k: int = 7,  # neighbours per space
 ) -> pd.DataFrame:
     "The `k` nearest items under ID, frozen and tuned features of a modality: columns space, item, cosine, in_id."
     rows, ids = [], set()
@@ -523,14 +549,23 @@ def encode_words(encoder: RunEncoder, words: Sequence[str], batch: int = 64) -> 
     return torch.cat([encode_text(encoder.clip, tokens, encoder.prompts) for tokens in parts])
 
 
-def nearest_words(feature: torch.Tensor, words: Sequence[str], tables: torch.Tensor, k: int = 8) -> dict[str, str]:
+def nearest_words(
+    feature: torch.Tensor,  # (d_t,)
+    words: Sequence[str],  # n of them
+    tables: torch.Tensor,  # (n, d_t) their features
+    k: int = 8,  # words that are returned
+) -> dict[str, str]:
     "The `k` words whose features (n, d_t) are nearest to `feature` (d_t,): {word: cosine}, the nearest first."
     cosine = torch.cosine_similarity(tables.float(), feature.float()[None])
     best = cosine.argsort(descending=True, stable=True)[:k]
     return {words[i]: f"{cosine[i]:.2f}" for i in best.tolist()}
 
 # %% ../nbs/07a_explorers.ipynb #03f77309
-def attention_html(run: Run | RunView, item: int, size: int = 140) -> str:
+def attention_html(
+    run: Run | RunView,
+    item: int,  # number
+    size: int = 140,  # of a picture, in pixels
+) -> str:
     "HTML: an item's picture under the attention of the class token, frozen and tuned. Raises `DataError`."
     pixels = item_pixels(run, [item])
     shares = {name: share[0] for name, share in attention_shares(run, pixels).items()}
@@ -562,7 +597,13 @@ class Words:
 ASPECTS = ("facts", "words", "attention")
 
 
-def about_item(words: Words, tables: dict, item: int, spaces: Sequence[str], aspect: str) -> str:
+def about_item(
+    words: Words,
+    tables: dict,  # of `item_tables`
+    item: int,  # number
+    spaces: Sequence[str],  # names of tables
+    aspect: str,  # of `ASPECTS`
+) -> str:
     "HTML: an `aspect` of ASPECTS of an item, in `spaces` of `tables`."
     if aspect == "facts":
         return plain_table(item_facts(words.seen.catalogue, item).items())
@@ -624,7 +665,7 @@ class ItemExplorer(Explorer):
         self.when(self.draw, self.modality, self.aspect)
         self.attempt(self.picker.pick, int(self.picker.table.interactions.argmax()) if item is None else item)
 
-    def draw(self):
+    def draw(self) -> None:
         "Show the item, what is known of it, and its neighbours."
         item, modality = self.picker.past[-1], self.modality.value
         near = neighbour_rows(self.tables, item, modality)
@@ -715,7 +756,12 @@ class StillMap:
         self.box.children[1].value = base64.b64decode(as_jpeg(self.draw(), 200))
 
 
-def new_map(n: int, on_hover: Callable, on_select: Callable, draw: Callable) -> ScatterMap | StillMap:
+def new_map(
+    n: int,  # points
+    on_hover: Callable,  # gets an item number, or None
+    on_select: Callable,  # gets item numbers
+    draw: Callable,  # draws the still picture
+) -> ScatterMap | StillMap:
     "A `ScatterMap` of `n` points, or a `StillMap` where jupyter-scatter is not installed."
     try:
         return ScatterMap(n, on_hover, on_select)
@@ -745,27 +791,27 @@ class EmbeddingMap(Explorer):
         self.when(self.paint, self.color)
         self.attempt(self.lay_out)
 
-    def lay_out(self):
+    def lay_out(self) -> None:
         "Make the layouts of both ends, and draw the map."
         self.ends = self.layouts(self.before.value, self.after.value)
         self.map.move(between(*self.ends, self.slider.value))
         self.paint()
 
-    def paint(self):
+    def paint(self) -> None:
         "Colour the points."
         self.map.paint(colour_values(self.catalogue.table[self.color.value]), self.color.value)
 
-    def open(self, item: int | None):
+    def open(self, item: int | None) -> None:
         "Show an item beside the map; None: the mouse has left it, and the item stays."
         if item is not None:
             facts = item_facts(self.catalogue, item).items()
             self.item.value = item_html(self.catalogue, item, 140) + plain_table(facts)
 
-    def list(self, items: Sequence[int]):
+    def list(self, items: Sequence[int]) -> None:
         "List the items in the lasso."
         self.chosen.show(f"{len(items):,} selected" if len(items) else "", items)
 
-    def figure(self):
+    def figure(self) -> plt.Figure:
         "Both ends of the slider as a figure."
         ends = self.before.value, self.after.value
         return embedding_map(*(self.tables[end] for end in ends), self.catalogue, self.color.value, names=ends)
@@ -778,7 +824,7 @@ def different_parameters(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 @in_style
-def validation_curves(runs: Sequence[Run]):
+def validation_curves(runs: Sequence[Run]) -> plt.Figure:
     "The validation metric of each run over its epochs, as one figure."
     figure, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
     for run in runs:
@@ -840,7 +886,7 @@ class RunExplorer(Explorer):
         self.rows.observe(self.safely(lambda _: self.draw()), "selected_rows")
         self.attempt(self.load)
 
-    def load(self):
+    def load(self) -> None:
         "Read the table of runs anew."
         self.table = list_runs(*self.which)
         if self.table.empty:
@@ -849,26 +895,26 @@ class RunExplorer(Explorer):
         content = base64.b64encode(safe_csv(self.table).encode()).decode()
         self.export.value = f'<a download="runs.csv" href="data:text/csv;base64,{content}"><u>Export as CSV</u></a>'
 
-    def draw(self):
+    def draw(self) -> None:
         "Show what differs between the selected runs, and their curves."
         runs, self.answer.value = open_rows(self.table.iloc[self.rows.selected_rows]), ""
         self.curves.value = figure_html(validation_curves(runs)) if runs else ""
         differ = different_parameters(runs) if len(runs) > 1 else pd.DataFrame()
         self.differences.value = plain_table([["", *differ.columns], *differ.itertuples()])
 
-    def compare(self):
+    def compare(self) -> None:
         "Test the two selected runs."
         if len(self.rows.selected_rows) != 2:
             raise DataError(f"Click two rows of the table to compare them (selected now: {len(self.rows.selected_rows)}).")
         sentence = tested(*open_rows(self.table.iloc[self.rows.selected_rows]), self.metric.value)
         self.answer.value = f"<b>{html.escape(sentence)}</b>"
 
-    def still(self):
+    def still(self) -> dict:
         "The newest runs as a table that needs no widgets."
         return {"text/html": run_rows(self.table).head(10).to_html(index=False)}
 
 # %% ../nbs/07a_explorers.ipynb #79b33c4c
-def explore(what=None) -> Explorer:
+def explore(what: RecData | Run | str | Path | None = None) -> Explorer:
     """Open the explorer that fits: all runs for nothing, items for a data set, a user's lists for a run.
 
     `what`: a `RecData`, a `Run`, or a text: the name or folder of a data set, or the folder or key of a run. Raises

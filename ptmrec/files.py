@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -199,7 +200,7 @@ def sweep(folder: Path) -> list[str]:
     return left
 
 # %% ../nbs/00i_files.ipynb #0813be1e
-def reserve(file, size: int) -> None:
+def reserve(file: IO, size: int) -> None:
     "Reserve `size` bytes on disk for an open file. Raises `OSError` if there is no room."
     try:
         if size and hasattr(os, "posix_fallocate"):
@@ -209,7 +210,10 @@ def reserve(file, size: int) -> None:
             raise
 
 
-def new_array(path: Path, dtype, shape: tuple[int, ...]) -> np.memmap:
+def new_array(
+    path: Path,  # of a .npy file
+    dtype: type | np.dtype, shape: tuple[int, ...],
+) -> np.memmap:
     "A writable memory map of a new .npy file, its space reserved. Raises `OSError` if there is no room."
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     with open(path, "rb+") as file:
@@ -259,7 +263,7 @@ def cache_dir() -> Path:
 
 # %% ../nbs/00i_files.ipynb #c9d8f324
 def _checksum(path):
-    "What the companion of a cached file says."
+    "The content of a cached file's companion."
     found, size = 0, 0
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

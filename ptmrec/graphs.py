@@ -132,12 +132,12 @@ class GraphRows(Graph):
         self.graph, self.index, self.shape = graph, index, (len(index), graph.shape[1])
         self.csr = _csr_rows(graph.csr, index) if 4 * len(index) < graph.shape[0] else None
 
-    def product(self, x, start=None):
+    def product(self, x: Tensor, start: Tensor | None = None) -> Tensor:
         if self.csr is None:
             return self.graph.product(x, start)[self.index]
         return super().product(x, None if start is None else start[self.index])
 
-    def transposed(self, y):
+    def transposed(self, y: Tensor) -> Tensor:
         return self.graph.transposed(_spread(y, self.index, self.graph.shape[0]))
 
 # %% ../nbs/00e_graphs.ipynb #b3b6da03

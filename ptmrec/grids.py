@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import joblib
 import pandas as pd
@@ -34,8 +35,8 @@ from .data import DataError, data_dir, find_dataset, fingerprint, load_data, rep
 from .files import sweep
 from .memory import free_bytes
 from .processes import run_notebook
-from .runs import Run, alone, best_variant, heal, list_runs, open_run, pick_device, read_json, validation
-from .settings import SettingError, did_you_mean, resolve
+from .runs import Run, best_variant, list_runs, open_run, pick_device, read_json, use_or_train, validation
+from .settings import SettingError, Settings, did_you_mean, resolve
 from .stage1 import (Inputs, find_stage1_run, load_inputs, new_backbone, run_stage1, stage1_parameters,
                            train_stage1)
 from .stage2 import (find_stage2_run, joint_settings, make_encoder, need_of, new_model, run_stage2, train_stage2,
@@ -76,11 +77,16 @@ class Cell:
     output: str | None = None  # the executed notebook
 
     @property
-    def name(self):
+    def name(self) -> str:
         return ", ".join(self.labels.values())
 
 
-def plan(notebook: str, base: dict, axes: dict, seeds: Sequence[int]) -> list[Cell]:
+def plan(
+    notebook: str,  # 04_stage1 or 05_stage2
+    base: dict,  # settings of every run
+    axes: dict,  # {setting: values}, or {name: {label: {setting: value}}}
+    seeds: Sequence[int],
+) -> list[Cell]:
     "The cells of a grid, all of their settings checked; raises `SettingError` that names the cell."
     if notebook not in NOTEBOOKS:
         raise SettingError(f"notebook='{notebook}' cannot be run by a grid.{did_you_mean(notebook, NOTEBOOKS)} Allowed: "
@@ -100,7 +106,7 @@ def plan(notebook: str, base: dict, axes: dict, seeds: Sequence[int]) -> list[Ce
     return cells
 
 # %% ../nbs/05c_grids.ipynb #fb8c1a78
-def light_inputs(settings, known: dict) -> Inputs:
+def light_inputs(settings: Settings, known: dict) -> Inputs:
     "Data and encoder of a cell, without features; `known` keeps what is loaded."
     names = ("dataset", "min_rating", "core", "split", "split_seed", "clip_model", "pretrained", "device")
     uses_features = BACKBONES[settings.backbone].uses_features
@@ -113,7 +119,7 @@ def light_inputs(settings, known: dict) -> Inputs:
     return known[key]
 
 
-def expected_run(notebook: str, settings, inputs: Inputs) -> Run:
+def expected_run(notebook: str, settings: Settings, inputs: Inputs) -> Run:
     "The run that a cell makes, finished or not; raises `DataError` if there is nothing to tune."
     if notebook == "04_stage1":
         return find_stage1_run(settings, inputs)
@@ -145,7 +151,11 @@ def finished_run(expected: Run, test: bool = True) -> Run | None:
     return None
 
 # %% ../nbs/05c_grids.ipynb #ab0858b5
-def claims(notebook: str, papermill: bool, cell: Cell) -> set[str]:
+def claims(
+    notebook: str,
+    papermill: bool,  # the notebook is executed, controls included
+    cell: Cell,
+) -> set[str]:
     "Names of the runs that a cell makes unless they are there: its own, Stage 1, and 05_stage2 with papermill its controls."
     settings, controls = cell.settings, papermill and notebook == "05_stage2"
     rounds = (settings.replace(rounds=n) for n in range(1, (1 + controls) * settings.rounds + 1))
@@ -186,15 +196,15 @@ def run_cells(
         done |= set() if cell.outcome["error"] else claimed(cell)
 
 
-def outcome_of(future) -> dict:
-    "What a future of `run_notebook` returned; what it raised (a worker that died too often, say) as its `error`."
+def outcome_of(future: Any) -> dict:
+    "The result of a future of `run_notebook`; an exception (of a worker that died too often, say) is its `error`."
     try:
         return future.result()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 # %% ../nbs/05c_grids.ipynb #42ebb21c
-def forecast(settings) -> float:
+def forecast(settings: Settings) -> float:
     "Bytes that training Stage 2 takes with these settings, beyond what a process holds once it has loaded everything."
     inputs = load_inputs(settings)
     encoder = make_encoder(settings, inputs)
@@ -210,7 +220,10 @@ def gpu_of(cell: Cell) -> str | None:
     return f"cuda:{device.index or 0}" if device.type == "cuda" else None
 
 
-def how_many(notebook: str, cells: list[Cell], threads: int = 1) -> int:
+def how_many(
+    notebook: str, cells: list[Cell],
+    threads: int = 1,  # that each run computes with
+) -> int:
     "How many of the cells may run at a time on this machine: cores, and 80 % of the free memory, allow them."
     names = ("dataset", "clip_model", "backbone", "tuning", "tuned_towers", "batch_by", "stage2_batch_size", "micro_batch",
              "cache_prefix")
@@ -328,19 +341,25 @@ def grid_table(cells: list[Cell], test: bool = True) -> pd.DataFrame:
     return table if test else table.loc[:, ~table.columns.str.contains("test ")]
 
 # %% ../nbs/05c_grids.ipynb #aae406f0
-def run_cell(notebook: str, parameters: dict, test: bool = True) -> Run:
+def run_cell(
+    notebook: str,  # 04_stage1 or 05_stage2
+    parameters: dict,  # of its experiment
+    test: bool = True,  # False: a trial
+) -> Run:
     "Make the run of a cell, Stage 1 first if need be; without `test` it is trained, and the test split left alone."
     settings = resolve(NOTEBOOKS[notebook].experiment, parameters)
     settings = joint_settings(settings) if parameters.get("training") == "joint" else settings
     inputs = load_inputs(settings)
-    run = expected_run(notebook, settings, inputs)
-    with alone(run):
-        if not heal(run).finished:
-            (train_stage1 if notebook == "04_stage1" else train_stage2)(run.begin(), settings, inputs, test)
-    return run
+    train = train_stage1 if notebook == "04_stage1" else train_stage2
+    return use_or_train(expected_run(notebook, settings, inputs), train, settings, inputs, test=test)
 
 # %% ../nbs/05c_grids.ipynb #bdd9df12
-def work_of(notebook: str, cell: Cell, folder: Path, papermill: bool, test: bool) -> tuple[str, str, dict]:
+def work_of(
+    notebook: str, cell: Cell,
+    folder: Path,  # of the grid
+    papermill: bool,  # False: without an executed notebook
+    test: bool,  # False: a trial
+) -> tuple[str, str, dict]:
     "What `run_notebook` runs for a cell, where its output goes, and its parameters."
     if papermill:
         return str(repo_root() / "nbs" / f"{notebook}.ipynb"), str(folder / f"{cell.expected.key}.ipynb"), cell.params
@@ -348,8 +367,8 @@ def work_of(notebook: str, cell: Cell, folder: Path, papermill: bool, test: bool
     return "ptmrec.grids.run_cell", str(folder / f"{cell.expected.key}.txt"), call
 
 
-def gpu_per_run(client, cells: list[Cell]) -> dict:
-    "What each run asks a cluster's workers for: a GPU, where they have some. Raises `SettingError` if they do not say so."
+def gpu_per_run(client: Any, cells: list[Cell]) -> dict:
+    "The resources that each run asks of a cluster: a GPU, where it has some. Raises `SettingError` if workers do not say."
     if all(cell.settings.device == "cpu" for cell in cells):
         return {}
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
@@ -361,7 +380,7 @@ def gpu_per_run(client, cells: list[Cell]) -> dict:
     return {}
 
 
-def cluster_event(client):
+def cluster_event(client: Any) -> Any:
     "An event that is known on all workers."
     from dask.distributed import Event
 
@@ -385,7 +404,17 @@ def find_result(cell: Cell, test: bool = True) -> None:
         cell.status, cell.outcome["error"] = "failed", f"The notebook ended, but run {cell.expected.key} is not there."
 
 # %% ../nbs/05c_grids.ipynb #0c9c5c62
-def run_left(notebook, cells, left, folder, watch, threads=1, client=None, papermill=True, test=True) -> None:
+def run_left(
+    notebook: str,
+    cells: list[Cell],  # all of the grid
+    left: list[Cell],  # those to run
+    folder: Path,  # the grid's
+    watch: Watch,  # shows what is done
+    threads: int = 1,  # that each run computes with
+    client: Any = None,  # a `dask.distributed.Client`
+    papermill: bool = True,
+    test: bool = True,
+) -> None:
     "Run the cells `left` of a grid, and keep its table after each."
     place, started = {"PTMREC_RUNS": str(runs_dir()), "PTMREC_DATA": str(data_dir())}, []
     stop, asked = (cluster_event(client), {"resources": gpu_per_run(client, left)}) if client else (threading.Event(), {})
@@ -425,7 +454,7 @@ def grid(
     name: str = "grid",  # of its folder, runs/grids/<name>
     at_once: int | None = None,  # runs at a time; None: as many as memory and cores allow, or the cluster's threads
     threads: int = 1,  # that each run computes with
-    client=None,  # a `dask.distributed.Client` whose workers see the same folders; None: this machine
+    client: Any = None,  # a `dask.distributed.Client` whose workers see the same folders; None: this machine
     papermill: bool = True,  # False: no executed notebooks, see `run_cell`
     test: bool = True,  # False: trials, which train and validate alone, without notebooks
 ) -> pd.DataFrame:

@@ -73,7 +73,7 @@ def _examples(data, found, of_items):
 
 # %% ../nbs/00h_leaks.ipynb #daacab38
 def check_leaks(data: RecData) -> pd.DataFrame:
-    """What training tells about the test: a row per kind, with columns `found`, `of`, `example`.
+    """Leaks from training to the test: a row per kind, with columns `found`, `of`, `example`.
 
     Kinds that need times are left out where those are not known. Pairs in two splits include those that `load_data` dropped.
     """

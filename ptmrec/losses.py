@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/03_losses.ipynb #0f68d577
-def bpr_loss(user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+def bpr_loss(
+    user: Tensor,  # (B, d)
+    pos: Tensor,  # (B, d) items of the users
+    neg: Tensor,  # (B, d) items that they do not have
+) -> Tensor:
     "Bayesian personalised ranking of `user`, `pos`, `neg` embeddings (B, d) (Rendle et al., UAI 2009; PTMRec, Eq. 1)."
     return F.softplus((user * (neg - pos)).sum(1)).mean()
 

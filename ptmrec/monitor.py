@@ -14,6 +14,8 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 from .distributed import rank
 from .training import Callback, KeepBest, Loop, Progress, best_so_far, how_it_ended
@@ -170,7 +172,7 @@ def summary(loop: Loop, name: str, shown: dict, ended: str, seconds: float) -> s
     return svg(at + 650, 28, parts)
 
 # %% ../nbs/03d_monitor.ipynb #a16678a9
-def shell():
+def shell() -> Any:
     "IPython's shell; None in a plain program."
     return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
 
@@ -181,7 +183,7 @@ def clicks_arrive() -> bool:
     return channel is not None and bool(channel.manager.list_subshell())
 
 
-def let_through(widget) -> None:
+def let_through(widget: Any) -> None:
     "Have what the front end says to `widget` go to the shell that the front end names."
     vars(widget.comm).pop("_reply_subshell_id", None)
 
@@ -199,7 +201,7 @@ class Still:
         return self.words
 
 # %% ../nbs/03d_monitor.ipynb #48d79bc7
-def panel(on_stop) -> tuple:
+def panel(on_stop: Callable[[], None]) -> tuple:
     "Widgets: place for curves, a line, a Stop button that calls `on_stop`, and a box of the three."
     from ipywidgets import HTML, Button, HBox, VBox
 
@@ -211,7 +213,7 @@ def panel(on_stop) -> tuple:
     return picture, line, stop, VBox([picture, HBox([stop, line])])
 
 
-def leave(place, box, still: Still) -> None:
+def leave(place: Any, box: Any, still: Still) -> None:
     "Show `still` where `box` is. Its widgets stay open: the page may be about to draw them, and would complain."
     place.update(still)
     box.children[1].children[0].disabled = True
@@ -235,7 +237,7 @@ class Monitor(Callback):
     def __init__(self, name: str, shown: dict[str, str]):
         self.name, self.shown, self.place = name, shown, None
 
-    def before(self, loop):
+    def before(self, loop: Loop) -> None:
         from IPython.display import display
 
         loop.name, self.began = self.name, time.monotonic()
@@ -244,37 +246,37 @@ class Monitor(Callback):
         self.draw(loop)
         self.place = display(self.box, display_id=True)
 
-    def after_epoch(self, loop):
+    def after_epoch(self, loop: Loop) -> None:
         self.ends.append(time.monotonic())
         if self.ends[-1] >= self.due:
             self.draw(loop)
 
-    def draw(self, loop):
+    def draw(self, loop: Loop) -> None:
         started = time.perf_counter()
         self.picture.value = curves(loop, self.shown)
         self.write(loop)
         self.due = time.monotonic() + max(0.5, 200 * (time.perf_counter() - started))
 
-    def write(self, loop):
+    def write(self, loop: Loop) -> None:
         waited, seconds = time.monotonic() - self.began, (self.ends[-1] - self.ends[0]) / max(1, len(self.ends) - 1)
         deaf = waited > 5 and not clicks_arrive()
         self.line.value, self.stop.layout.display = words(loop, self.name, seconds, waited, deaf), "none" if deaf else None
 
-    def clicked(self, loop):  # in a thread of its own
+    def clicked(self, loop: Loop) -> None:  # in a thread of its own
         loop.end_by_hand()
         self.stop.disabled, self.stop.description = True, "Stopping"
         self.write(loop)
 
-    def after(self, loop, ended=None):
+    def after(self, loop: Loop, ended: str | None = None) -> None:
         if self.place is not None:
             ended = ended or how_it_ended(loop)
             row = summary(loop, self.name, self.shown, ended, time.monotonic() - self.began)
             leave(self.place, self.box, Still(row, f"{self.name}, {ended}"))
 
-    def interrupted(self, loop):
+    def interrupted(self, loop: Loop) -> None:
         self.after(loop, f"interrupted during epoch {loop.epoch}")
 
-    def failed(self, loop):
+    def failed(self, loop: Loop) -> None:
         self.after(loop, f"failed in epoch {loop.epoch}")
 
 # %% ../nbs/03d_monitor.ipynb #0a72081a

@@ -170,10 +170,10 @@ class Combined(Tuning):
         self.parts = nn.ModuleList(parts)
         self.__dict__["prompts"] = next((p.prompts for p in parts if p.prompts is not None), None)  # registered in its part
 
-    def param_groups(self):
+    def param_groups(self) -> list[dict]:
         return [group for part in self.parts for group in part.param_groups()]
 
-    def detach(self):
+    def detach(self) -> None:
         for part in reversed(self.parts):
             part.detach()
 
@@ -266,7 +266,7 @@ def sublayers(
 
 # %% ../nbs/01a_peft.ipynb #662136a6
 class Bottleneck(nn.Module):
-    "What an adapter adds to the output of `module`: (..., width), or (B, width, h, w) where that returns maps."
+    "An adapter's summand for the output of `module`: (..., width), or (B, width, h, w) where that returns maps."
 
     def __init__(self, module: nn.Module, size: int):
         super().__init__()
@@ -276,7 +276,7 @@ class Bottleneck(nn.Module):
         self.down, self.up = nn.Linear(self.width, size), nn.Linear(size, self.width)
         nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         axis = 1 if self.maps or x.shape[-1] != self.width else -1  # FastViT's attention is linear, and still returns maps
         return self.up(F.gelu(self.down(x.movedim(axis, -1)))).movedim(-1, axis)
 
@@ -307,7 +307,7 @@ class Adapter(Tuning):
             self.add_module(tower, nn.ModuleList(Bottleneck(m, adapter_size) for m in found))
             self.hooks += [m.register_forward_hook(add_to_output(b)) for m, b in zip(found, getattr(self, tower))]
 
-    def detach(self):
+    def detach(self) -> None:
         for hook in self.hooks:
             hook.remove()
 
@@ -321,11 +321,11 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, weight.shape[1]), 5**0.5))
         self.B = nn.Parameter(torch.zeros(weight.shape[0], rank))
 
-    def forward(self, weight):
+    def forward(self, weight: Tensor) -> Tensor:
         "The changed weight: torch's parametrisation calls this."
         return weight + self.scale * (self.B @ self.A).view_as(weight)
 
-    def hook(self, layer, args, output):
+    def hook(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
         "Forward hook on a layer: what its changed weight would return."
         change = self.scale * (args[0].movedim(self.axis, -1) @ self.A.T @ self.B.T)
         return output + change.movedim(-1, self.axis)
@@ -375,7 +375,7 @@ class Lora(Tuning):
                     self.changed.append((layer, weight, dict(layer._parameters)))
                     register_parametrization(layer, weight, change)
 
-    def detach(self):
+    def detach(self) -> None:
         for hook in self.hooks:
             hook.remove()
         while self.changed:
@@ -412,7 +412,7 @@ class Full(Tuning):
         self.stock = {name: q.detach().clone() for name, q in self.named_parameters()}
 
     @torch.no_grad()
-    def detach(self):
+    def detach(self) -> None:
         for name, q in self.requires_grad_(False).named_parameters():
             q.grad = None
             q.copy_(self.stock[name])

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -80,7 +81,7 @@ def memory_in_use(process: psutil.Process) -> int:
     return total
 
 # %% ../nbs/03f_processes.ipynb #cacd700d
-def wait_and_measure(process: subprocess.Popen, stop=None) -> int:
+def wait_and_measure(process: subprocess.Popen, stop: Any = None) -> int:
     "Wait for a process, or kill it when `stop` is set; returns the most bytes in memory, looked at five times a second."
     peak, looked_at = 0, psutil.Process(process.pid)
     try:
@@ -99,7 +100,7 @@ def run_notebook(
     parameters: dict,
     threads: int = 1,  # that the run computes with
     environment: dict | None = None,  # variables to set besides
-    stop=None,  # an event, of `threading` or `dask.distributed`, that kills the run when it is set
+    stop: Any = None,  # an event, of `threading` or `dask.distributed`, that kills the run when it is set
 ) -> dict:
     "Run a notebook in a process of its own: its `seconds`, `peak_mb`, and what it raised as `error` (None: nothing)."
     answer, started = Path(f"{output}.json"), time.perf_counter()

@@ -18,49 +18,17 @@ from torch import Tensor
 from .data import DataError, Interactions
 from .settings import SettingError, did_you_mean
 
-# %% ../nbs/03a_ranking.ipynb #5b680d7a
-def _settle_ties(scores, values, items, k):
-    "The first `k` of `items` (B, k + 1), in order of their `values`, ties by the lower number; `scores` (B, I) has all."
-    tied = values[:, :-1] == values[:, 1:]
-    values, items = values[:, :k], items[:, :k]
-    rows = tied.any(1).nonzero().flatten()
-    by_number, order = items[rows].sort(dim=1)
-    items[rows] = by_number.gather(1, values[rows].gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-    rows = tied[:, k - 1 :].any(1).nonzero().flatten()  # the wrong one of them may have been cut off
-    items[rows] = scores[rows].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return items
-
-# %% ../nbs/03a_ranking.ipynb #64d08307
-def _places(row, count):
-    "For entries sorted by `row` (m,), `count` (B,) to a row: the place of each within its row."
-    return torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-
-
-def _candidates(scores, k, width=32):
-    "Values and item numbers (B, k or a few more) among which are the `k` highest of each row of `scores` (B, I)."
-    n = scores.shape[1] // width * width
-    chunks = scores[:, :n].unflatten(1, (width, -1))  # (B, width, chunks)
-    maxima, best = chunks.amax(1).topk(k)  # (B, k)
-    values = torch.cat([chunks.gather(2, best[:, None].expand(-1, width, -1)).flatten(1), scores[:, n:]], 1)
-    row, place = (~(values < maxima[:, -1:])).nonzero(as_tuple=True)
-    items = torch.where(place < width * k, place // k * chunks.shape[2] + best[row, place % k], place - width * k + n)
-    count = row.bincount(minlength=len(scores))
-    at, table = (row, _places(row, count)), (len(scores), int(count.max()))
-    return scores.new_full(table, -torch.inf).index_put(at, values[row, place]), items.new_zeros(table).index_put(at, items)
-
 # %% ../nbs/03a_ranking.ipynb #2bf849ad
 def stable_topk(
     scores: Tensor,  # (B, I)
     k: int,
-    width: int = 32,  # items per chunk
 ) -> Tensor:
     "The `k` highest of each row of `scores` as item numbers (B, k), ties by the lower number."
-    n = min(k + 1, scores.shape[1])  # one more shows whether a tie was cut
-    if scores.shape[1] <= 2 * n * width:
-        return _settle_ties(scores, *scores.topk(n, dim=1), k)
-    values, items = _candidates(scores, n, width)
-    values, order = values.topk(n, dim=1)
-    return _settle_ties(scores, values, items.gather(1, order), k)
+    values, items = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more shows whether a tie was cut
+    tied = (values[:, :-1] == values[:, 1:]).any(1).nonzero().flatten()
+    items = items[:, :k]
+    items[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return items
 
 # %% ../nbs/03a_ranking.ipynb #6aec16dd
 class Pairs:
@@ -76,7 +44,8 @@ class Pairs:
         "For `users` (B,): row numbers (m,) in 0..B-1 and items (m,) of all their pairs."
         count = self.count[users]
         row = torch.repeat_interleave(torch.arange(len(users), device=count.device), count)
-        return row, self.item[self.start[users][row] + _places(row, count)]
+        place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]  # within the user's pairs
+        return row, self.item[self.start[users][row] + place]
 
 # %% ../nbs/03a_ranking.ipynb #dace54b4
 @torch.no_grad()
@@ -109,13 +78,21 @@ def register_metric(name: str) -> Callable:
 
 # %% ../nbs/03a_ranking.ipynb #450c5588
 @register_metric("recall")
-def recall_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def recall_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "Share of the positives in the first `k`."
     return hits[:, :k].sum(1) / n_pos
 
 # %% ../nbs/03a_ranking.ipynb #2eff2a6a
 @register_metric("ndcg")
-def ndcg_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def ndcg_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "Discounted gain of the first `k`, divided by that of an ideal list."
     hits = hits[:, :k]
     discount = 1 / np.log2(np.arange(hits.shape[1]) + 2)
@@ -124,20 +101,32 @@ def ndcg_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
 
 # %% ../nbs/03a_ranking.ipynb #11220674
 @register_metric("precision")
-def precision_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def precision_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "Share of hits in the first `k`."
     return hits[:, :k].sum(1) / k
 
 # %% ../nbs/03a_ranking.ipynb #522415b5
 @register_metric("map")
-def map_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def map_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "Mean over positives of the precision at their rank; 0 below rank `k`."
     hits = hits[:, :k]
     return (hits * hits.cumsum(1) / np.arange(1, hits.shape[1] + 1)).cumsum(1)[:, -1] / n_pos
 
 # %% ../nbs/03a_ranking.ipynb #cc7ed775
 @register_metric("hit")
-def hit_at_k(hits: np.ndarray, n_pos: np.ndarray, k: int) -> np.ndarray:
+def hit_at_k(
+    hits: np.ndarray,  # (n, K): 1 where the item at a rank is a positive
+    n_pos: np.ndarray,  # (n,) positives per user
+    k: int,  # cut-off
+) -> np.ndarray:
     "1 if there is a hit in the first `k`, else 0."
     return (hits[:, :k].sum(1) > 0).astype(float)
 
@@ -242,7 +231,7 @@ def paired_test(before: list[pd.Series], after: list[pd.Series]) -> dict:
     difference = (after - before).dropna()
     low, high, p = 0.0, 0.0, 1.0
     if difference.any() or not len(difference):
-        from scipy import stats  # imported here, for it takes half a second
+        from scipy import stats  # imported here because it takes half a second
 
         test = stats.ttest_1samp(difference, 0)
         (low, high), p = test.confidence_interval(0.95), test.pvalue

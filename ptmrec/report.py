@@ -172,8 +172,14 @@ def _trials(result):
     return table.loc[best.index].rename_axis("method")
 
 # %% ../nbs/06a_report.ipynb #e13a5d9c
-def study_blocks(name: str, result: StudyResult, against: pd.DataFrame, folder: Path, metric: str) -> list[Block]:
-    "What a report says about a study; `against`: the comparisons of `write_result`. Figures go into `folder`."
+def study_blocks(
+    name: str,  # of the study
+    result: StudyResult,
+    against: pd.DataFrame,  # the comparisons of `write_result`
+    folder: Path,  # where figures go
+    metric: str,
+) -> list[Block]:
+    "A report's part on a study; `against`: the comparisons of `write_result`. Figures go into `folder`."
     n_seeds = max(len(row.runs) for row in result.rows.values())
     blocks = [Block("heading", result.study.question, 3), Block("table", saved_table(result.folder / "result.md")),
               Block("text", f"`{name}`, {n_seeds} seed{'s' * (n_seeds > 1)}; bold: the best of a column; a star: p < 0.05 "
@@ -219,7 +225,7 @@ def paper(
     metric: str = "recall@10",
     **how,  # of `grid`: at_once, threads, client
 ) -> Path:
-    "Run studies, and write a report on them into runs/paper/<data sets>; returns the folder. What cannot run says why."
+    "Run studies and write a report on them into runs/paper/<data sets>; returns the folder. Failed studies say why."
     check_studies(studies)
     settings = {dataset: study_settings(dataset, base) for dataset in datasets}
     names = {dataset: find_dataset(path).name for dataset, (path, *_) in settings.items()}

@@ -6,10 +6,10 @@
 __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 'NOT_CODE', 'RUN_FIELDS', 'CONTENT', 'TRAINED',
            'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
            'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
-           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'alone', 'train_alone', 'runs_to_do',
-           'stopped_by_hand', 'open_run', 'validation', 'best_variant', 'check_variant', 'recommendation_table',
-           'RunEncoder', 'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser',
-           'option_parser', 'command_line']
+           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'alone', 'train_alone', 'use_or_train',
+           'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant', 'check_variant',
+           'recommendation_table', 'RunEncoder', 'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once',
+           'OptionParser', 'option_parser', 'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -81,15 +82,15 @@ def pick_device(device: str) -> torch.device:
 class WithoutRemarks(ast.NodeTransformer):
     "Drops docstrings, type hints and nested `Settings` (their values are parameters) from a syntax tree."
 
-    def visit_FunctionDef(self, node):
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.ClassDef) -> ast.AST:
         self.generic_visit(node)
         node.returns, node.body = None, [line for line in node.body if not _is_text(line)]
         return node
 
-    def visit_ClassDef(self, node):
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST | None:
         return None if node.name == "Settings" else self.visit_FunctionDef(node)
 
-    def visit_arg(self, node):
+    def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None
         return node
 
@@ -199,7 +200,7 @@ NOT_CODE = {"Settings", "_abc_impl", *(f"__{name}__" for name in (
 
 
 def _parts(name, thing):
-    "What a thing of the user's own is made of: a text, or None, and its parts [(name, thing)]."
+    "A thing of the user's own, taken apart: a text, or None, and its parts [(name, thing)]."
     if isinstance(thing, PLAIN):
         return repr(thing), []
     if isinstance(thing, dict | list | tuple | set | frozenset):
@@ -302,7 +303,7 @@ CONTENT = {"run": "settings", "metrics": "metrics", "history": "losses and metri
 
 
 def content_of(name: str) -> str:
-    "What a file of a run holds, in words."
+    "The content of a run's file, in words."
     return next((about for stem, about in CONTENT.items() if name.startswith(stem)), "a file of the run")
 
 
@@ -376,7 +377,11 @@ RunFolder.save_json, RunFolder.save_table, RunFolder.save_weights = _save_json, 
 RunFolder.load_table, RunFolder.load_weights = _load_table, _load_weights
 
 # %% ../nbs/03c_runs.ipynb #090a9b59
-def load_parameters(module: torch.nn.Module, weights: dict, source: str) -> None:
+def load_parameters(
+    module: torch.nn.Module,
+    weights: dict,  # {name: tensor}, all that `module` has
+    source: str,  # their file, for messages
+) -> None:
     "Load `weights` {name: tensor}, exactly the parameters of `module`; raises `DataError` that names `source`."
     mine = dict(module.named_parameters())
     if {n: w.shape for n, w in weights.items()} != {n: q.shape for n, q in mine.items()}:
@@ -630,6 +635,18 @@ def train_alone(run: Run, train: Callable, *arguments) -> None:
         if not broadcast({"finished": run.finished})["finished"]:
             train(heal(run).begin(), *arguments)
 
+
+def use_or_train(
+    run: Run,
+    train: Callable,  # train(run, *arguments, test) makes and returns it
+    *arguments,
+    test: bool = True,  # False: trained is enough
+) -> Run:
+    "The run, trained and, with `test`, scored: used if it is there, else made by `train(run, *arguments, test)`, alone."
+    with alone(run):
+        there = heal(run).finished or run.trained and not test
+        return run if there else train(run.begin(), *arguments, test)
+
 # %% ../nbs/03c_runs.ipynb #828a3aae
 def runs_to_do(
     runs: list[Run],  # those of one call
@@ -725,7 +742,11 @@ def _data(run):
 Run.data = _data
 
 
-def recommendation_table(lists: np.ndarray, users: np.ndarray, inter: Interactions) -> pd.DataFrame:
+def recommendation_table(
+    lists: np.ndarray,  # (n, k) item numbers, -1 where none is left
+    users: np.ndarray,  # (n,) numbers
+    inter: Interactions,
+) -> pd.DataFrame:
     "Item numbers (n, k), -1 where none is left, for user numbers (n,) as a table of user, rank, item with original ids."
     row, rank = (lists >= 0).nonzero()
     return pd.DataFrame({"user": inter.user_ids[users][row], "rank": rank + 1, "item": inter.item_ids[lists[row, rank]]})
@@ -929,7 +950,7 @@ class Once(argparse.Action):
 class OptionParser(argparse.ArgumentParser):
     "A parser that raises `SettingError`."
 
-    def error(self, message) -> None:
+    def error(self, message: str) -> None:
         raise SettingError(f"{message[:1].upper()}{message[1:]}. Options are written --name value; --help lists them.")
 
 
@@ -945,7 +966,7 @@ def option_parser(function: Callable) -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/03c_runs.ipynb #d09fb361
-def command_line(function: Callable, arguments: list[str] | None = None):
+def command_line(function: Callable, arguments: list[str] | None = None) -> Any:
     """Call an experiment with the options of `arguments` (None: the shell's).
 
     A wrong setting ends the program with one sentence and exit status 2, data that cannot be used or a training that

@@ -12,6 +12,7 @@ __all__ = ['SILHOUETTES', 'COLOURS', 'PATTERNS', 'N_ITEMS', 'N_USERS', 'N_INTERA
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -34,16 +35,16 @@ class Pencil:
     def _scale(self, numbers):
         return [n * self.size for n in numbers]
 
-    def box(self, *corners):
+    def box(self, *corners: float) -> None:
         self.draw.rounded_rectangle(self._scale(corners), radius=0.03 * self.size, fill=255)
 
-    def oval(self, *corners):
+    def oval(self, *corners: float) -> None:
         self.draw.ellipse(self._scale(corners), fill=255)
 
-    def poly(self, *points):
+    def poly(self, *points: float) -> None:
         self.draw.polygon(self._scale(points), fill=255)
 
-    def ring(self, x, y, radius, width):
+    def ring(self, x: float, y: float, radius: float, width: float) -> None:
         corners = self._scale((x - radius, y - radius, x + radius, y + radius))
         self.draw.ellipse(corners, outline=255, width=round(width * self.size))
 
@@ -152,7 +153,7 @@ def draw_attributes(
                          "pattern": rng.choice(PATTERNS[:n_patterns], n), "brand": rng.choice(BRANDS, n)})
 
 # %% ../nbs/00b_sample.ipynb #ed8d885b
-def write_title(item, rng: np.random.Generator) -> str:
+def write_title(item: Any, rng: np.random.Generator) -> str:
     "Title of an item (a row of `draw_attributes`): brand, a word of praise, the colour in one title of three, category."
     colour = f"{item.colour} " if rng.random() < 1 / 3 else ""
     return f"{item.brand} {rng.choice(MATERIALS)} {colour}{item.category}"
@@ -171,7 +172,11 @@ def _liking(attributes, rng, taste):
     return liking
 
 # %% ../nbs/00b_sample.ipynb #5c80b3bc
-def draw_interactions(attributes: pd.DataFrame, rng: np.random.Generator, taste: dict = TASTE) -> pd.DataFrame:
+def draw_interactions(
+    attributes: pd.DataFrame,  # a row per item
+    rng: np.random.Generator,
+    taste: dict = TASTE,  # {attribute: (values that a user likes, log-odds)}
+) -> pd.DataFrame:
     "The purchases: columns user, item (numbers) and x_label (the split). Each user has 5 items and a share of the rest."
     liking = _liking(attributes, rng, taste)
     ranked = np.argsort(-(liking + rng.gumbel(size=liking.shape)), axis=1)
@@ -181,7 +186,10 @@ def draw_interactions(attributes: pd.DataFrame, rng: np.random.Generator, taste:
     return pd.DataFrame({"user": user, "item": item, "x_label": random_split(user)})
 
 # %% ../nbs/00b_sample.ipynb #e298d1f6
-def make_shop(folder: str | Path, seed: int = 0, taste: dict = TASTE) -> None:
+def make_shop(
+    folder: str | Path, seed: int = 0,
+    taste: dict = TASTE,  # as of `draw_interactions`
+) -> None:
     """Draw the shop into `folder`: interactions.csv, items.csv, images/, and attributes.csv.
 
     No experiment reads attributes.csv: it is the truth that features are measured against.
@@ -205,7 +213,7 @@ TINY_CLIP = {
 }
 
 # %% ../nbs/00b_sample.ipynb #94bcdab6
-def write_caption(item, rng: np.random.Generator) -> str:
+def write_caption(item: Any, rng: np.random.Generator) -> str:
     "A caption to pretrain on: names the category nine times in ten, the colour three times, the pattern about once."
     words = [getattr(item, attribute) for attribute, chance in (("pattern", 0.12), ("colour", 0.3), ("category", 0.9))
              if rng.random() < chance]
@@ -287,7 +295,11 @@ if __name__ == "__main__" and "__file__" in globals():
     main()
 
 # %% ../nbs/00b_sample.ipynb #a91556e3
-def neighbour_purity(features: torch.Tensor | np.ndarray, labels: Sequence, k: int = 10) -> float:
+def neighbour_purity(
+    features: torch.Tensor | np.ndarray,  # (I, d)
+    labels: Sequence,  # (I,)
+    k: int = 10,  # neighbours
+) -> float:
     "Mean share of an item's `k` nearest neighbours by cosine that have its label. `features` (I, d), `labels` (I,)."
     unit = F.normalize(torch.as_tensor(features, dtype=torch.float32), dim=1)
     codes = torch.from_numpy(pd.factorize(np.asarray(labels))[0])

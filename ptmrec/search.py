@@ -21,7 +21,7 @@ from joblib import Parallel, delayed, parallel_config
 from .backbones import BACKBONES, grid_of
 from .data import progress
 from .processes import exit_with_parent
-from .runs import Run, alone, heal, new_run
+from .runs import Run, heal, new_run, use_or_train
 from .settings import SettingError, Settings, check_settings, did_you_mean, resolve, shown
 from .stage1 import (Inputs, Stage1Settings, TrainingSettings, check_inputs, find_stage1_run, label, load_inputs,
                            one_per_seed, run_stage1, train_stage1)
@@ -46,7 +46,11 @@ def check_grid(backbone: str, grid: dict) -> None:
             raise SettingError(f"The grid has {name}={shown(twice[0])} twice. Name it once.")
 
 # %% ../nbs/04b_search.ipynb #7508808d
-def cells(grid: dict, n_trials: int | None = None, seed: int = 0) -> list[dict]:
+def cells(
+    grid: dict,  # {setting: values}
+    n_trials: int | None = None,  # None: all
+    seed: int = 0,  # of the draw
+) -> list[dict]:
     "All cells of a grid {setting: values}, or `n_trials` of them at random."
     found = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if n_trials is not None:
@@ -54,16 +58,22 @@ def cells(grid: dict, n_trials: int | None = None, seed: int = 0) -> list[dict]:
     return found[:n_trials]
 
 # %% ../nbs/04b_search.ipynb #18bf2c80
-def attempt(run: Run, settings: Settings, inputs: Inputs, test: bool) -> Run | Exception:
+def attempt(
+    run: Run, settings: Settings, inputs: Inputs,
+    test: bool,  # False: a trial, which is not scored on test
+) -> Run | Exception:
     "The trained run (scored, with `test`), or the exception that it raised."
     try:
-        with alone(run):
-            return run if heal(run).finished else train_stage1(run.begin(), settings, inputs, test)
+        return use_or_train(run, train_stage1, settings, inputs, test=test)
     except Exception as error:
         return error
 
 
-def attempt_elsewhere(n: int, backbone: type, run: Run, settings: Settings, test: bool) -> tuple:
+def attempt_elsewhere(
+    n: int,  # number of the trial
+    backbone: type,  # its class, which a worker may not know
+    run: Run, settings: Settings, test: bool,
+) -> tuple:
     "`attempt` in a worker process: the trial's number, and what came of it."
     exit_with_parent()
     os.environ["TQDM_DISABLE"] = "1"
@@ -75,7 +85,13 @@ def attempt_elsewhere(n: int, backbone: type, run: Run, settings: Settings, test
     return n, attempt(run, settings, inputs, test)
 
 # %% ../nbs/04b_search.ipynb #c3a992c2
-def finished_trials(runs: dict, trials: list, inputs: Inputs, processes: int, test: bool) -> Iterator[tuple]:
+def finished_trials(
+    runs: dict,  # {number: run}
+    trials: list,  # settings by number
+    inputs: Inputs,
+    processes: int,  # 1: this one
+    test: bool,  # False: trials are not scored on test
+) -> Iterator[tuple]:
     "Runs {number: run} of `trials` (settings) as they end: yields (number, the run or an exception)."
     left = [n for n, run in runs.items() if not (run.finished if test else run.trained)]
     yield from ((n, run) for n, run in runs.items() if n not in left)
@@ -113,7 +129,12 @@ def run_all(trials: list, names: list, inputs: Inputs, processes: int, test: boo
     return done
 
 # %% ../nbs/04b_search.ipynb #8731c2f6
-def trial_table(trials: list, runs: dict, names: list, metric: str) -> pd.DataFrame:
+def trial_table(
+    trials: list,  # settings by number
+    runs: dict,  # {number: run, or None for one that diverged}
+    names: list,  # of the settings that vary
+    metric: str,  # on validation
+) -> pd.DataFrame:
     "A row per run {number of the trial: run}, best validation first, the earlier one where two are equal."
     best_metric = f"valid {metric}"
     rows = {n: {k: getattr(trials[n], k) for k in [*names, "seed"]} | {best_metric: math.nan} for n in sorted(runs)}
@@ -183,6 +204,6 @@ def plot_search(table: pd.DataFrame) -> plt.Figure:
         ax.plot(place[:1], table[metric][:1], "*", color="C1", ms=14, label="winner")
         ax.set(xlabel=name.replace("_", " "), xticks=range(len(values)), xticklabels=[f"{v:g}" for v in values])
         ax.margins(x=0.2)
-    axes[0, 0].set_ylabel(label(metric))
+    axes[0, 0].set(ylabel=label(metric), ylim=(0, 1.1 * table[metric].max()))
     axes[0, -1].legend()
     return figure

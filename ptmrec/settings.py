@@ -26,15 +26,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from .data import DataError
 
 # %% ../nbs/00d_settings.ipynb #0d5901f8
 def setting(
-    default,  # its value where nobody sets it
+    default: typing.Any,  # its value where nobody sets it
     about: str,  # one line: what it does, with its unit
     *,
-    choices=None,  # names that are allowed: a sequence, a registry, or a function that returns one
+    choices: typing.Any = None,  # names that are allowed: a sequence, a registry, or a function that returns one
     joined: bool = False,  # several choices may be joined by +
     grid: list | None = None,  # the values that a search tries
     first: bool = False,  # people change it often: show it first
@@ -42,7 +43,7 @@ def setting(
     changes_result: bool = True,  # part of a run's key
     allowed: str | None = None,  # what is allowed, in words, where its limits do not say it
     **limits,  # gt, ge, lt, le; min_length, pattern
-):
+) -> typing.Any:
     "A field of a `Settings` class."
     extra = {"choices": choices, "joined": joined, "grid": grid, "first": first, "per_dataset": per_dataset,
              "changes_result": changes_result, "allowed": allowed}
@@ -72,13 +73,13 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", s
 LIMIT_NAMES = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
-def choices_of(field) -> list[str]:
+def choices_of(field: FieldInfo) -> list[str]:
     "The names that a field allows; empty if it allows any."
     choices = field.json_schema_extra["choices"]
     return list(choices() if callable(choices) else choices or ())
 
 
-def allowed_values(field) -> str:
+def allowed_values(field: FieldInfo) -> str:
     "Values that a field allows, in words: `a whole number at least 1 or None`."
     union = typing.get_origin(field.annotation) in (types.UnionType, typing.Union)
     options = typing.get_args(field.annotation) if union else [field.annotation]
@@ -100,7 +101,7 @@ def _in_words(option, limits):
     return " ".join([TYPE_NAMES[option], " and ".join(words)]).strip()
 
 # %% ../nbs/00d_settings.ipynb #4bf3826f
-def shown(value) -> str:
+def shown(value: typing.Any) -> str:
     "A value as it appears in a message: in one line, of 60 characters at most."
     try:
         text = " ".join(repr(value).split())
@@ -109,7 +110,10 @@ def shown(value) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_choice(name: str, value, field) -> None:
+def check_choice(
+    name: str,  # of the setting
+    value: typing.Any, field: FieldInfo,
+) -> None:
     "Raise `SettingError` if `field` has choices and `value` is not one of them, or names one of them twice."
     choices, joined = choices_of(field), field.json_schema_extra["joined"]
     if not choices or value is None:
@@ -147,12 +151,16 @@ def check_settings(
     return settings
 
 # %% ../nbs/00d_settings.ipynb #82b9a754
-def meaning(field) -> tuple:
-    "What must be equal where two components share the name of a setting."
+def meaning(field: FieldInfo) -> tuple:
+    "The parts of a field that must agree where two components share its name."
     return str(field.annotation), field.description, str(field.metadata), str(field.json_schema_extra["choices"])
 
 
-def check_claims(owner: str, fields: dict, others: Iterable[tuple[str, dict]]) -> None:
+def check_claims(
+    owner: str,  # who claims the names
+    fields: dict,  # {setting: field}
+    others: Iterable[tuple[str, dict]],  # (owner, fields)
+) -> None:
     "Raise `SettingError` if a field of `fields` has another meaning in one of `others` [(owner, fields)]."
     for other, theirs in others:
         for name in fields.keys() & theirs.keys():
@@ -268,7 +276,7 @@ def _check_defaults(path, values, tables, own):
 
 # %% ../nbs/00d_settings.ipynb #904a23b1
 class Experiment:
-    """What is behind an experiment's flat arguments.
+    """The settings behind an experiment's flat arguments.
 
     `own`: its own `Settings`. `registries`: {setting: registry}; the setting names the component, or several joined by +.
     `locate(dataset)`: the data set's folder, or None if it has to be downloaded first; raises if there is no such thing.
@@ -285,7 +293,7 @@ class Experiment:
             for name, cls in registry.items():
                 check_claims(f"{registry.kind} '{name}'", cls.Settings.model_fields, own_claims)
 
-    def claims(self, leave_out=""):
+    def claims(self, leave_out: str = "") -> list[tuple[str, dict]]:
         "Who claims which names: [(owner, {setting: field})], but for the owner `leave_out`."
         found = [(f"experiment '{self.function.__name__}'", self.own.model_fields)]
         for registry in self.registries.values():
@@ -300,7 +308,7 @@ class Experiment:
                 found.setdefault(name, {}).update(owners)
         return found
 
-    def refresh(self):
+    def refresh(self) -> None:
         "Make the flat signature anew."
         self.call.__signature__ = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
@@ -349,7 +357,11 @@ class Resolved(SimpleNamespace):
         return Resolved(**vars(self) | changes | {"key_parameters": self.key_parameters | keyed})
 
 
-def resolve(experiment: Experiment, given: dict, folder: Path | None = None) -> Resolved:
+def resolve(
+    experiment: Experiment,
+    given: dict,  # {setting: value} of the call
+    folder: Path | None = None,  # the data set; None: that of `given`
+) -> Resolved:
     """Values of all settings of a call: `given` first, then the defaults in the data set's `folder`, then our own.
 
     Raises `SettingError` for an unknown name, a wrong type or value, or a setting that no chosen component uses.
@@ -428,7 +440,7 @@ def _topic(cls, name):
 
 
 def described(function: Callable) -> dict[str, dict]:
-    "What an experiment takes, by topic: {topic: {name: (default, comment)}}; what people change most has the topic \"\"."
+    "An experiment's settings by topic: {topic: {name: (default, comment)}}; the first ones are under \"\"."
     it, defaults = function.experiment, function.experiment.defaults()
     topics = {"": {}}
     for name, field in it.own.model_fields.items():

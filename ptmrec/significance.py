@@ -9,6 +9,7 @@ __all__ = ['differences', 'bootstrap_interval', 'smallest_gain', 'compare_users'
 # %% ../nbs/03g_significance.ipynb #887f8ede
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,11 @@ def bootstrap_interval(
     return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) / table.size)
 
 # %% ../nbs/03g_significance.ipynb #d0279c02
-def smallest_gain(difference: Iterable[float], power: float = 0.8, level: float = 0.05) -> float:
+def smallest_gain(
+    difference: Iterable[float],  # per user
+    power: float = 0.8,  # probability to find it
+    level: float = 0.05,  # of the test
+) -> float:
     "The mean difference that a two-sided paired t-test of such differences finds with probability `power`."
     from statsmodels.stats.power import TTestPower
 
@@ -74,7 +79,12 @@ def comparisons(pairs: dict) -> pd.DataFrame:
     return table.astype({"users": int, "seeds": int}) if len(table) else table
 
 # %% ../nbs/03g_significance.ipynb #76a258b9
-def in_words(name: str, row: pd.Series | dict, metric: str, against: str) -> str:
+def in_words(
+    name: str,  # of the row
+    row: pd.Series | dict,  # of `comparisons`
+    metric: str,  # in words
+    against: str,  # what it is compared with, in words
+) -> str:
     "One sentence: a row of `comparisons`, what it says of `name` against `against`, and what it cannot say."
     gain = f" ({row['after'] / row['before'] - 1:+.1%})" if row["before"] else ""
     what = (f"{name} against {against}, {metric}: {row['before']:.4f} -> {row['after']:.4f}{gain}; per user "
@@ -147,7 +157,7 @@ def save_result(
             for end, content in contents.items()]
 
 
-def save_figure(stem: Path, figure) -> list[Path]:
+def save_figure(stem: Path, figure: Any) -> list[Path]:
     "Write `stem`.png, .svg and .pdf of a matplotlib figure; returns the files."
     return [write_atomically(stem.with_name(f"{stem.name}.{kind}"), lambda path, kind=kind: figure.savefig(
         path, format=kind, dpi=150)) for kind in ("png", "svg", "pdf")]

@@ -175,7 +175,7 @@ def unpack(source: Source, raw: Path) -> None:
 
 # %% ../nbs/00g_sources.ipynb #a058a5cd
 def _missing(source, files, images):
-    "What of a source is not there: the first pattern of each role. Pictures count if an archive brings them."
+    "Missing files of a source: the first pattern of each role. Pictures count if an archive brings them."
     roles = {"interactions": source.interactions, "items": source.items}
     if images and any(Path(name).stem in source.pictures for name in source.archives):
         roles["pictures"] = source.pictures

@@ -118,7 +118,7 @@ def check_stage2(settings: Settings) -> None:
 
 # %% ../nbs/05_stage2.ipynb #1477b6fc
 def joint_values(settings: Settings) -> dict:
-    "What joint training decides itself: the backbone learns, by its own loss, as long as Stage 1 may."
+    "The settings that joint training decides itself: the backbone learns, by its own loss, as long as Stage 1 may."
     return {"kt_weight": 0.0, "task_weight": 1.0, "tune_backbone": True, "project_lr": settings.lr,
             "stage2_epochs": settings.epochs}
 
@@ -149,7 +149,11 @@ def run_stage2(settings: Settings) -> list[Run]:
     return runs
 
 # %% ../nbs/05_stage2.ipynb #a85c1480
-def item_batches(user: torch.Tensor, item: torch.Tensor, batch_size: int) -> Iterator[tuple]:
+def item_batches(
+    user: torch.Tensor,  # (n,) of the training pairs
+    item: torch.Tensor,  # (n,)
+    batch_size: int,  # items
+) -> Iterator[tuple]:
     "Batches of `batch_size` distinct items with all their training pairs: (user, item); each item is in one batch."
     by_item = Pairs(item.numpy(), user.numpy(), int(item.max()) + 1)
     items = torch.nonzero(by_item.count).flatten()
@@ -158,13 +162,22 @@ def item_batches(user: torch.Tensor, item: torch.Tensor, batch_size: int) -> Ite
         yield users, batch[row]
 
 
-def interaction_batches(user: torch.Tensor, item: torch.Tensor, batch_size: int) -> Iterator[tuple]:
+def interaction_batches(
+    user: torch.Tensor,  # (n,) of the training pairs
+    item: torch.Tensor,  # (n,)
+    batch_size: int,  # pairs
+) -> Iterator[tuple]:
     "Batches of `batch_size` training pairs in random order, (user, item): the paper's recipe."
     for rows in torch.randperm(len(user)).split(batch_size):
         yield user[rows], item[rows]
 
 
-def make_batches(batch_by: str, user: torch.Tensor, item: torch.Tensor, batch_size: int) -> Iterator[tuple]:
+def make_batches(
+    batch_by: str,  # "items" or "interactions"
+    user: torch.Tensor,  # (n,) of the training pairs
+    item: torch.Tensor,  # (n,)
+    batch_size: int,
+) -> Iterator[tuple]:
     "Batches of training pairs by \"items\" or \"interactions\"."
     return (item_batches if batch_by == "items" else interaction_batches)(user, item, batch_size)
 
@@ -227,7 +240,12 @@ class Stage2(nn.Module):
                 {m: self.backbone.project[m](f) for m, f in self.bank.items()})
 
 # %% ../nbs/05_stage2.ipynb #1784c61c
-def transfer_terms(model: Stage2, user: torch.Tensor, items: torch.Tensor, live: dict) -> dict:
+def transfer_terms(
+    model: Stage2,
+    user: torch.Tensor,  # (B,)
+    items: torch.Tensor,  # (J,) distinct items of the batch
+    live: dict,  # {modality: (J, d_m)} their features
+) -> dict:
     "The weighted KL loss of each modality (Eq. 13); of several ranks, each has the rows of its share of users."
     id_user, id_item, modal_user = model.teacher
     rows, how = my_share(user), (model.tau, model.similarity, len(user), model.kl_direction)
@@ -235,7 +253,12 @@ def transfer_terms(model: Stage2, user: torch.Tensor, items: torch.Tensor, live:
                                                  model.backbone.project[m](f), *how) for m, f in live.items()}
 
 # %% ../nbs/05_stage2.ipynb #c68847c6
-def with_features(backbone: Backbone, features: dict, projected: dict, feature_space: str) -> Backbone:
+def with_features(
+    backbone: Backbone,
+    features: dict,  # {modality: (I, d_m)}
+    projected: dict,  # {modality: (I, d)}
+    feature_space: str,  # "projected" or "raw"
+) -> Backbone:
     "Give `backbone` tuned features, and an item graph built from them (\"raw\") or from their projections."
     backbone.set_features(features, projected if feature_space == "projected" else features)
     return backbone
@@ -248,11 +271,11 @@ class MissingImages(Callback):
         self.encoder = encoder
 
     @property
-    def state(self):
+    def state(self) -> torch.Tensor | float:
         return self.encoder.fallback
 
     @state.setter
-    def state(self, fallback):
+    def state(self, fallback: torch.Tensor | float) -> None:
         self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
 
 # %% ../nbs/05_stage2.ipynb #ae9e7b0b
@@ -284,7 +307,11 @@ def stage2_optimiser(model: Stage2, project_lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(groups + (model.encoder.tuning.param_groups() if model.live else []))
 
 
-def validate_tuned(model: Stage2, evaluator: Evaluator, feature_space: str, metric: str) -> dict:
+def validate_tuned(
+    model: Stage2, evaluator: Evaluator,
+    feature_space: str,  # of the item graphs
+    metric: str,
+) -> dict:
     "Validation metrics of the backbone as it is, with all items encoded anew; all ranks get the first one's."
     backbone = with_features(model.backbone, *model.tuned(), feature_space)
     return broadcast(validate(backbone, evaluator, metric))
@@ -476,7 +503,10 @@ def new_model(settings: Settings, backbone: Backbone, encoder: ItemEncoder) -> S
                   settings.task_weight, settings.tune_backbone, micro_batch, settings.kl_direction)
 
 
-def tune_with(settings: Settings, model: Stage2, evaluator: Evaluator, checkpoint: Path | None) -> pd.DataFrame:
+def tune_with(
+    settings: Settings, model: Stage2, evaluator: Evaluator,
+    checkpoint: Path | None,  # file to go on from, and to write
+) -> pd.DataFrame:
     "`tune` with resolved settings; joint training ends with Stage 1's patience."
     keep_freed_memory(limit=2**25)
     patience = max(1, settings.patience // settings.validate_every) if settings.training == "joint" else None

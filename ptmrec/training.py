@@ -362,7 +362,7 @@ def _leaves(content):
 
 
 def _place(path):
-    "What a checkpoint belongs to: a run's folder, whose name is its key, and the file's own name."
+    "The place of a checkpoint: its run's folder, whose name is the key, and its own name."
     return f"{Path(path).resolve().parent.name}/{Path(path).name}"
 
 
@@ -486,7 +486,7 @@ class LowerRate(Callback):
 
     @property
     def factor(self) -> float:
-        "What the learning rate is multiplied with."
+        "Factor of the learning rate."
         return 0.1 ** self.state["lowered"]
 
     def before(self, loop: "Loop") -> None:

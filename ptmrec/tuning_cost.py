@@ -15,7 +15,7 @@ import json
 import platform
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -42,7 +42,11 @@ WORDS = ("soft organic cotton baby infant toddler newborn travel stroller blanke
          "gate crib sheet fitted nursing pillow cover teether pacifier clip bib wipes diaper bag changing pad").split()
 
 # %% ../nbs/08a_tuning_cost.ipynb #88bbf6bf
-def write_items(folder: Path, n: int = 300, side: int = 400) -> float:
+def write_items(
+    folder: Path,
+    n: int = 300,  # items
+    side: int = 400,  # pixels of a photograph
+) -> float:
     "Draw `n` photographs and titles into `folder`; returns the mean size of a JPEG in kB."
     rng = np.random.default_rng(0)
     for i in range(n):
@@ -54,7 +58,11 @@ def write_items(folder: Path, n: int = 300, side: int = 400) -> float:
     return sum(f.stat().st_size for f in folder.glob("*.jpg")) / n / 1e3
 
 # %% ../nbs/08a_tuning_cost.ipynb #8a53bd35
-def drawn_data(folder: Path, n_users: int, n_items: int, n_pairs: int) -> RecData:
+def drawn_data(
+    folder: Path,  # of `write_items`
+    n_users: int, n_items: int,
+    n_pairs: int,  # training pairs
+) -> RecData:
     "Training pairs of this size, every item in one at least, and the pictures and titles of `folder`."
     rng = np.random.default_rng(0)
     user = rng.integers(0, n_users, n_pairs)
@@ -78,7 +86,7 @@ def drawn_clip(
 class SharedItems:
     "Mixed into an encoder: item i has the picture and title i modulo the number drawn."
 
-    def forward(self, items):
+    def forward(self, items: torch.Tensor) -> dict[str, torch.Tensor]:
         return super().forward(items % len(self.tokens))
 
 # %% ../nbs/08a_tuning_cost.ipynb #89760ff1
@@ -100,7 +108,7 @@ class DecodedImages:
         return np.stack([load_image(self.paths[i], self.size) for i in items])
 
 # %% ../nbs/08a_tuning_cost.ipynb #6b4e8fa2
-def uncut_texts():
+def uncut_texts() -> AbstractContextManager:
     "A `with` block in which texts are as long as CLIP's context."
     trim = clip_prompting.trim
     return mock.patch.object(clip_prompting, "trim", lambda tokens, limit, eos_id=None, shorten=True:
@@ -114,11 +122,11 @@ class MeasuredStage2(Stage2):
         self.distinct = distinct
         super().__init__(*arguments, **settings)
 
-    def refresh(self):
+    def refresh(self) -> None:
         n, device = self.backbone.n_items, self.backbone.item_emb.device
         self.bank = {m: torch.randn(n, linear.in_features, device=device) for m, linear in self.backbone.project.items()}
 
-    def losses(self, user, pos, neg, live=None):
+    def losses(self, user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor, live: dict | None = None) -> dict:
         if live is None and not self.distinct:  # of equal items, the features of one serve
             found, inverse = pos.unique(return_inverse=True)
             first = torch.empty_like(found).scatter_(0, inverse, torch.arange(len(pos), device=pos.device))
@@ -143,7 +151,10 @@ def measured_encoder(
     return encoder
 
 # %% ../nbs/08a_tuning_cost.ipynb #b2440757
-def measured_stage2(encoder: ItemEncoder, data: RecData, device: torch.device, **settings) -> MeasuredStage2:
+def measured_stage2(
+    encoder: ItemEncoder, data: RecData, device: torch.device,
+    **settings,  # of `Stage2`
+) -> MeasuredStage2:
     "Stage 2 of VBPR with random features and an encoder, ready to train."
     dims = {m: f.shape[1] for m, f in ItemEncoder.forward(encoder, torch.arange(2)).items()}
     features = {m: torch.randn(data.inter.n_items, d, device=device) for m, d in dims.items()}
@@ -175,7 +186,7 @@ def reset_most(device: torch.device) -> None:
 
 # %% ../nbs/08a_tuning_cost.ipynb #b92a5a52
 def joules(device: torch.device) -> float | None:
-    "What the GPU, or all processors, have consumed so far; None if this machine does not say."
+    "The energy that the GPU, or all processors, have consumed so far; None if this machine does not say."
     if device.type == "cuda":
         try:
             import pynvml
@@ -191,7 +202,7 @@ def joules(device: torch.device) -> float | None:
         return None
 
 # %% ../nbs/08a_tuning_cost.ipynb #d41fb649
-def tuning_update(stage2: Stage2, optimiser, user: torch.Tensor, item: torch.Tensor) -> dict:
+def tuning_update(stage2: Stage2, optimiser: torch.optim.Optimizer, user: torch.Tensor, item: torch.Tensor) -> dict:
     "One training step on a batch of pairs (B,); returns the loss and the squared norm of the tuning's gradient."
     device = stage2.backbone.item_emb.device
     user, item = user.to(device), item.to(device)
@@ -209,7 +220,12 @@ def encoded_items(item: torch.Tensor, distinct: bool) -> int:
     return len(item.unique()) if distinct else len(item)
 
 # %% ../nbs/08a_tuning_cost.ipynb #be5b60ab
-def tuning_batches(stage2: MeasuredStage2, batch_by: str, size: int, steps: int) -> list:
+def tuning_batches(
+    stage2: MeasuredStage2,
+    batch_by: str,  # "items" or "interactions"
+    size: int,  # of a batch
+    steps: int,  # that are timed
+) -> list:
     "The first batch and `steps` more, after the libraries have made their tables and the prefix is known."
     user, item = (x.cpu() for x in (stage2.backbone.user, stage2.backbone.item))
     batches = make_batches(batch_by, user, item, size)
@@ -230,7 +246,11 @@ def encodings_per_epoch(stage2: MeasuredStage2, batch_by: str, size: int = 128) 
     return sum(encoded_items(item, stage2.distinct) for _, item in batches)
 
 # %% ../nbs/08a_tuning_cost.ipynb #2de67ae7
-def timed_updates(stage2: MeasuredStage2, batches: list, device: torch.device) -> dict:
+def timed_updates(
+    stage2: MeasuredStage2,
+    batches: list,  # the first warms up
+    device: torch.device,
+) -> dict:
     "Take the first step of `batches`, time the others. A row: loss, ms per item, memory used, energy."
     trained = [q for q in stage2.parameters() if q.requires_grad]
     optimiser = torch.optim.Adam(trained, 1e-4)
@@ -248,7 +268,12 @@ def timed_updates(stage2: MeasuredStage2, batches: list, device: torch.device) -
                   "J per item": None if at_first is None else (joules(device) - at_first) / items}
 
 # %% ../nbs/08a_tuning_cost.ipynb #fbd1d11b
-def estimated_memory(stage2: Stage2, user: torch.Tensor, item: torch.Tensor, micro_batch: int | None) -> dict:
+def estimated_memory(
+    stage2: Stage2,
+    user: torch.Tensor,  # (B,)
+    item: torch.Tensor,  # (B,)
+    micro_batch: int | None,  # items encoded at once; None: all
+) -> dict:
     "What `memory_need` estimates for a batch of pairs (B,), and for 128 items at once."
     device = stage2.backbone.item_emb.device
     need = replace(memory_need(stage2, user.to(device), item.to(device)), all_items=0)  # not all items are encoded here

@@ -52,7 +52,11 @@ from .stage1 import Inputs, label, load_backbone
 from .stage2 import teacher, variant_name
 
 # %% ../nbs/07_visualisation.ipynb #f545bac0
-def cut(text: str, width: int, lines: int = 1) -> str:
+def cut(
+    text: str,
+    width: int,  # Latin characters per line
+    lines: int = 1,  # at most
+) -> str:
     "`text` in at most `lines` lines of `width` Latin characters, ended by … after a word if it is longer."
     width = max(2, width // (1 + any(unicodedata.east_asian_width(c) in "WF" for c in text)))
     rows = textwrap.wrap(text, width, break_on_hyphens=False)
@@ -107,7 +111,7 @@ class Catalogue:
 # %% ../nbs/07_visualisation.ipynb #ff54fd36
 def nearest(
     unit: Tensor,  # (I, d), rows of length 1
-    item: int,
+    item: int,  # number
     k: int = 5,
 ) -> tuple[Tensor, Tensor]:
     "The `k` items nearest to `item` by cosine, itself left out, and their cosines: (k,), (k,)."
@@ -117,7 +121,11 @@ def nearest(
     return items, cosine[items]
 
 
-def neighbours(features: Tensor, item: int, k: int = 5) -> tuple[Tensor, Tensor]:
+def neighbours(
+    features: Tensor,  # (I, d)
+    item: int,  # number
+    k: int = 5,
+) -> tuple[Tensor, Tensor]:
     "`nearest` for features (I, d) of any length."
     return nearest(F.normalize(features.float(), dim=1), item, k)
 
@@ -184,7 +192,7 @@ def item_tables(run: Run | RunView) -> dict[str, Tensor]:
             | {f"tuned {m}": tuned[m] for m in frozen if m in tuned})
 
 # %% ../nbs/07_visualisation.ipynb #8fda2b9e
-def user_number(data: RecData, user) -> int:
+def user_number(data: RecData, user: int | str) -> int:
     "The number of a user by its original id; raises `DataError` if there is none."
     number = int(pd.Index(data.inter.user_ids).get_indexer([user])[0])
     if number < 0:
@@ -255,7 +263,11 @@ def printable(text: str) -> str:
     return re.sub("�+", "�", shown).replace("$", r"\$")
 
 # %% ../nbs/07_visualisation.ipynb #c87f28d3
-def save(figure: Figure, stem: str | Path, formats: Sequence[str] = ("png", "svg", "pdf")) -> list[Path]:
+def save(
+    figure: Figure,
+    stem: str | Path,  # path without an ending
+    formats: Sequence[str] = ("png", "svg", "pdf"),
+) -> list[Path]:
     "Write a figure as `stem`.png (300 dpi), `stem`.svg and `stem`.pdf; returns the files."
     files = [Path(f"{stem}.{ending}") for ending in formats]
     with plt.rc_context(STYLE):
@@ -340,14 +352,22 @@ def neighbour_sheet(
     return sheet(catalogue, rows, k)
 
 # %% ../nbs/07_visualisation.ipynb #6cf25294
-def user_gains(run: Run, metric: str = "recall@10", variants: Sequence = ("stage1", None)) -> pd.Series:
-    "What each test user gained, in `metric`, from the first of `variants` to the second (None: the best); index: number."
+def user_gains(
+    run: Run,  # of Stage 2
+    metric: str = "recall@10",  # on test
+    variants: Sequence = ("stage1", None),  # before and after; None: the best on validation
+) -> pd.Series:
+    "The gain of each test user, in `metric`, from the first of `variants` to the second (None: the best); index: number."
     before, after = (per_user_values([run], check_variant(run, v), metric)[0] for v in variants)
     return (after - before).dropna()
 
 # %% ../nbs/07_visualisation.ipynb #f35884df
-def items_of(inter: Interactions, user: int, split: str) -> list[int]:
-    "Item numbers of user number `user` in a split, the latest first where times are known."
+def items_of(
+    inter: Interactions,
+    user: int,  # number
+    split: str,  # train, valid or test
+) -> list[int]:
+    "Item numbers of a user in a split, the latest first where times are known."
     rows = (inter.user == user) & (inter.split == SPLITS.index(split))
     order = slice(None) if inter.time is None else np.argsort(-inter.time[rows], kind="stable")
     return inter.item[rows][order].tolist()
@@ -371,11 +391,11 @@ def _lists(seen, user: int, variants, k: int) -> list[SheetRow]:
 # %% ../nbs/07_visualisation.ipynb #bbe46730
 def recommendation_sheet(
     run: Run | RunView,
-    user,  # original id
+    user: int | str,  # original id
     variants: Sequence = ("stage1", None),  # of a run of Stage 2; None: the best on validation
     k: int = 10,
 ) -> Figure:
-    "What a user bought, what is to be found in test, and the first `k` of each variant's list, hits marked."
+    "A user's items, those to be found in test, and the first `k` of each variant's list, hits marked."
     seen = view(run)
     variants = variants if "tuning" in seen.run.params else [None]
     return sheet(seen.catalogue, _lists(seen, user_number(seen.data, user), variants, k))
@@ -547,7 +567,11 @@ def embedding_map(
     return figure
 
 # %% ../nbs/07_visualisation.ipynb #31fde2a5
-def random_cosines(table: Tensor, n: int = 20_000, seed: int = 0) -> np.ndarray:
+def random_cosines(
+    table: Tensor,  # (I, d)
+    n: int = 20_000,  # pairs
+    seed: int = 0,
+) -> np.ndarray:
     "Cosines of `n` random pairs of different rows of a table (I, d): (n,)."
     draw = torch.Generator().manual_seed(seed)
     a = torch.randint(len(table), (n,), generator=draw)
@@ -556,7 +580,12 @@ def random_cosines(table: Tensor, n: int = 20_000, seed: int = 0) -> np.ndarray:
 
 # %% ../nbs/07_visualisation.ipynb #59ceb33b
 @torch.no_grad()
-def batch_distributions(run: Run | RunView, modality: str, n: int = 24, seed: int = 0) -> dict[str, Tensor]:
+def batch_distributions(
+    run: Run | RunView,  # of Stage 2
+    modality: str,  # image or text
+    n: int = 24,  # training pairs
+    seed: int = 0,
+) -> dict[str, Tensor]:
     "P_id, and P_m before and after Stage 2, of `n` training pairs with distinct users and items: {name: (n, n)}."
     seen, pairs = view(run), view(run).data.inter.part("train")
     order = np.random.default_rng(seed).permutation(len(pairs[0]))
@@ -642,7 +671,11 @@ def item_pixels(run: Run | RunView, items: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.stack([load_image(path, *how) for path in paths]))
 
 
-def attention_shares(run: Run | RunView, pixels: Tensor, layer: int = -1) -> dict[str, Tensor]:
+def attention_shares(
+    run: Run | RunView,
+    pixels: Tensor,  # (B, 3, h, w)
+    layer: int = -1,  # of the image tower
+) -> dict[str, Tensor]:
     "Attention of the class token over patches, in even shares, of the stock CLIP and, of Stage 2, the tuned one."
     seen = view(run)
     weights = {"frozen": class_attention(seen.inputs.clip, pixels, layer=layer)}
@@ -692,7 +725,11 @@ def attention_maps(
     return figure
 
 # %% ../nbs/07_visualisation.ipynb #8f24fd5f
-def nearest_tokens(clip: Clip, vectors: Tensor, k: int = 3) -> pd.DataFrame:
+def nearest_tokens(
+    clip: Clip,
+    vectors: Tensor,  # (n, w)
+    k: int = 3,  # tokens per vector
+) -> pd.DataFrame:
     "The `k` tokens of the vocabulary nearest to each of `vectors` (n, w) by cosine: columns prompt, token, cosine."
     table = text_module(clip).token_embedding.weight.detach()
     cosine = F.normalize(vectors.detach().float(), dim=1) @ F.normalize(table.float(), dim=1).T
@@ -785,7 +822,11 @@ def cost_against_quality(
 POPULARITY = {"cold": 0, "1–2": 2, "3–5": 5, "6–10": 10, "11–20": 20, "21–50": 50, "> 50": np.inf}  # {group: its most}
 
 
-def hits_by_popularity(run: Run | RunView, variants: Sequence = ("stage1", None), k: int = 20) -> pd.DataFrame:
+def hits_by_popularity(
+    run: Run | RunView,  # of Stage 2
+    variants: Sequence = ("stage1", None),  # before and after; None: the best on validation
+    k: int = 20,  # length of the lists
+) -> pd.DataFrame:
     "Test pairs: user, item, group of `POPULARITY` by the item's training interactions, found before and after in top `k`."
     seen = view(run)
     inter, positives = seen.data.inter, seen.evaluator.positives["test"]
@@ -823,7 +864,11 @@ def _gain_by_group(ax, table, k):
 
 # %% ../nbs/07_visualisation.ipynb #288e3040
 @in_style
-def who_gains(run: Run | RunView, variants: Sequence = ("stage1", None), k: int = 20) -> Figure:
+def who_gains(
+    run: Run | RunView,  # of Stage 2
+    variants: Sequence = ("stage1", None),  # before and after; None: the best on validation
+    k: int = 20,  # length of the lists
+) -> Figure:
     "Gain in Recall@`k` per user as a histogram, and in found test pairs by the popularity of the item."
     figure, (users, items) = plt.subplots(2, 1, figsize=(COLUMN, 3.8), layout="constrained")
     _gain_histogram(users, user_gains(view(run).run, f"recall@{k}", variants), f"recall@{k}")

@@ -43,19 +43,32 @@ def keep_largest(similarity: np.ndarray, k: int) -> np.ndarray:
     return kept
 
 
-def item_knn(R: sparse.csr_matrix, features: dict, k: int = 50, shrink: float = 0.0) -> np.ndarray:
+def item_knn(
+    R: sparse.csr_matrix,  # (U, I) training interactions
+    features: dict,  # not used
+    k: int = 50,  # neighbours per item
+    shrink: float = 0.0,  # added to the denominator
+) -> np.ndarray:
     "B (I, I) of the `k` nearest items by the cosine of their users."
     common, length = (R.T @ R).toarray(), np.sqrt(np.asarray(R.sum(0)).ravel())
     return keep_largest(common / np.maximum(np.outer(length, length) + shrink, 1e-12), k).astype(np.float32)
 
 # %% ../nbs/04c_yardsticks.ipynb #0acd77bb
-def feature_knn(R: sparse.csr_matrix, features: dict, k: int = 50) -> np.ndarray:
+def feature_knn(
+    R: sparse.csr_matrix,  # (U, I) training interactions
+    features: dict,  # {modality: (I, d)}
+    k: int = 50,  # neighbours per item
+) -> np.ndarray:
     "B (I, I) of the `k` nearest items by the cosine of their `features` {modality: (I, d)}, averaged over modalities."
     unit = [torch.nn.functional.normalize(f, dim=1) for f in features.values()]
     return keep_largest((sum(f @ f.T for f in unit) / len(unit)).cpu().numpy(), k)
 
 # %% ../nbs/04c_yardsticks.ipynb #cb66bca9
-def ease(R: sparse.csr_matrix, features: dict, l2: float = 100.0) -> np.ndarray:
+def ease(
+    R: sparse.csr_matrix,  # (U, I) training interactions
+    features: dict,  # not used
+    l2: float = 100.0,  # weight of the L2 term
+) -> np.ndarray:
     "B (I, I) of EASE with the L2 weight `l2`; takes memory for three dense matrices (I, I) of float64."
     gram = (R.T @ R).toarray().astype(np.float64)
     gram[np.diag_indices_from(gram)] += l2
@@ -84,13 +97,23 @@ class DenseRows:
         return torch.from_numpy(self.matrix[rows.cpu().numpy()].toarray()).to(self.device)
 
 
-def as_embeddings(R: sparse.csr_matrix, B: np.ndarray, device: torch.device | str = "cpu") -> tuple:
+def as_embeddings(
+    R: sparse.csr_matrix,  # (U, I) training interactions
+    B: np.ndarray,  # (I, I), or scores (I,)
+    device: torch.device | str = "cpu",
+) -> tuple:
     "What `Evaluator` ranks by: users' rows of R and the columns of B; or ones and scores, if B is scores (I,)."
     R = R if B.ndim == 2 else sparse.csr_matrix(np.ones((R.shape[0], 1), np.float32))
     return DenseRows(R, device), torch.from_numpy(B.T.copy() if B.ndim == 2 else B[:, None]).to(device)
 
 # %% ../nbs/04c_yardsticks.ipynb #cb65e1a8
-def choose_yardstick(name: str, R, features: dict, evaluator: Evaluator, metric: str) -> tuple[pd.DataFrame, np.ndarray]:
+def choose_yardstick(
+    name: str,  # of `YARDSTICKS`
+    R: sparse.csr_matrix,  # (U, I) training interactions
+    features: dict,  # {modality: (I, d_m)}
+    evaluator: Evaluator,
+    metric: str,  # on validation
+) -> tuple[pd.DataFrame, np.ndarray]:
     "Every cell of a yardstick's grid with its mean validation metric, best first, and the matrix of the best."
     function, grid = YARDSTICKS[name]
     rows, best = [], (-1.0, None)
@@ -104,7 +127,11 @@ def choose_yardstick(name: str, R, features: dict, evaluator: Evaluator, metric:
     return table, best[1]
 
 # %% ../nbs/04c_yardsticks.ipynb #8da58a62
-def find_yardstick_run(name: str, settings: Settings, inputs: Inputs) -> Run:
+def find_yardstick_run(
+    name: str,  # of `YARDSTICKS`
+    settings: Settings,  # of `run_stage1`
+    inputs: Inputs,
+) -> Run:
     "The run of a yardstick on the data and evaluation of `settings`, those of `run_stage1`, finished or not."
     kept = ("min_rating", "core", "split", "split_seed", "metric", "eval_users", "eval_items", "mask_valid")
     params = {"backbone": name} | {k: settings.key_parameters[k] for k in kept} | {"grid": YARDSTICKS[name][1]}
@@ -125,7 +152,12 @@ def run_yardstick(name: str, **params) -> Run:
     return run if run.finished else score_yardstick(run.begin(), name, settings, inputs)
 
 # %% ../nbs/04c_yardsticks.ipynb #18384d1e
-def score_yardstick(run: Run, name: str, settings: Settings, inputs: Inputs) -> Run:
+def score_yardstick(
+    run: Run,  # begun
+    name: str,  # of `YARDSTICKS`
+    settings: Settings,  # of `run_stage1`
+    inputs: Inputs,
+) -> Run:
     "Choose on validation, score the winner on test, and finish the run."
     inter, evaluator = inputs.data.inter, make_evaluator(settings, inputs)
     R = training_matrix(inter)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -209,13 +210,14 @@ def test_cells_that_make_the_same_run_wait(shop):
         most = max(most, len(running))
 
         def work():
-            time.sleep(0.02)
+            if cell.params["seed"] not in stage1:
+                side_by_side.wait(timeout=60)  # the first cell of each seed
             running.discard(cell), stage1.add(cell.params["seed"])
             return {"error": None}
 
         return pool.submit(work)
 
-    stage1 = set()
+    stage1, side_by_side = set(), threading.Barrier(2)
     with ThreadPoolExecutor(4) as pool:
         run_cells(cells, submit, lambda cell: grids.claims("05_stage2", True, cell), at_once=4)
     assert {cell.status for cell in cells} == {"finished"} and most == 2
@@ -399,6 +401,19 @@ def test_ready_made_features_are_derived_too(shop, tmp_path):
     assert not np.array_equal(null.features["text"], data.features["text"])
     changed = (gone.features["image"] != data.features["image"]).any(1)
     assert changed.sum() == round(0.5 * data.inter.n_items) and len(np.unique(gone.features["image"][changed], axis=0)) == 1
+
+
+def test_studies_derive_from_the_data_as_the_runs_read_it(shop):
+    "A study with a k-core takes things away from that core, and a run does not cut the derived data set once more."
+    axes = STUDIES["sparsity"].axes(str(shop), {"core": 7, "split": "random", "split_seed": 3})["05_stage2"]["training data"]
+    core = load_data(shop, core=7, split="random", split_seed=3).inter
+    assert core.n_users < load_data(shop).inter.n_users
+    changes = axes["50% of them"]
+    thin = load_data(changes["dataset"], **{name: changes[name] for name in ("core", "split", "split_seed")}).inter
+    assert list(thin.user_ids) == list(core.user_ids) and list(thin.item_ids) == list(core.item_ids)
+    for split in ("valid", "test"):
+        assert all(np.array_equal(a, b) for a, b in zip(thin.part(split), core.part(split)))
+    assert abs(len(thin.part("train")[0]) - len(core.part("train")[0]) / 2) < 0.1 * len(core.part("train")[0])
 
 
 # ---------------------------------------------------------------- yardsticks

@@ -20,7 +20,6 @@ from ptmrec.benchmarks import (
     compare_kept,
     compare_rows,
     compare_step,
-    compare_topk,
     draw_features,
     draw_interactions,
     drawn_backbone,
@@ -28,13 +27,12 @@ from ptmrec.benchmarks import (
     measure_data,
     measure_fresh,
     plain_evaluation,
-    plain_topk,
     propagation_and_ranking,
     results_path,
     stage1_epochs,
     training_step,
 )
-from ptmrec.ranking import Evaluator, stable_topk
+from ptmrec.ranking import Evaluator
 from ptmrec.tuning_cost import tuning_cost, write_items
 
 SIZE = dict(users=60, items=80, pairs=500)
@@ -120,7 +118,7 @@ def test_bounds_launches_and_large_data():
     assert next(row["seconds"] for row in rows if row["what"] == "recall of the item graph") == 1
 
 
-@pytest.mark.parametrize("compare", [compare_horner, compare_rows, compare_topk])
+@pytest.mark.parametrize("compare", [compare_horner, compare_rows])
 def test_clever_against_plain(compare):
     turns = compare(SIZE, times=2, device="cpu")
     assert len(turns) == 2 and columns(turns) == {"plain", "clever"}
@@ -161,13 +159,6 @@ def test_turns_change_their_order_and_a_row_has_medians():
     assert order == ["plain", "clever"] + ["clever", "plain"] + ["plain", "clever"] + ["clever", "plain"]
     row = clever_row("a", "b", turns)
     assert row["plain seconds"] == 2 and row["clever seconds"] == 1 and row["ratio"] == 2 and row["turns"] == 3
-
-
-def test_both_topk_break_ties_alike():
-    scores = torch.randint(9, (30, 400), generator=torch.Generator().manual_seed(0)).float()
-    exact = scores.sort(dim=1, descending=True, stable=True).indices
-    for k in (1, 5, 400):
-        assert torch.equal(plain_topk(scores, k), exact[:, :k]) and torch.equal(stable_topk(scores, k), exact[:, :k])
 
 
 @pytest.fixture

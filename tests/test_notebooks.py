@@ -1,4 +1,5 @@
 """Every notebook runs, is in step with its module, is clean, and keeps its parameters cell."""
+import ast
 import importlib
 import inspect
 import shutil
@@ -84,6 +85,16 @@ def test_public_names_are_documented(module):
         thing = getattr(module, name)
         if inspect.isclass(thing) or inspect.isfunction(thing):
             assert thing.__doc__, f"{module.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("module", sorted((ROOT / "ptmrec").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_public_functions_have_type_hints(module):
+    body = ast.parse(module.read_text()).body
+    methods = [m for c in body if isinstance(c, ast.ClassDef) and c.name[0] != "_" for m in c.body]
+    for function in (n for n in body + methods if isinstance(n, ast.FunctionDef) and n.name[0] != "_"):
+        given = [a for a in function.args.args + function.args.kwonlyargs if a.arg not in ("self", "cls")]
+        bare = [a.arg for a in given if a.annotation is None] + ["what it returns"] * (function.returns is None)
+        assert not bare, f"{module.stem}.{function.name} has no type hint for {', '.join(bare)}"
 
 
 def exported_lines(notebook):

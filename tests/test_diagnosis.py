@@ -1,0 +1,48 @@
+"""The diagnosis of whether Stage 2 is worth trying, against plain numpy."""
+import numpy as np
+import torch
+
+from ptmrec.diagnosis import RIDGE, diagnose, diagnosis_in_words, foretell, shared_neighbours, standardised
+
+
+def plain_neighbours(x, k):
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosine = x @ x.T
+    np.fill_diagonal(cosine, -9)
+    return [set(np.argsort(-row)[:k]) for row in cosine]
+
+
+def test_shared_neighbours_are_those_of_a_plain_loop():
+    a, b = (torch.randn(60, d, generator=torch.Generator().manual_seed(d)) for d in (6, 9))
+    near_a, near_b = (plain_neighbours(x.double().numpy(), 5) for x in (a, b))
+    expected = [len(x & y) / 5 for x, y in zip(near_a, near_b)]
+    assert np.allclose(shared_neighbours(a, b, 5), expected) and 0 < np.mean(expected) < 1
+
+
+def test_what_is_foretold_of_an_item_does_not_depend_on_it():
+    x, e = (torch.randn(50, d, generator=torch.Generator().manual_seed(d)) for d in (7, 3))
+    x = standardised(x)
+    told = foretell(x, e)
+    changed = e.clone()
+    changed[4] = -5 * e[4] + 1
+    again = foretell(x, changed)
+    fold = torch.randperm(50, generator=torch.Generator().manual_seed(0)) % 5
+    own = fold == fold[4]
+    assert torch.equal(again[own], told[own]) and not torch.allclose(again[~own], told[~own])
+
+    fit, unit = x[~own].numpy(), torch.nn.functional.normalize(e.double(), dim=1).numpy()[~own.numpy()]
+    augmented = np.vstack([fit, np.sqrt(RIDGE * 50) * np.eye(7)])  # ridge regression as least squares
+    W = np.linalg.lstsq(augmented, np.vstack([unit - unit.mean(0), np.zeros((7, 3))]), rcond=None)[0]
+    assert np.allclose(told[own], x[own].numpy() @ W + unit.mean(0))
+
+
+def test_items_without_training_interactions_are_left_out():
+    taste, other = (torch.randn(200, 4, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    features, trained = {"image": torch.cat([taste, 3 * other], 1)}, torch.arange(200) < 150
+    found = diagnose(taste, features, trained)
+    wrong = taste.clone()
+    wrong[150:] = 100.0
+    assert diagnose(wrong, features, trained) == found and found["items"] == 150
+    assert found["difference"] > 0 and diagnosis_in_words(found).startswith("Stage 2 is worth trying on this data.")
+    nothing = diagnose(taste, {"image": torch.randn(200, 8, generator=torch.Generator().manual_seed(5))}, trained)
+    assert diagnosis_in_words(nothing).startswith("Stage 2 is unlikely to help on this data")
