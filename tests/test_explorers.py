@@ -157,9 +157,9 @@ def test_what_a_click_needs_is_made_once(shop, monkeypatch):
     for owner, name in ((explorers, "principal_plane"), (explorers, "encode_words"), (explorers, "item_tables"),
                         (explorers.Run, "encoder")):
         monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(f"{name} is called again"))
-    for aspect in ("words", "attention"):
+    for item, aspect in enumerate(("words", "attention"), 1):
         explorer.aspect.value = aspect
-        explorer.safely(explorer.picker.pick)(len(aspect))
+        explorer.safely(explorer.picker.pick)(item)
     places.before.value, places.after.value = "frozen text", "ID"
     assert explorer.error is None and places.error is None, (explorer.error, places.error)
 
