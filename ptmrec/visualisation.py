@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS', 'POPULARITY', 'cut', 'letterbox',
-           'item_statistics', 'Catalogue', 'neighbours', 'RunView', 'view', 'item_tables', 'user_number', 'in_style',
-           'installed_fonts', 'printable', 'save', 'shown_title', 'SheetRow', 'sheet', 'neighbour_sheet', 'user_gains',
-           'recommendation_sheet', 'show_what_changed', 'training_curves', 'principal_plane', 'turned_onto',
-           'aligned_maps', 'most_frequent', 'skewed', 'embedding_map', 'random_cosines', 'batch_distributions',
-           'domain_gap', 'class_attention', 'attention_shares', 'attention_maps', 'nearest_tokens', 'prompt_norms',
-           'on_front', 'cost_against_quality', 'hits_by_popularity', 'who_gains']
+           'item_statistics', 'Catalogue', 'nearest', 'neighbours', 'RunView', 'view', 'item_tables', 'user_number',
+           'in_style', 'installed_fonts', 'printable', 'save', 'shown_title', 'SheetRow', 'sheet', 'neighbour_sheet',
+           'user_gains', 'items_of', 'recommendation_sheet', 'show_what_changed', 'training_curves', 'principal_plane',
+           'turned_onto', 'aligned_maps', 'most_frequent', 'skewed', 'embedding_map', 'random_cosines',
+           'batch_distributions', 'domain_gap', 'class_attention', 'item_pixels', 'attention_shares', 'under_attention',
+           'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front', 'cost_against_quality', 'hits_by_popularity',
+           'who_gains']
 
 # %% ../nbs/07_visualisation.ipynb #e9991fa6
 import contextlib
@@ -41,10 +42,11 @@ from PIL import ImageOps
 from torch import Tensor
 
 from .clip_prompting import Clip, DeepPrompts, encode_image, image_tower, text_module, text_tower
-from .data import SPLITS, DataError, PictureError, RecData, as_rgb, load_image, open_picture, upright
+from .data import (SPLITS, DataError, Interactions, PictureError, RecData, as_rgb, load_image, open_picture,
+                         upright)
 from .losses import log_distribution
 from .ranking import Evaluator, rank_items, stable_topk
-from .runs import Run, check_variant, first_features, open_run, per_user_values
+from .runs import Run, RunEncoder, check_variant, first_features, open_run, per_user_values
 from .settings import Resolved, SettingError, did_you_mean
 from .stage1 import Inputs, label, load_backbone
 from .stage2 import teacher, variant_name
@@ -107,17 +109,25 @@ class Catalogue:
             return None
 
 # %% ../nbs/07_visualisation.ipynb #ff54fd36
-def neighbours(
-    features: Tensor,  # (I, d)
-    item: int,
+def nearest(
+    unit: Tensor,  # (I, d), rows of length 1
+    item: int,  # number
     k: int = 5,
 ) -> tuple[Tensor, Tensor]:
     "The `k` items nearest to `item` by cosine, itself left out, and their cosines: (k,), (k,)."
-    unit = F.normalize(features.float(), dim=1)
     cosine = unit @ unit[item]
     cosine[item] = -torch.inf
-    nearest = stable_topk(cosine[None], min(k, len(unit) - 1))[0]
-    return nearest, cosine[nearest]
+    items = stable_topk(cosine[None], min(k, len(unit) - 1))[0]
+    return items, cosine[items]
+
+
+def neighbours(
+    features: Tensor,  # (I, d)
+    item: int,  # number
+    k: int = 5,
+) -> tuple[Tensor, Tensor]:
+    "`nearest` for features (I, d) of any length."
+    return nearest(F.normalize(features.float(), dim=1), item, k)
 
 # %% ../nbs/07_visualisation.ipynb #1a856311
 class RunView:
@@ -146,6 +156,11 @@ class RunView:
         "Data, stock CLIP and frozen features, on the CPU."
         clip = self.run.stage1.encoder().clip if self.run.about["encoder"] else None
         return Inputs(self.data, clip, first_features(self.data, clip), torch.device("cpu"))
+
+    @functools.cached_property
+    def encoder(self) -> RunEncoder:
+        "The run's CLIP, tuned if the run tuned it."
+        return self.run.encoder()
 
     @functools.cached_property
     def backbone(self) -> torch.nn.Module:
@@ -347,13 +362,21 @@ def user_gains(
     return (after - before).dropna()
 
 # %% ../nbs/07_visualisation.ipynb #f35884df
+def items_of(
+    inter: Interactions,
+    user: int,  # number
+    split: str,  # train, valid or test
+) -> list[int]:
+    "Item numbers of a user in a split, the latest first where times are known."
+    rows = (inter.user == user) & (inter.split == SPLITS.index(split))
+    order = slice(None) if inter.time is None else np.argsort(-inter.time[rows], kind="stable")
+    return inter.item[rows][order].tolist()
+
+
 def _lists(seen, user: int, variants, k: int) -> list[SheetRow]:
     "Rows for user number `user`: training and test items (five at most), and the list of each variant with its hits."
-    inter, found = seen.data.inter, {}
-    for split in ("train", "test"):
-        rows = (inter.user == user) & (inter.split == SPLITS.index(split))
-        order = slice(None) if inter.time is None else np.argsort(-inter.time[rows], kind="stable")  # the latest first
-        found[split] = inter.item[rows][order].tolist()
+    inter = seen.data.inter
+    found = {split: items_of(inter, user, split) for split in ("train", "test")}
     how = ", latest first" * (inter.time is not None)
     rows = [SheetRow(f"{split} items{how}: {min(5, len(items))} of {len(items)}", items[:5])
             for split, items in zip(("training", "test"), found.values())]
@@ -635,11 +658,17 @@ def class_attention(
     return found[0]
 
 # %% ../nbs/07_visualisation.ipynb #d91b77ba
-def _overlay(ax, pixels, weights, top):
-    "A picture in pale grey under attention weights (rows, columns), in even shares; returns what a colour bar needs."
-    ax.imshow(96 + pixels.mean(-1) * 5 / 8, cmap="gray", vmin=0, vmax=255)
-    how = {"extent": (0, pixels.shape[1], pixels.shape[0], 0), "cmap": "YlOrRd", "vmin": 0, "vmax": top}
-    return ax.imshow(weights, alpha=0.8 * (weights / top) ** 0.5, interpolation="bilinear", **how)
+def item_pixels(run: Run | RunView, items: Sequence[int]) -> Tensor:
+    "Pictures of items as the run's CLIP gets them: (n, h, w, 3) uint8. Raises `DataError` where there are none."
+    seen = view(run)
+    clip, paths = seen.inputs.clip, [seen.data.images[item] for item in items]
+    if clip is None or "image" not in seen.inputs.features or not paths:
+        raise DataError(f"Run {seen.run.key} encoded no pictures, so there is no attention to show.")
+    if None in paths:
+        item = seen.data.inter.item_ids[items[paths.index(None)]]
+        raise DataError(f"Item {item} has no picture, so there is no attention to show.")
+    how = clip.image_size, clip.resize_mode, clip.interpolation
+    return torch.from_numpy(np.stack([load_image(path, *how) for path in paths]))
 
 
 def attention_shares(
@@ -651,9 +680,21 @@ def attention_shares(
     seen = view(run)
     weights = {"frozen": class_attention(seen.inputs.clip, pixels, layer=layer)}
     if "tuning" in seen.run.params:
-        encoder = seen.run.encoder()
-        weights["tuned"] = class_attention(encoder.clip, pixels, encoder.prompts, layer)
+        weights["tuned"] = class_attention(seen.encoder.clip, pixels, seen.encoder.prompts, layer)
     return {name: w * w[0].numel() / w.sum((1, 2), keepdim=True) for name, w in weights.items()}
+
+# %% ../nbs/07_visualisation.ipynb #695e4c8f
+def under_attention(
+    pixels: Tensor,  # (h, w, 3) uint8
+    share: Tensor,  # (rows, columns) attention, in even shares
+    top: float,  # the share that is dark red
+) -> np.ndarray:
+    "A picture in pale grey under its attention, from none to dark red: (h, w, 3) uint8."
+    share = F.interpolate(share[None, None] / top, pixels.shape[:2], mode="bilinear")[0, 0].clamp(0, 1).numpy()
+    color = 255 * plt.get_cmap("YlOrRd")(share)[..., :3]
+    grey = 96 + 5 / 8 * pixels.numpy().mean(-1, keepdims=True)
+    opacity = 0.8 * share[..., None] ** 0.5
+    return (grey + opacity * (color - grey)).astype(np.uint8)
 
 # %% ../nbs/07_visualisation.ipynb #4b621cf3
 @in_style
@@ -664,25 +705,22 @@ def attention_maps(
 ) -> Figure:
     "Attention of the class token over image patches, frozen and tuned, laid over the pictures. Raises `DataError`."
     seen = view(run)
-    clip, catalogue = seen.inputs.clip, seen.catalogue
     items = [i for i, path in enumerate(seen.data.images) if path][:3] if items is None else items
-    if clip is None or "image" not in seen.inputs.features or not items:
-        raise DataError(f"Run {seen.run.key} encoded no pictures, so there is no attention to show.")
-    how = clip.image_size, clip.resize_mode, clip.interpolation
-    pixels = torch.from_numpy(np.stack([load_image(seen.data.images[i], *how) for i in items]))
+    pixels = item_pixels(seen, items)
     shares = attention_shares(seen, pixels, layer)
     top = max(float(s.max()) for s in shares.values())
     figure, axes = plt.subplots(len(items), 1 + len(shares), figsize=(COLUMN, 0.95 * len(items) + 0.2), squeeze=False,
                                 layout="constrained")
     for n, (row, item) in enumerate(zip(axes, items)):
         row[0].imshow(pixels[n].numpy())
-        row[0].set_ylabel(shown_title(catalogue, item, 14, 3), size=6)
+        row[0].set_ylabel(shown_title(seen.catalogue, item, 14, 3), size=6)
         for ax, (name, share) in zip(row[1:], shares.items()):
-            scale = _overlay(ax, pixels[n].numpy(), share[n].numpy(), top)
+            ax.imshow(under_attention(pixels[n], share[n], top))
             ax.set(title=name if n == 0 else "")
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, top), "YlOrRd")
     figure.colorbar(scale, ax=axes, label="attention\n(1 = even share)", shrink=0.8)
     return figure
 
@@ -712,7 +750,7 @@ def _token_list(ax, tokens):
 @in_style
 def prompt_norms(run: Run | RunView) -> Figure:
     "Norms of the learnt prompts by layer and tower, and the tokens nearest to the text prompts. Raises `DataError`."
-    encoder = view(run).run.encoder()
+    encoder = view(run).encoder
     prompts = encoder.prompts
     towers = [tower for tower in ("image", "text") if hasattr(prompts, tower)]
     if not towers:

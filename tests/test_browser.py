@@ -1,4 +1,5 @@
 """Notebooks and their explorers in JupyterLab, used with the mouse in a real browser."""
+import io
 import os
 import re
 
@@ -43,6 +44,27 @@ def changed(notebook, act):
     after = pictures(notebook)
     assert before != after and any("data:image/jpeg" in card for card in after), "nothing changed"
     return after
+
+
+def until_changed(notebook, act, times=5):
+    "Do something that may by chance change nothing, until the pictures change."
+    before = pictures(notebook)
+    for _ in range(times):
+        act()
+        notebook.settle()
+        if pictures(notebook) != before:
+            break
+
+
+def a_point(canvas):
+    "Where on the page a point of a map is: the middle of the most colourful place right of the legend."
+    pixels = np.asarray(Image.open(io.BytesIO(canvas.screenshot())).convert("RGB")).astype(int)
+    colour = np.ptp(pixels, axis=2)
+    colour[:, : colour.shape[1] // 4] = 0
+    full = sum(np.roll(colour, (dy, dx), (0, 1)) for dy in (-2, 0, 2) for dx in (-2, 0, 2))
+    y, x = np.unravel_index(full.argmax(), full.shape)
+    box = canvas.bounding_box()
+    return box["x"] + float(x), box["y"] + float(y)
 
 
 def test_what_goes_wrong_is_heard(lab):
@@ -169,8 +191,14 @@ def test_data_browser(opened):
     title = card.get_attribute("title")
     changed(opened, card.click)
     assert page.locator(".widget-html b", has_text=title).count() == 1
+    changed(opened, page.locator("button[class*=ptmrec-]").last.click)  # what its users also have
     changed(opened, lambda: page.get_by_role("button", name="▶").first.click())
-    changed(opened, lambda: page.locator(".widget-dropdown select").nth(1).select_option("fewest interactions first"))
+    only, order = page.locator(".widget-dropdown select").all()
+    changed(opened, lambda: order.select_option("fewest interactions first"))
+    changed(opened, lambda: page.get_by_role("slider").first.press("PageUp"))  # fewest interactions
+    only.select_option("without a picture")
+    opened.settle()
+    page.get_by_text(re.compile(r"^[01] of 37 items")).wait_for()
 
 
 @pytest.mark.parametrize("opened", ["explore(run)"], indirect=True)
@@ -178,7 +206,11 @@ def test_user_explorer(opened):
     page = opened.page
     changed(opened, lambda: page.get_by_role("button", name="Next").click())
     changed(opened, lambda: page.locator(".widget-dropdown select").first.select_option("most harmed"))
-    changed(opened, lambda: page.locator(".widget-dropdown select").nth(2).select_option(index=0))
+    rule, before, after = page.locator(".widget-dropdown select").all()
+    changed(opened, lambda: after.select_option(index=0))
+    changed(opened, lambda: before.select_option(index=3))
+    page.locator("button[class*=ptmrec-]").nth(12).click()
+    page.locator(".widget-html td", has_text="popularity").wait_for()
     user = page.get_by_label("or user")
     changed(opened, lambda: (user.fill("7"), user.press("Enter")))
     assert page.get_by_text("User 7 has").count() == 1
@@ -193,6 +225,12 @@ def test_item_explorer(opened):
     changed(opened, lambda: page.locator("button[class*=ptmrec-]").nth(3).click())
     changed(opened, lambda: page.get_by_role("button", name="Back").click())
     changed(opened, lambda: page.get_by_role("button", name="text", exact=True).click())
+    changed(opened, lambda: until_changed(opened, page.get_by_role("button", name="Random item").click))
+    words = page.get_by_placeholder("words in id, title or text")
+    words.fill("mug")
+    words.press("Enter")
+    page.get_by_text(re.compile("the one with most interactions of")).wait_for()
+    changed(opened, lambda: (words.fill("hat"), words.press("Enter")))
     for aspect, sign in (("words", "td:has-text('mug')"), ("attention", "img[src^='data:image/jpeg'] >> nth=1")):
         page.get_by_role("button", name=aspect).click()
         page.locator(sign).first.wait_for()
@@ -209,6 +247,14 @@ def test_embedding_map(opened):
     opened.settle()
     page.wait_for_timeout(500)
     assert page.locator("canvas").first.screenshot() != before, "the points moved"
+    for control, choice in ((0, "ID"), (1, "frozen text"), (2, "picture")):  # from, to, colour
+        before = page.locator("canvas").first.screenshot()
+        page.locator(".widget-dropdown select").nth(control).select_option(choice)
+        opened.settle()
+        page.wait_for_timeout(500)
+        assert page.locator("canvas").first.screenshot() != before, choice
+    page.mouse.move(*a_point(page.locator("canvas").first))
+    page.locator(".widget-html td", has_text="popularity").wait_for()
     box = page.locator("canvas").first.bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.locator("button[title*=asso]").first.click()
@@ -222,27 +268,47 @@ def test_embedding_map(opened):
     page.mouse.up()
     page.get_by_text(re.compile(r"\d\d selected")).wait_for()
     assert any("data:image/jpeg" in card for card in pictures(opened))
+    card = page.locator("button[class*=ptmrec-]").nth(1)
+    card.click()
+    page.locator(".widget-html b", has_text=card.get_attribute("title")).wait_for()
 
 
 @pytest.mark.parametrize("opened", ["explore()"], indirect=True)
 def test_run_explorer(opened):
     page = opened.page
-    page.locator("td", has_text="stage2").first.click()
-    page.locator("td", has_text="stage1").first.click()
+    rows, keys = page.locator("table.dataTable tbody tr"), {}
+    for experiment in ("stage2", "stage1"):
+        page.locator(".dt-search input").fill(experiment)
+        rows.filter(has_not_text=experiment).first.wait_for(state="detached")
+        keys[experiment] = rows.first.locator("td").nth(2).inner_text()[:6]
+        rows.first.click()
+    page.locator(".dt-search input").fill("")
     opened.settle()
     page.locator("img[src^='data:image/jpeg']").wait_for()
+    for experiment in ("stage1", "stage2"):  # sorted up, and down
+        page.locator("th", has_text="experiment").first.click()
+        rows.first.filter(has_text=experiment).wait_for()
     page.get_by_role("button", name="Compare two").click()
     page.get_by_text("paired t-test over").wait_for()
+    assert all(f"({key})" in page.get_by_text("paired t-test over").inner_text() for key in keys.values())
+    page.locator(".widget-dropdown select").first.select_option("ndcg@10")
+    page.get_by_role("button", name="Compare two").click()
+    page.get_by_text("Test NDCG@10 of").wait_for()
     with page.expect_download() as download:
         page.get_by_text("Export as CSV").click()
     assert download.value.path().read_text().startswith("experiment,dataset,key")
+    page.get_by_role("button", name="Reload").click()
+    page.get_by_text("rows selected").wait_for(state="detached")
 
 
 def test_real_posters(lab, movielens):
-    "The explorers of users and items on MovieLens posters: pictures come and change."
+    "The explorers of users, items and a data set on MovieLens posters: pictures come and change."
     source = RUN.format(folder=str(movielens), short=SHORT | {"min_rating": 4, "core": 5, "stage2_batch_size": 128})
-    with lab.open(written(lab, "posters", source, "explore(run)", "ItemExplorer(run)")) as notebook:
+    cells = "explore(run)", "ItemExplorer(run)", "explore(run.data())", "EmbeddingMap(run, color='categories')"
+    with lab.open(written(lab, "posters", source, *cells)) as notebook:
         notebook.run_all()
         changed(notebook, lambda: notebook.page.get_by_role("button", name="Next").click())
         changed(notebook, lambda: notebook.page.get_by_role("button", name="Random item").click())
+        changed(notebook, lambda: notebook.page.locator("select", has_text="by number").select_option("by number"))
+        assert not notebook.page.locator(".widget-html b[style*='#D55E00']").count(), "a message of an error"
         assert [line for line in notebook.console if line.startswith("error")] == []

@@ -1,5 +1,6 @@
 """The explorers' logic and handlers, without a browser; `test_browser.py` uses them as a person does."""
 import html
+import json
 import time
 
 import ipywidgets as widgets
@@ -11,6 +12,7 @@ from small import SHORT, make_shop
 from ptmrec import explorers
 from ptmrec.data import DataError, Interactions, RecData, load_data
 from ptmrec.runs import open_run
+from ptmrec.settings import SettingError
 from ptmrec.stage2 import run_stage2
 from ptmrec.visualisation import Catalogue
 
@@ -133,6 +135,35 @@ def test_item_explorer_walks_and_tells(shop):
         assert sign in explorer.item.value and explorer.message.value == "", explorer.message.value
 
 
+def test_an_item_is_shown_where_the_rest_cannot_be(shop):
+    "Item 5 has no picture, so no attention; towers that were trained apart know no words for a picture."
+    explorer = explorers.ItemExplorer(shop[1], 0)
+    explorer.aspect.value = "attention"
+    assert explorer.item.value.count("data:image/jpeg") == 3 and explorer.message.value == ""
+    explorer.picker.pick(4)
+    explorer.safely(explorer.picker.pick)(5)
+    assert "Item 5 has no picture, so there is no attention to show." in explorer.message.value
+    assert html.escape(explorer.seen.catalogue.title(5, 200)) in explorer.item.value and "data:" not in explorer.item.value
+    explorer.tables["frozen image"] = explorer.tables["frozen image"][:, 1:]
+    explorer.aspect.value = "words"
+    assert "the towers of this CLIP were trained apart" in explorer.message.value
+
+
+def test_what_a_click_needs_is_made_once(shop, monkeypatch):
+    explorer, places = explorers.ItemExplorer(shop[1], 0), explorers.EmbeddingMap(shop[1])
+    explorer.aspect.value = "words"
+    explorer.aspect.value = "attention"
+    places.before.value, places.after.value = "ID", "frozen text"
+    for owner, name in ((explorers, "principal_plane"), (explorers, "encode_words"), (explorers, "item_tables"),
+                        (explorers.Run, "encoder")):
+        monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(f"{name} is called again"))
+    for item, aspect in enumerate(("words", "attention"), 1):
+        explorer.aspect.value = aspect
+        explorer.safely(explorer.picker.pick)(item)
+    places.before.value, places.after.value = "frozen text", "ID"
+    assert explorer.error is None and places.error is None, (explorer.error, places.error)
+
+
 def test_the_map_slides_and_paints(shop):
     explorer = explorers.EmbeddingMap(shop[1])
     points = explorer.map.scatter.widget.points.copy()
@@ -144,6 +175,8 @@ def test_the_map_slides_and_paints(shop):
     for column in explorer.color.options:
         explorer.color.value = column
     assert explorer.message.value == "", explorer.message.value
+    with pytest.raises(SettingError, match="color='colt'.*Did you mean cold"):
+        explorers.EmbeddingMap(shop[1], color="colt")
 
 
 def test_the_legend_of_the_map_is_named_and_tells_skewed_numbers_apart():
@@ -184,6 +217,15 @@ def test_run_explorer_compares_two(shop, monkeypatch):
     assert "paired t-test over" in explorer.answer.value and explorer.message.value == ""
     explorer.rows.selected_rows = [n for n, e in enumerate(explorer.table.experiment) if e == "stage1"]
     assert "data:image/jpeg" in explorer.curves.value
+
+
+def test_run_explorer_shows_all_of_many_runs(shop, monkeypatch):
+    monkeypatch.setenv("PTMREC_RUNS", str(shop[0].parent / "runs"))
+    many = pd.concat([explorers.list_runs()] * 500, ignore_index=True)
+    monkeypatch.setattr(explorers, "list_runs", lambda *_: many)
+    shown = explorers.RunExplorer().rows
+    assert len(many) == 2000 and len(shown.df) == 2000
+    assert len(json.loads(shown._dt_args["data_json"])) == 2000, "none is left out to save space"
 
 
 def test_what_is_missing_is_a_message(shop, monkeypatch, tmp_path):

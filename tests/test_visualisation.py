@@ -1,4 +1,5 @@
 """Figures of finished runs: what they show, odd titles, missing pictures, other towers."""
+import shutil
 import sys
 import warnings
 
@@ -126,6 +127,25 @@ def test_runs_of_stage_1(first):
     assert "Stage 1" in written(vis.training_curves(first)) and "Stage 2" not in written(vis.training_curves(first))
     with pytest.raises(DataError, match="learnt no prompts"):
         vis.prompt_norms(first)
+
+
+@pytest.mark.parametrize("kept", ["pictures", "titles"])
+def test_what_changed_is_shown_with_pictures_or_titles_alone(kept, tmp_path, monkeypatch):
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "runs"))
+    make_shop(tmp_path / "shop")
+    if kept == "pictures":
+        (tmp_path / "shop" / "items.csv").unlink()
+    else:
+        shutil.rmtree(tmp_path / "shop" / "images")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure = vis.show_what_changed(run_stage2(dataset=str(tmp_path / "shop"), **SHORT)[0])
+    texts = written(figure)
+    assert bool(figure.axes[0].images) == (kept == "pictures")
+    assert any("mug" in text for text in texts) == (kept == "titles")
+    assert kept == "titles" or any(text.isdigit() for text in texts), "ids"
+    modality = {"pictures": "image", "titles": "text"}[kept]
+    assert sum(text.endswith(f"{when} {modality} features") for text in texts for when in ("frozen", "tuned")) == 2
 
 
 def test_recommender_without_features(shop):
