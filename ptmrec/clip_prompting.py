@@ -116,6 +116,8 @@ def weights_file(path: Path) -> Path:
     "`path`, or the weights file in that folder. Raises `DataError` if it has none, or several and none with a usual name."
     if path.is_file():
         return path
+    if not path.is_dir():
+        raise DataError(f"{path} is neither a file nor a folder. Give a weights file; allowed: {', '.join(WEIGHTS)}.")
     found = {p.name: p for p in sorted(path.iterdir()) if p.suffix in WEIGHTS}
     for name in (*USUAL, *found) if len(found) == 1 else USUAL:
         if name in found:

@@ -1,6 +1,7 @@
 """CLIPs of two towers that were pretrained apart, and text towers by Hugging Face."""
 import copy
 import json
+import os
 import pickle
 import shutil
 import warnings
@@ -171,10 +172,12 @@ def test_a_config_that_cannot_be(mine, config, message, monkeypatch):
     ("gone", SettingError, "gone is not there. Give a folder with image.safetensors and text.safetensors"),
     ("image=a.pth", SettingError, "Write image=<path>,text=<path>"),
     ("words/vocab.txt", DataError, "cannot be used: it is damaged, cut, or holds more than tensors"),
-    ("openai", SettingError, "openai is not there"), ("", DataError, "has no weights file")])
+    ("openai", SettingError, "openai is not there"), ("", DataError, "has no weights file"),
+    ("pipe", DataError, "pipe is neither a file nor a folder. Give a weights file")])
 def test_weights_that_cannot_be(mine, pretrained, error, message, monkeypatch):
     monkeypatch.chdir(mine)
     (mine / "words" / "vocab.txt").write_text("no weights")
+    os.mkfifo(mine / "pipe")
     with pytest.raises(error, match=message):
         load_clip("mine.json", pretrained or ".")
     with pytest.raises(SettingError, match="clip_model='gone.json' is not there"):
