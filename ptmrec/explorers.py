@@ -679,7 +679,7 @@ class ItemExplorer(Explorer):
         self.item.value = item_html(self.seen.catalogue, item)  # stays if the rest cannot be shown
         self.item.value += about_item(self.words, self.tables, item, spaces, self.aspect.value)
 
-    def figure(self):
+    def figure(self) -> plt.Figure:
         "The item and its neighbours as a figure."
         return sheet(self.seen.catalogue, [SheetRow("The item", self.picker.past[-1:]), *(g.row() for g in self.galleries)])
 

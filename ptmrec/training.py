@@ -405,7 +405,7 @@ def what_is_kept(loop: Loop, path: Path) -> str:
 class Checkpoint(Callback):
     """Writes `path` after an epoch, every `seconds` and in at most `share` of the time (0 and 1: always); resumes from it.
 
-    It also writes when the training is ended by hand.
+    It also writes when the training ends, since what comes after it may take long.
 
     Put it last: it writes what the callbacks before it remember. Whoever trains removes the file, once what has been trained
     is kept elsewhere. Of several processes, the first writes.
@@ -425,8 +425,8 @@ class Checkpoint(Callback):
             warnings.warn(f"The checkpoint {self.path} is not used, and the training starts anew: {error}.")
 
     def after_epoch(self, loop: "Loop") -> None:
-        begun = time.monotonic()
-        if rank() or begun < self.due and not loop.by_hand:
+        begun, ends = time.monotonic(), loop.stop or len(loop.history) == loop.epochs
+        if rank() or begun < self.due and not ends:
             return
         write_snapshot(self.path, take_snapshot(loop))
         ended = time.monotonic()

@@ -174,7 +174,7 @@ def test_checkpoints_are_written_by_the_clock(tmp_path, monkeypatch):
             now[0] += 4
 
     toy(Clock(), Checkpoint(tmp_path / "c.pt", seconds=10)).run(10)
-    assert written == [12, 24, 36]
+    assert written == [12, 24, 36, 40]  # and at the end
 
 
 def test_writing_checkpoints_takes_a_twentieth_of_the_time_where_it_is_slow(tmp_path, monkeypatch):
@@ -193,6 +193,8 @@ def test_writing_checkpoints_takes_a_twentieth_of_the_time_where_it_is_slow(tmp_
             now[0] += 4
 
     toy(Clock(), Checkpoint(tmp_path / "c.pt", seconds=0), patience=1000).run(100)
+    *written, last = written
+    assert last == now[0] - 2
     pauses = [after - before - 2 for before, after in zip(written, written[1:])]
     assert written[0] == 4 and min(pauses) >= 38 and max(pauses) < 38 + 4
     assert 2 * (len(written) - 1) <= 0.05 * now[0]

@@ -74,14 +74,14 @@ FIGURES = {"neighbours": lambda run: vis.neighbour_sheet(run, 3), "lists": lambd
 
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 def test_figures_are_drawn_saved_and_leave_no_trace(tuned, draw, tmp_path):
-    before = plt.rcParams.copy()
+    before, others = plt.rcParams.copy(), plt.get_fignums()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Some titles have characters that no installed font has")
         figure = draw(tuned)
         files = vis.save(figure, tmp_path / "figure")
     assert [f.suffix for f in files] == [".png", ".svg", ".pdf"] and all(f.stat().st_size > 1000 for f in files)
-    assert figure.get_figwidth() == vis.COLUMN and plt.rcParams == before and not plt.get_fignums()
+    assert figure.get_figwidth() == vis.COLUMN and plt.rcParams == before and plt.get_fignums() == others
 
 
 def test_hits_are_those_of_the_stored_lists(tuned):
