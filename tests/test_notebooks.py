@@ -13,6 +13,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 
+from ptmrec.stage2 import VARIANTS, run_stage2
+
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 BIN = Path(sys.executable).parent
 
@@ -21,10 +23,26 @@ def nbdev(command, *arguments, cwd=ROOT):
     return subprocess.run([BIN / command, *arguments], cwd=cwd, capture_output=True, text=True)
 
 
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory):
+    "Where the notebooks' experiments go: a folder of their own, so that nothing is there from before."
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_runs(notebook):
+def test_runs(notebook, shared_runs, monkeypatch):
+    monkeypatch.setenv("PTMREC_RUNS", str(shared_runs))
     result = nbdev("nbdev_test", "--path", notebook, "--n_workers", "0")
     assert result.returncode == 0 and "Success" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+def test_stage2_raises_recall_on_the_sample(shared_runs, monkeypatch):
+    "With every seed; `test_runs[05_stage2]` has trained the runs."
+    monkeypatch.setenv("PTMREC_RUNS", str(shared_runs))
+    for run in run_stage2(dataset="sample"):
+        metrics = run.metrics()
+        best = max(VARIANTS, key=lambda variant: metrics[variant]["valid"]["recall@20"])
+        assert metrics[best]["test"]["recall@10"] > metrics["stage1"]["test"]["recall@10"]
 
 
 @pytest.fixture(scope="module")
