@@ -40,9 +40,9 @@ from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, p
 from .settings import SettingError, did_you_mean
 from .stage1 import label
 from .stage2 import variant_name
-from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, attention_shares, embedding_map, in_style,
-                                  item_pixels, item_tables, items_of, most_frequent, nearest, principal_plane, sheet,
-                                  skewed, turned_onto, under_attention, user_number, view)
+from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, attention_shares, category_colours, embedding_map,
+                                  in_style, item_pixels, item_tables, items_of, most_frequent, nearest, principal_plane,
+                                  sheet, skewed, turned_onto, under_attention, user_number, view)
 
 # %% ../nbs/07a_explorers.ipynb #427f00b8
 def data_uri(pixels: np.ndarray) -> str:
@@ -80,7 +80,7 @@ def card_style(card: str, picture: np.ndarray | None, framed: bool = False) -> s
 
 def small_button(text: str) -> widgets.Button:
     "A button as wide as its text."
-    return widgets.Button(description=text, layout={"width": "auto"})
+    return widgets.Button(description=text, layout={"width": "auto", "flex": "0 0 auto"})
 
 # %% ../nbs/07a_explorers.ipynb #cab00a19
 class Gallery:
@@ -736,7 +736,8 @@ class ScatterMap:
         "Colour the points by `values` (I,); the legend has a `title`."
         number = not isinstance(values.dtype, pd.CategoricalDtype)
         norm = SymLogNorm(1, vmin=values.min(), vmax=values.max()) if number and skewed(values) else None
-        self.scatter.color(by=values, norm=norm, labeling={"variable": title})
+        colours = "auto" if number else category_colours(values)
+        self.scatter.color(by=values, map=colours, norm=norm, labeling={"variable": title})
 
 # %% ../nbs/07a_explorers.ipynb #5281d56c
 NO_MAP = "A map to hover over and to slide needs jupyter-scatter: pip install 'ptmrec[maps]'."

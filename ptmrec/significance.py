@@ -144,13 +144,15 @@ def save_result(
     stars: Iterable[tuple] = (),
     corner: str = "",  # what the rows are
     more: dict | None = None,  # further columns of text {column: {row: text}}, such as the gain
+    bold: bool = True,  # the best of each column; False where rows cannot be compared
 ) -> list[Path]:
     "Write `stem`.md, .tex (needs booktabs) and .csv, the CSV with a row per seed and full precision; returns the files."
     stars, more = set(stars), pd.DataFrame(more or {}, index=list(values)).fillna("")
     long = [(row, column, n, value, (row, column) in stars) for row, cells in values.items()
             for column, seeds in cells.items() for n, value in enumerate(seeds)]
     table = pd.DataFrame(long, columns=["row", "column", "seed", "value", "significant"])
-    plain, latex = result_text(values, stars, "**{}**"), result_text(values, stars, r"\textbf{{{}}}", r"$\pm$", r"$^*$")
+    plain = result_text(values, stars, "**{}**" if bold else "{}")
+    latex = result_text(values, stars, r"\textbf{{{}}}" if bold else "{}", r"$\pm$", r"$^*$")
     contents = {".md": to_markdown(plain.join(more), corner), ".csv": table.to_csv(index=False),
                 ".tex": to_latex(latex.join(more.map(latex_text)), corner)}
     return [write_atomically(stem.with_name(stem.name + end), lambda path, c=content: path.write_text(c, encoding="utf-8"))

@@ -7,10 +7,10 @@ __all__ = ['COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'FONTS', 'MAP_METHODS',
            'item_statistics', 'Catalogue', 'nearest', 'neighbours', 'RunView', 'view', 'item_tables', 'user_number',
            'in_style', 'installed_fonts', 'printable', 'save', 'shown_title', 'SheetRow', 'sheet', 'neighbour_sheet',
            'user_gains', 'items_of', 'recommendation_sheet', 'show_what_changed', 'training_curves', 'principal_plane',
-           'turned_onto', 'aligned_maps', 'most_frequent', 'skewed', 'embedding_map', 'random_cosines',
-           'batch_distributions', 'domain_gap', 'class_attention', 'item_pixels', 'attention_shares', 'under_attention',
-           'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front', 'cost_against_quality', 'hits_by_popularity',
-           'who_gains']
+           'turned_onto', 'aligned_maps', 'most_frequent', 'category_colours', 'skewed', 'embedding_map',
+           'random_cosines', 'batch_distributions', 'domain_gap', 'class_attention', 'item_pixels', 'attention_shares',
+           'under_attention', 'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front', 'cost_against_quality',
+           'hits_by_popularity', 'who_gains']
 
 # %% ../nbs/07_visualisation.ipynb #e9991fa6
 import contextlib
@@ -514,6 +514,13 @@ def most_frequent(values: pd.Series, most: int = 7) -> pd.Series:
     kept = [*names[:most], *[other] * (len(names) > most), *["none"] * bool(missing.any())]
     return pd.Series(pd.Categorical(text, kept), values.index)
 
+
+def category_colours(values: pd.Series) -> dict[str, str]:
+    "A colour for each category of `most_frequent`; grey for the others and for missing values."
+    names = values.cat.categories
+    return {name: "#cccccc" if name.startswith("other (") or name == "none" else colour
+            for name, colour in zip(names, sns.color_palette("colorblind", len(names)).as_hex())}
+
 # %% ../nbs/07_visualisation.ipynb #cd7d4af1
 def skewed(values: pd.Series) -> bool:
     "Whether a logarithmic scale shows more of some numbers: none is negative, and the largest is over 10 times the median."
@@ -529,8 +536,7 @@ def _scatter(ax, points, values, size):
         ax.scatter(*points[values.isna()].T, color="0.8", **how)
         known = values.notna()
         return ax.scatter(*points[known].T, c=values[known], norm="symlog" if skewed(values) else "linear", **how)
-    for number, name in enumerate(values.cat.categories):
-        color = "0.8" if name.startswith("other (") or name == "none" else f"C{number}"
+    for name, color in category_colours(values).items():
         ax.scatter(*points[values == name].T, color=color, label=printable(cut(name, 20)), **how)
     return None
 

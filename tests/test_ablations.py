@@ -367,6 +367,8 @@ def test_tables_and_figures_in_all_formats(tmp_path):
     assert r"a\_1 & 0.2000 $\pm$ 0.1414 &  \\" in files[".tex"]
     assert r"R@10 \%" in files[".tex"] and r"\toprule" in files[".tex"]
     assert files[".md"].splitlines()[0] == "| x\\|y | R@10 % | N |" and "**0.3000 ± 0.1414***" in files[".md"]
+    assert not [path for path in save_result(tmp_path / "plain", values, bold=False) if "**" in path.read_text()
+                or "textbf" in path.read_text()]
     table = pd.read_csv(tmp_path / "sub" / "result.v1.csv")
     assert table.value.tolist() == [0.1, 0.3, 0.4, 0.2, 0.5]
     assert table.significant.tolist() == [False, False, True, True, False]

@@ -189,6 +189,16 @@ def test_the_legend_of_the_map_is_named_and_tells_skewed_numbers_apart():
         assert np.allclose([value for value, *_ in legend["values"]], ends, atol=0.1)
 
 
+def test_other_values_are_grey_on_the_map():
+    pytest.importorskip("jscatter", reason="the extra `maps` is not installed")
+    scatter = explorers.ScatterMap(9, print, print)
+    scatter.paint(explorers.colour_values(pd.Series(list("abcdefgh") + ["i"])), "kind")  # seven, and two others
+    colours = [tuple(np.round(value[1][:3], 1)) for value in scatter.scatter.widget.legend_encoding["color"]["values"]]
+    assert colours[-1] == (0.8, 0.8, 0.8) and len(set(colours)) == len(colours) == 8
+    scatter.paint(pd.Series(range(9)), "interactions")
+    assert len(scatter.scatter.widget.legend_encoding["color"]["values"]) == 5
+
+
 def test_an_item_is_not_said_twice(shop):
     catalogue = Catalogue(load_data(shop[0]))
     for title, text in (("Mug", "Mug"), ("Mug", "Mug. Orvik. A blue mug."), ("", "A blue mug."), ("Mug", "Mugs of all")):
