@@ -117,7 +117,7 @@ def lineage(cls):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_arguments_are_explained(module):
-    "Each of three or more: by a comment beside it or by name in a docstring, unless its name or a class of ours says it all."
+    "Each of three or more: by a comment beside it or by name in a docstring, unless its name or its class says it all."
     lines, body = MODULES[module].split("\n"), [(n, None) for n in ast.parse(MODULES[module]).body]
     body += [(m, c) for c, _ in body if isinstance(c, ast.ClassDef) and c.name[0] != "_" for m in c.body]
     for function, cls in ((n, c) for n, c in body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"):
