@@ -153,7 +153,12 @@ def batch_size(dataset: str, base: dict) -> dict:
     return {"05_stage2": {"batch": changes}}
 
 # %% ../nbs/06_ablations.ipynb #26655243
-def derived(dataset: str, base: dict, change: Callable, **how) -> dict:
+def derived(
+    dataset: str,  # a name or a folder
+    base: dict,  # settings of the runs; min_rating, core, split and split_seed are used
+    change: Callable,  # makes a data set of a data set, such as `thinned`
+    **how,  # of `change`
+) -> dict:
     "The settings that put a derived data set in place of `dataset`, which is read by the settings of `base`."
     read = {name: base[name] for name in ("min_rating", "core", "split", "split_seed") if name in base}
     done = {name: DataSettings.model_fields[name].default for name in read}  # the derived one has it done already
@@ -276,9 +281,9 @@ def suggest(trial: Any, space: dict) -> dict:
 # %% ../nbs/06_ablations.ipynb #431b2b9a
 def optuna_trials(
     run: Callable,  # of {label: (method, settings)}; returns the table of `run_trials`
-    spaces: dict,
-    budget: int,
-    seed: int = 0,
+    spaces: dict,  # {method: (fixed settings, {setting: values})}
+    budget: int,  # trials per method
+    seed: int = 0,  # of what Optuna draws
 ) -> pd.DataFrame:
     "Table of `budget` trials per method that Optuna chooses. Raises `SettingError` if it is not installed."
     try:
@@ -301,7 +306,14 @@ def optuna_trials(
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/06_ablations.ipynb #55b96bf2
-def run_trials(notebook: str, base: dict, trials: dict, seed: int, name: str, **how) -> pd.DataFrame:
+def run_trials(
+    notebook: str,  # 04_stage1 or 05_stage2
+    base: dict,  # settings of every trial
+    trials: dict,  # {label: (method, settings)}
+    seed: int,
+    name: str,  # the table goes to runs/grids/<name>-trials
+    **how,  # of `grid`
+) -> pd.DataFrame:
     "Table of `trials` {label: (method, settings)} without test metrics; `changes` has their settings, `valid` what counts."
     axes = {"trial": {told: changes for told, (_, changes) in trials.items()}}
     table = grid(notebook, base, axes, [seed], f"{name}-trials", test=False, **how)
@@ -311,12 +323,12 @@ def run_trials(notebook: str, base: dict, trials: dict, seed: int, name: str, **
 
 
 def tune_equally(
-    notebook: str,
-    base: dict,
+    notebook: str,  # 04_stage1 or 05_stage2
+    base: dict,  # settings of every run
     spaces: dict,  # {method: (fixed settings, {setting: values})}
     budget: int,  # trials per method
     seeds: Sequence[int],  # of the winners; trials have the first
-    name: str,
+    name: str,  # tables go to runs/grids/<name> and <name>-trials
     sampler: str = "random",  # or optuna
     **how,  # of `grid`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -408,7 +420,7 @@ def long_tail(dataset: str, base: dict) -> dict:
 def compared(
     rows: dict[str, Row],  # {label: row}
     reference: str | None,  # a label; None: each row with its own Stage 1
-    metric: str,
+    metric: str,  # on test, such as recall@10
 ) -> pd.DataFrame:
     "`comparisons` of the rows with the `reference` row, or each with its own Stage 1; Holm over all of them."
     pairs = {}
@@ -456,11 +468,11 @@ class StudyResult:
 
 def run_study(
     experiment: str,  # a name of `STUDIES`
-    dataset: str,
-    seeds: Sequence[int] = (0, 1, 2),
+    dataset: str,  # a name or a folder
+    seeds: Sequence[int] = (0, 1, 2),  # a run of each row per seed
     base: dict | None = None,  # settings of every run
     budget: int = 6,  # trials per method, where methods are tuned
-    metric: str = "recall@10",
+    metric: str = "recall@10",  # that is compared, on test
     sampler: str = "random",  # of the trials, or optuna
     **how,  # of `grid`: at_once, threads, client, papermill
 ) -> StudyResult:
@@ -513,7 +525,11 @@ def write_result(result: StudyResult, metric: str = "recall@10") -> pd.DataFrame
     return table
 
 # %% ../nbs/06_ablations.ipynb #6e990d49
-def verdicts(result: StudyResult, against: pd.DataFrame, metric: str = "recall@10") -> str:
+def verdicts(
+    result: StudyResult,
+    against: pd.DataFrame,  # the table of `compared`
+    metric: str = "recall@10",  # that the table is of
+) -> str:
     "A sentence per comparison of `compared`."
     other = f"'{result.study.reference}'" if result.study.reference else "its Stage 1"
     told = [in_words(f"'{name}'", row, f"test {label(metric)}", other) for name, row in against.iterrows()]
@@ -558,7 +574,12 @@ def study_values(result: StudyResult, metric: str = "recall@10") -> pd.DataFrame
     return pd.DataFrame(found)
 
 # %% ../nbs/06_ablations.ipynb #118df50b
-def plot_values(values: pd.DataFrame, title: str, metric: str, reference: str | None = None) -> plt.Figure:
+def plot_values(
+    values: pd.DataFrame,  # of `study_values`
+    title: str,
+    metric: str,  # that the values are of, such as recall@10
+    reference: str | None = None,  # the row that gets a dashed line; None: no line
+) -> plt.Figure:
     "A table of `study_values`: means with 95 % intervals over users, strokes for seeds; dashed: the `reference` row."
     rows = list(values.row.unique())
     figure, ax = plt.subplots(figsize=(7.5, 0.55 * len(rows) + 1.5), layout="constrained")

@@ -144,7 +144,7 @@ def _what_is_wrong(part, ending):
 def fetch_file(
     url: str,
     path: str | Path,
-    attempts: int = 5,
+    attempts: int = 5,  # in all, before it gives up
     wait: float = 1.0,  # seconds before the second attempt
 ) -> Path:
     """Download a file to `path`; a broken download continues where it stopped, now or in the next call.
@@ -270,8 +270,8 @@ def read_reviews(path: str | Path, release: int = 2014) -> pd.DataFrame:
 # %% ../nbs/00a_amazon.ipynb #be2be5b6
 def make_interactions(
     reviews: pd.DataFrame,  # columns user, item, rating, timestamp
-    split_seed: int = 0,
-    core: int = 5,
+    split_seed: int = 0,  # of the random split
+    core: int = 5,  # interactions that each user and item has at least
 ) -> pd.DataFrame:
     "One row per user-item pair of the iterated `core`-core, by user and time, with the 8:1:1 split `x_label`."
     table = reviews.sort_values(["user", "timestamp", "item"])
@@ -338,7 +338,7 @@ def _item_row(record, release, text_fields):
 def read_meta(
     path: str | Path,  # the metadata file
     item_ids: Sequence[str],  # the items to keep
-    release: int = 2014,
+    release: int = 2014,  # or 2023
     text_fields: Sequence[str] = TEXT_FIELDS,  # some of title, brand, categories, description
 ) -> pd.DataFrame:
     """A row for each of `item_ids`: item, the `text_fields`, price, image_url.
@@ -653,8 +653,8 @@ def download_images(
     attempts: int = 4,  # per image
     wait: float = 1.0,  # seconds before the second attempt
     timeout: float = 30.0,  # seconds for one attempt
-    max_bytes: int = MAX_BYTES,
-    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,  # of one image; a larger file is refused
+    max_pixels: int = MAX_PIXELS,  # likewise
     retry_refused: bool = False,  # ask again for refused images, not only for failed ones
 ) -> pd.DataFrame:
     """Download images and return the manifest. Can be stopped and run again at any point.
@@ -763,7 +763,7 @@ def prepare(
     raw: str | Path | None = None,  # folder of the raw files; None: `data/<name>/raw/`
     text_fields: Sequence[str] = TEXT_FIELDS,  # the columns of text to keep
     images: bool = True,  # download the images
-    split_seed: int = 0,
+    split_seed: int = 0,  # of the random split
     **download,  # further arguments of `download_images`
 ) -> Path:
     """Make the data-set folder of an Amazon category, `data/<name>/`, from the raw release, and return it.

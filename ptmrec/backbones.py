@@ -29,7 +29,11 @@ SHARED = {  # settings that several backbones have: what each does, and its limi
 }
 
 # %% ../nbs/02_backbones.ipynb #27cbca82
-def shared(name: str, default: float, grid: list | dict | None = None) -> Any:
+def shared(
+    name: str,  # a key of `SHARED`
+    default: float,  # the backbone's own
+    grid: list | dict | None = None,  # values that a search tries, or {reg_norm: values}; None: it tries none
+) -> Any:
     "The setting `name` of `SHARED`, with a backbone's own default and grid (the values that a search tries)."
     about, limits = SHARED[name]
     return setting(default, about, grid=grid, **limits)
@@ -72,7 +76,12 @@ class IDPath(nn.Module):
 
 # %% ../nbs/02_backbones.ipynb #7b47419e
 class Backbone(IDPath):
-    "Base of all backbones: the ID path, and a projection W_m (d_m -> d) per modality. Raises `SettingError`."
+    """Base of all backbones: the ID path, and a projection W_m (d_m -> d) per modality. Raises `SettingError`.
+
+    A subclass defines `forward()`: user and item embeddings (U, d'), (I, d'), whose inner products rank; and
+    `loss(user, pos, neg, features)`: the terms {name: scalar} of a batch of triples (B,). `features` {modality: (I, d_m)}
+    are used in place of those set before; None: those. Other methods' `user` and `item` (b,) are rows to compute; None: all.
+    """
 
     Settings = Settings  # a subclass lists its own
     uses_features = True
@@ -237,20 +246,23 @@ class MultiView(Backbone):
         "The input of each view's gate: {view: (I, d)}."
         return {m: project(features[m]) for m, project in self.project.items()}
 
-    def view(self, item_graph: Graph, item_emb: Tensor, user: Tensor | None = None,
-             item: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def view(
+        self, item_graph: Graph,  # (I, I), of one view
+        item_emb: Tensor,  # (I, d), gated
+        user: Tensor | None = None, item: Tensor | None = None,  # rows to compute; None: all
+    ) -> tuple[Tensor, Tensor]:
         "Smooth `item_emb` (I, d) over an item graph and hand it to users: (U + I, d), or the rows `user` and `item`."
         item_emb = smooth(item_graph, item_emb, self.settings.n_item_layers)
         graph = self.graph if user is None else self.graph.rows(user)
         return torch.cat([graph @ item_emb, rows_of(item_emb, item)])
 
     def views(self, features: dict, user: Tensor | None = None, item: Tensor | None = None) -> dict:
-        "{view: (U + I, d)}, or the rows `user` and `item` of them."
+        "{view: (U + I, d)} of `features` {modality: (I, d_m)}, or the rows `user` and `item` of them."
         return {m: self.view(self.item_graphs[m], self.item_emb * self.gate[m](x), user, item)
                 for m, x in self.to_gate(features).items()}
 
     def paths(self, user: Tensor | None = None, item: Tensor | None = None, features: dict | None = None) -> tuple:
-        "ID path and side embeddings, (U + I, d) each, or the rows `user` and `item` of them."
+        "ID path and side embeddings, (U + I, d) each, or the rows `user` and `item` of them; see `Backbone` for `features`."
         id_emb = torch.cat(self.id_path(user, item))
         return id_emb, self.fuse(self.views(features or self.features, user, item), id_emb)
 

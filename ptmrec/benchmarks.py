@@ -161,7 +161,9 @@ def data_steps(folder: str) -> list[dict]:
     return [{"step": row.pop("what")} | row | size for row in watch.rows]
 
 # %% ../nbs/08_benchmarks.ipynb #5336d090
-def measure_data(n_rows: int, n_items: int, ending: str) -> pd.DataFrame:
+def measure_data(
+    n_rows: int, n_items: int, ending: str,  # as of `draw_data_set`
+) -> pd.DataFrame:
     "The rows of `data_steps` for a drawn data set of this size, in a fresh process."
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, PTMREC_DATA=folder):
         draw_data_set(folder, n_rows, n_items, ending)
@@ -170,7 +172,7 @@ def measure_data(n_rows: int, n_items: int, ending: str) -> pd.DataFrame:
 
 # %% ../nbs/08_benchmarks.ipynb #525b683e
 def draw_interactions(
-    users: int, items: int,
+    users: int, items: int,  # how many there are
     pairs: int,  # about so many distinct ones
     seed: int = 0,
 ) -> Interactions:
@@ -183,7 +185,11 @@ def draw_interactions(
     return Interactions(user, item, make_split("random", user, item), np.arange(users), np.arange(items))
 
 # %% ../nbs/08_benchmarks.ipynb #eb1c9a19
-def draw_features(n_items: int, dims: dict[str, int], device: torch.device) -> dict[str, torch.Tensor]:
+def draw_features(
+    n_items: int,  # I
+    dims: dict[str, int],  # {modality: d_m}
+    device: torch.device,  # where the tables go; they are drawn on the CPU
+) -> dict[str, torch.Tensor]:
     "Random unit rows (I, d_m) for each modality of `dims` {modality: d_m}."
     return {m: F.normalize(torch.randn(n_items, d), dim=1).to(device) for m, d in dims.items()}
 
@@ -193,7 +199,7 @@ def new_backbone(
     user: torch.Tensor, item: torch.Tensor,  # (n,) training pairs
     n_users: int, n_items: int,
     features: dict[str, torch.Tensor],  # {modality: (I, d_m)}: their sizes count
-    train_features: bool = False,
+    train_features: bool = False,  # raw feature tables learn, too
     **settings,  # of the backbone; else its defaults
 ) -> nn.Module:
     "A backbone on training pairs, on their device, whose features are not set yet."
@@ -206,8 +212,8 @@ def drawn_backbone(
     inter: Interactions,
     features: dict[str, torch.Tensor],  # {modality: (I, d_m)}; not used by backbones without features
     device: torch.device,
-    train_features: bool = False,
-    **settings,
+    train_features: bool = False,  # raw feature tables learn, too
+    **settings,  # of the backbone; else its defaults
 ) -> nn.Module:
     "A backbone on the training pairs of `inter`, with its features set."
     cls = BACKBONES[backbone] if isinstance(backbone, str) else backbone
@@ -256,7 +262,9 @@ class PlainFREEDOM(nn.Module):
         users, items = torch.stack(layers).mean(0).split([self.ours.n_users, self.ours.n_items])
         return users, items + torch.sparse.mm(self.item_graph, self.ours.item_emb)
 
-    def loss(self, user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor) -> dict[str, torch.Tensor]:
+    def loss(
+        self, user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor,  # (B,) each
+    ) -> dict[str, torch.Tensor]:
         "BPR on the embeddings and on each modality's projected features (Eq. 13), for a batch of triples (B,)."
         users, items = self()
         terms = {"bpr": plain_bpr(users[user], items[pos], items[neg])}
@@ -266,7 +274,9 @@ class PlainFREEDOM(nn.Module):
         return terms
 
 # %% ../nbs/08_benchmarks.ipynb #b19f2f15
-def plain_bpr(user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor) -> torch.Tensor:
+def plain_bpr(
+    user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor,  # embeddings (B, d)
+) -> torch.Tensor:
     "BPR of embeddings (B, d), as it is written in papers."
     return -F.logsigmoid((user * pos).sum(1) - (user * neg).sum(1)).mean()
 
@@ -289,7 +299,7 @@ def plain_evaluation(
 
 # %% ../nbs/08_benchmarks.ipynb #4dd96dc0
 def timed_epoch(
-    model: nn.Module,
+    model: nn.Module,  # a backbone, or `PlainFREEDOM`
     optimiser: torch.optim.Optimizer,
     sampler: TripleSampler,  # of the model's triples
     watch: Stopwatch,  # notes the seconds
@@ -312,7 +322,11 @@ def total_loss(model: nn.Module, batch: tuple) -> torch.Tensor:
 
 # %% ../nbs/08_benchmarks.ipynb #2b610784
 @torch.no_grad()
-def timed_validation(model: nn.Module, evaluator: Evaluator, watch: Stopwatch) -> pd.DataFrame:
+def timed_validation(
+    model: nn.Module,  # returns user and item embeddings
+    evaluator: Evaluator,
+    watch: Stopwatch,  # notes the seconds
+) -> pd.DataFrame:
     "Metrics per user on the validation split; the watch notes the time."
     model.eval()
     if isinstance(model, PlainFREEDOM):
@@ -322,12 +336,12 @@ def timed_validation(model: nn.Module, evaluator: Evaluator, watch: Stopwatch) -
 # %% ../nbs/08_benchmarks.ipynb #ed9c30ad
 def stage1_epochs(
     users: int, items: int, pairs: int,  # the size of the data set to draw
-    backbone: str = "freedom",
+    backbone: str = "freedom",  # a name of `BACKBONES`
     dims: dict | None = None,  # {modality: d_m} of random features; two of 512 by default
     plain: bool = False,  # the plain version, of FREEDOM only
-    train_features: bool = False,
+    train_features: bool = False,  # raw feature tables learn, too
     epochs: int = 2,  # timed, after one that warms up
-    device: str = "auto",
+    device: str = "auto",  # a GPU if there is one
     **settings,  # of the backbone
 ) -> list[dict]:
     "Time epochs of Stage 1 by phase. Rows: epoch (0: before training), phase, seconds, and what was measured on what."
@@ -349,7 +363,11 @@ def stage1_epochs(
             for epoch, watch in enumerate([watches[0], *watches[2:]]) for phase, seconds in watch.totals().items()]
 
 # %% ../nbs/08_benchmarks.ipynb #3c7acd0b
-def median_seconds(run: Callable, device: torch.device, times: int = 9) -> float:
+def median_seconds(
+    run: Callable,  # without arguments
+    device: torch.device,  # that `run` computes on; its work is waited for
+    times: int = 9,  # calls
+) -> float:
     "Median seconds of `times` calls of `run`."
     watch = Stopwatch(device)
     for _ in range(times):
@@ -402,7 +420,9 @@ def ranking_bounds(
              "ms per 1,000 users": 1e6 * s / n_users} for what, s in seconds.items()]
 
 # %% ../nbs/08_benchmarks.ipynb #84302d7e
-def draw_pairs(users: int, items: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_pairs(
+    users: int, items: int, pairs: int,  # how many of each
+) -> tuple[np.ndarray, np.ndarray]:
     "`pairs` pairs (user, item), item popularity skewed; a few are repeated."
     rng = np.random.default_rng(0)
     return rng.integers(0, users, pairs), (items * rng.random(pairs) ** 2).astype(np.int64)
@@ -413,7 +433,7 @@ def propagation_and_ranking(
     d: int = 64,  # size of embeddings
     copied: int = 50_000_000,  # numbers in the big copy
     multiplied: int = 4096,  # rows of the matrices that show the speed of arithmetic
-    device: str = "auto",
+    device: str = "auto",  # a GPU if there is one
 ) -> list[dict]:
     "Propagation and ranking beside their bounds. Rows: shop, what, milliseconds, reference (ms), by, speeds."
     device, rows = pick_device(device), []
@@ -445,7 +465,7 @@ def repeat(step: Callable, times: int = 3) -> Callable:
 
 
 def training_update(loss_of: Callable, optimiser: torch.optim.Optimizer, batch: tuple) -> None:
-    "One training step on a batch of triples; `loss_of` gives the loss terms."
+    "One training step of `optimiser` on a `batch` (user, pos, neg); `loss_of(*batch)` gives the loss terms."
     loss = sum(loss_of(*batch).values())
     optimiser.zero_grad()
     loss.backward()
@@ -479,7 +499,7 @@ VERSIONS = ["the batch's rows", "all rows", "all rows, compiled", "all rows, CUD
 
 def freedom_and_batch(
     version: str,  # of `VERSIONS`
-    users: int, items: int,
+    users: int, items: int,  # how many there are
     pairs: int,  # interactions
     device: torch.device,
 ) -> tuple:
@@ -497,9 +517,9 @@ def freedom_and_batch(
 # %% ../nbs/08_benchmarks.ipynb #7e4d4146
 def training_step(
     version: str,  # of `VERSIONS`
-    users: int, items: int,
+    users: int, items: int,  # how many there are
     pairs: int,  # interactions
-    device: str = "auto",
+    device: str = "auto",  # a GPU if there is one
 ) -> dict:
     "Milliseconds of a training step of FREEDOM in one of `VERSIONS`, its loss after 23 steps and, on a GPU, its kernels."
     device = pick_device(device)
@@ -544,7 +564,7 @@ def item_graph_recall(
 # %% ../nbs/08_benchmarks.ipynb #962c9d0b
 def timed_steps(
     watch: Stopwatch,  # notes the seconds
-    backbone: nn.Module, sampler: TripleSampler,
+    backbone: nn.Module, sampler: TripleSampler,  # of the backbone's triples
     batch_sizes: list[int],  # triples per step
 ) -> None:
     "Time the start of an epoch, and a training step for each batch size."
@@ -557,7 +577,11 @@ def timed_steps(
         watch(f"step, batch {size}", lambda: step(next(batches)), times=3)  # noqa: B023, called at once
 
 # %% ../nbs/08_benchmarks.ipynb #2e6b3564
-def timed_ranking(watch: Stopwatch, backbone: nn.Module, masked: Pairs) -> None:
+def timed_ranking(
+    watch: Stopwatch,  # notes the seconds
+    backbone: nn.Module,  # returns user and item embeddings
+    masked: Pairs,  # never ranked
+) -> None:
     "Time the embeddings for evaluation, and ranking all items for 2,048 users."
     with torch.no_grad():
         tables = watch("embeddings for evaluation", backbone.eval())
@@ -565,7 +589,11 @@ def timed_ranking(watch: Stopwatch, backbone: nn.Module, masked: Pairs) -> None:
     watch("ranking 2,048 users", lambda: rank_items(*tables, users, masked), times=3)
 
 # %% ../nbs/08_benchmarks.ipynb #224cfb31
-def timed_exact_neighbours(watch: Stopwatch, features: torch.Tensor, k: int) -> None:
+def timed_exact_neighbours(
+    watch: Stopwatch,  # notes the seconds
+    features: torch.Tensor,  # (I, d) of any length
+    k: int,  # neighbours per item, itself included
+) -> None:
     "Time the exact neighbours of 1,024 items; the memory that this takes shows in no other row."
     unit = F.normalize(features, dim=1)
     space = torch.empty(256, len(unit), device=watch.device)
@@ -574,11 +602,11 @@ def timed_exact_neighbours(watch: Stopwatch, features: torch.Tensor, k: int) -> 
 
 # %% ../nbs/08_benchmarks.ipynb #28f113ec
 def large_steps(
-    backbone: str,
+    backbone: str,  # a name of `BACKBONES`
     users: int, items: int, pairs: int,  # the size of the data set to draw
     dim: int,  # of the text features
     batches: list[int],  # batch sizes
-    device: str = "auto",
+    device: str = "auto",  # a GPU if there is one
 ) -> list[dict]:
     "Time the parts of Stage 1 on large data, where whole epochs take too long. Rows: what, seconds, peak_gib, pairs."
     device, cls = pick_device(device), BACKBONES[backbone]
@@ -672,7 +700,7 @@ def compare_horner(
     size: dict,  # {users, items, pairs}
     times: int = 7,  # turns
     d: int = 64,  # size of the embeddings
-    n_layers: int = 3, device: str = "auto",
+    n_layers: int = 3, device: str = "auto",  # auto: a GPU if there is one
 ) -> list[dict]:
     "Three layers of propagation, forward and backward: layer by layer against `propagate`."
     device, inter = pick_device(device), interactions_of(**size)
@@ -691,7 +719,7 @@ def compare_rows(
     size: dict,  # {users, items, pairs}
     times: int = 7,  # turns
     dim: int = 512,  # of the features
-    device: str = "auto",
+    device: str = "auto",  # a GPU if there is one
 ) -> list[dict]:
     "A training epoch of FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, inter = pick_device(device), interactions_of(**size)
@@ -709,7 +737,11 @@ class AllRowsLightGCN(LightGCN):
         return rows_of(users, user), rows_of(items, item)
 
 # %% ../nbs/08_benchmarks.ipynb #9daf1c93
-def random_item_graph(n_items: int, k: int, device: torch.device) -> Graph:
+def random_item_graph(
+    n_items: int,  # I
+    k: int,  # neighbours per item
+    device: torch.device,
+) -> Graph:
     "An item graph (I, I) of `k` random neighbours per item, each with the weight 1 / k."
     row = torch.arange(n_items, device=device).repeat_interleave(k)
     return Graph(row, torch.randint_like(row, n_items), torch.full(row.shape, 1 / k, device=device), (n_items, n_items))
@@ -720,7 +752,7 @@ def compare_step(
     backbone: str,  # lightgcn or freedom
     times: int = 5,  # turns
     batch_size: int = 2048,  # triples
-    device: str = "auto",
+    device: str = "auto",  # a GPU if there is one
 ) -> list[dict]:
     "A training step of LightGCN or FREEDOM: all rows and then the batch's, against the batch's rows only."
     device, n = pick_device(device), (size["users"], size["items"])
@@ -739,7 +771,14 @@ def compare_step(
     return alternate({name: partial(seconds_of, step_of(cls), device) for name, cls in classes.items()}, times)
 
 # %% ../nbs/08_benchmarks.ipynb #0d997130
-def epoch_seconds(size: dict, keep: bool, backbone: str, epochs: int = 1, dim: int = 512, device: str = "auto") -> float:
+def epoch_seconds(
+    size: dict,  # {users, items, pairs} of the data set to draw
+    keep: bool,  # call `keep_freed_memory` first
+    backbone: str,  # a name of `BACKBONES`
+    epochs: int = 1,  # timed, after one that warms up
+    dim: int = 512,  # of the image features and of the text features
+    device: str = "auto",  # a GPU if there is one
+) -> float:
     "Median seconds of an epoch of a backbone with its validation, after one that warms up."
     device, inter = pick_device(device), interactions_of(**size)
     if keep:
@@ -759,10 +798,10 @@ def epoch_seconds(size: dict, keep: bool, backbone: str, epochs: int = 1, dim: i
 def compare_kept(
     size: dict,  # {users, items, pairs}
     times: int = 5,  # turns
-    backbone: str = "freedom",
+    backbone: str = "freedom",  # a name of `BACKBONES`
     epochs: int = 1,  # per turn
     dim: int = 512,  # of the features
-    device: str = "auto",
+    device: str = "auto",  # a GPU if there is one
 ) -> list[dict]:
     "An epoch with its validation: as the C library has it, against `keep_freed_memory`; a process per turn."
     run = partial(measure_fresh, "epoch_seconds", size=size, backbone=backbone, epochs=epochs, dim=dim, device=device)

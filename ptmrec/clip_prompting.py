@@ -233,9 +233,9 @@ def check_text_tower(config: dict, clip_model: str) -> None:
 
 # %% ../nbs/01_clip_prompting.ipynb #1a154085
 def as_clip(
-    name: str,
+    name: str,  # as messages call it
     model: nn.Module,  # of open_clip
-    tokenize: Callable,
+    tokenize: Callable,  # texts to token ids (n, context length)
     prepare: dict | None = None,  # how images are prepared, where it is not as the model says
 ) -> Clip:
     "A `Clip` of `model`, frozen; raises `DataError` for an unknown way of resizing images."
@@ -389,7 +389,7 @@ POSITIONS = ("first", "last")
 
 # %% ../nbs/01_clip_prompting.ipynb #16c1e0fd
 def prompt_width(clip: Clip, tower: str, prompt_depth: int) -> int:
-    "Width of prompts in `prompt_depth` layers of `tower`; raises `DataError` if it takes no prompts or is less deep."
+    "Width of prompts in `prompt_depth` layers of a `tower` of `clip`; raises `DataError` if it takes none or is less deep."
     taken = image_tower(clip) if tower == "image" else text_tower(clip)
     if taken.width is None:
         raise no_prompts(clip, tower, clip.model.visual.trunk, "a VisionTransformer, such as ViT-B-32")
@@ -444,12 +444,12 @@ def make_room(mask: Tensor, n_ctx: int) -> Tensor:
 
 # %% ../nbs/01_clip_prompting.ipynb #7f088e44
 def run_blocks(
-    blocks: nn.Module,
+    blocks: nn.Module,  # of a `Tower`
     x: Tensor,  # (B, N, w)
     prompts: dict[int, Tensor],  # {layer: (n_ctx, w)}
     at: int,  # before a layer with prompts, these become the tokens from `at` on
     inside: int = 0,  # how many tokens from `at` on are prompts, or places kept for them, already
-    mask: Tensor | None = None,
+    mask: Tensor | None = None,  # (..., N, N) of attention; None: all tokens see all
     first: int = 0,  # the layer to start from
 ) -> Tensor:
     "The output of the last block."
@@ -479,7 +479,7 @@ def image_features(
 def encode_image(
     clip: Clip,
     images: Tensor,  # (B, 3, h, w), normalised
-    prompts: DeepPrompts | None = None,
+    prompts: DeepPrompts | None = None,  # None: the stock CLIP
 ) -> Tensor:
     "Image features (B, d_v) of `images` (B, 3, h, w), with `prompts` if they have some for this tower."
     if not hasattr(prompts, "image"):
@@ -578,7 +578,7 @@ def text_features(
 def encode_text(
     clip: Clip,
     tokens: Tensor,  # (B, L) ids
-    prompts: DeepPrompts | None = None,
+    prompts: DeepPrompts | None = None,  # None: the stock CLIP
 ) -> Tensor:
     "Text features (B, d_t) of token ids (B, L <= context), with `prompts` if they have some for this tower."
     text = text_module(clip)
@@ -705,7 +705,7 @@ def load_tower(
     weights: dict[str, Tensor],  # {name: tensor}
     what: str,  # the tower in words, for messages
 ) -> None:
-    "Load `weights` into a tower, and warn of those that it does not have. Raises `DataError` if it lacks any."
+    "Load `weights` into a `tower`, and warn of those that it does not have. Raises `DataError` if it lacks any."
     mine = {n: w for n, w in tower.state_dict().items() if not n.endswith("num_batches_tracked")}
     first = next(iter(mine))
     prefix = next((n[: -len(first)] for n in weights if n == first or n.endswith(f".{first}")), "")
@@ -791,7 +791,7 @@ def load_towers(clip_model: str, pretrained: str) -> Clip:
 
 # %% ../nbs/01_clip_prompting.ipynb #46cce536
 def token_map(
-    clip: Clip,
+    clip: Clip,  # whose tokenizer is used
     texts: list[str],  # of the items
     block: int = 4096,  # texts at a time
 ) -> np.ndarray:
@@ -968,13 +968,21 @@ def _encode_and_keep(encoder, name):
     barrier()
 
 
-def frozen_features(data: RecData, clip: Clip | None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def frozen_features(
+    data: RecData,
+    clip: Clip | None,  # None: ready-made tables only
+    device: torch.device | str = "cpu",  # where the tables go
+) -> dict[str, Tensor]:
     "Features to start from, {modality: (I, d_m)}: the ready-made tables of `data`, and those of the stock `clip`, cached."
     ready = {m: torch.from_numpy(np.asarray(f)).to(device) for m, f in data.features.items()}
     return ready if clip is None or not data.needs_clip else clip_features(data, clip, device) | ready
 
 
-def clip_features(data: RecData, clip: Clip, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def clip_features(
+    data: RecData,
+    clip: Clip,  # with nothing attached to it
+    device: torch.device | str = "cpu",  # where the tables go
+) -> dict[str, Tensor]:
     "Image and text features of the stock `clip`, {modality: (I, d_m)}, cached."
     key = fingerprint("features", FEATURES, PIXELS, clip.fingerprint(), data.texts, [p is not None for p in data.images],
                       *[p for p in data.images if p])

@@ -541,7 +541,7 @@ class RecData:
 
     @classmethod
     def from_frames(cls, interactions: Any, items: Any = None, name: str = "frames", **arguments) -> "RecData":
-        "A data set of tables in memory instead of files: see `data_of_frames`."
+        "A data set of tables in memory instead of files: `interactions`, `items` and `name` as of `data_of_frames`."
         return data_of_frames(interactions, items, name, **arguments)
 
     def __repr__(self):
@@ -1088,7 +1088,7 @@ def image_map(
     data: RecData,
     size: int,  # side of the images, in pixels
     resize_mode: str = "shortest",  # see load_image
-    interpolation: str = "bicubic",
+    interpolation: str = "bicubic",  # or "bilinear"
 ) -> tuple[np.ndarray, np.ndarray]:
     """All images of a data set as a read-only memory map (I, size, size, 3) uint8, and a mask (I,) of those present.
 

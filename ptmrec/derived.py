@@ -86,7 +86,11 @@ def without(
     return replace(data, **{field: content})
 
 # %% ../nbs/04d_derived.ipynb #882d646d
-def shuffled(data: RecData, modalities: Sequence[str] = ("image", "text"), seed: int = 0) -> RecData:
+def shuffled(
+    data: RecData,
+    modalities: Sequence[str] = ("image", "text"),  # those dealt out; the others stay with their items
+    seed: int = 0,
+) -> RecData:
     "Images and texts dealt out among the items at random, those of one item together."
     order = np.random.default_rng(seed).permutation(data.inter.n_items)
     if data.features:
@@ -95,7 +99,11 @@ def shuffled(data: RecData, modalities: Sequence[str] = ("image", "text"), seed:
     return replace(data, **dealt)
 
 # %% ../nbs/04d_derived.ipynb #2e659c05
-def random_features(data: RecData, sizes: dict, seed: int = 0) -> RecData:
+def random_features(
+    data: RecData,
+    sizes: dict,  # {modality: d_m}
+    seed: int = 0,
+) -> RecData:
     "The data set with random features of `sizes` {modality: d} in place of its content."
     rng, n = np.random.default_rng(seed), data.inter.n_items
     features = {m: rng.normal(size=(n, d)).astype(np.float32) for m, d in sizes.items()}
@@ -154,7 +162,7 @@ def write_data(
 
 # %% ../nbs/04d_derived.ipynb #f5a03c1f
 def derive(
-    dataset: str,
+    dataset: str,  # a name or a folder
     change: Callable[..., RecData],  # such as `thinned`
     read: dict | None = None,  # how `dataset` is read, as `load_data` takes it: {"min_rating": 4, "core": 5}
     **how,  # of `change`

@@ -81,7 +81,7 @@ class WideVBPR(VBPR):
 
 # %% ../nbs/04e_deviations.ipynb #11b8fe8f
 class SetBatch:
-    "L2 loss divided by the size of the largest batch so far."
+    "L2 loss divided by the size of the largest batch so far: `loss(user, pos, neg, features)` as of `Backbone`."
 
     largest = 0
 
@@ -120,7 +120,7 @@ DEVIATIONS = [
 def runs_of(
     deviation: Deviation,
     side: str,  # "paper" or "code"
-    dataset: str = "sample", n_seeds: int = 3,
+    dataset: str = "sample", n_seeds: int = 3,  # a name or a folder; a run per seed
     **params,  # of `run_stage1`
 ) -> list[Run]:
     "Finished runs of one side, \"paper\" or \"code\"; a weight that is searched is the best one on validation."
@@ -132,7 +132,11 @@ def runs_of(
         return search(deviation.backbone, dataset, grid, n_seeds=n_seeds, **how)[1]
 
 
-def rows_of(deviation: Deviation, side: str, runs: list[Run]) -> pd.DataFrame:
+def rows_of(
+    deviation: Deviation,
+    side: str,  # "paper" or "code", for the table
+    runs: list[Run],  # finished, of `runs_of`
+) -> pd.DataFrame:
     "A row per seed: metrics on validation and test, and the weight that was chosen."
     about = {"backbone": deviation.backbone, "where": deviation.name, "paper": deviation.paper, "code": deviation.code,
              "default": deviation.default, "side": side}

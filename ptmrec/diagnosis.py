@@ -27,7 +27,7 @@ def standardised(features: Tensor) -> Tensor:
 def foretell(
     x: Tensor,  # (I, D), standardised features
     id_emb: Tensor,  # (I, d)
-    folds: int = 5,
+    folds: int = 5,  # parts of the items; each is foretold from the others
 ) -> Tensor:
     "The ID embeddings (I, d) of unit length that features foretell, each item's by a ridge regression on other items."
     e, told = F.normalize(id_emb.double(), dim=1), torch.zeros_like(id_emb, dtype=torch.double)
@@ -42,7 +42,7 @@ def foretell(
 def shared_neighbours(
     a: Tensor,  # (I, d)
     b: Tensor,  # (I, D)
-    k: int = 10,
+    k: int = 10,  # neighbours per item, itself left out
 ) -> Tensor:
     "Share (I,) of each item's `k` nearest in `a` that are among its `k` nearest in `b`, by cosine."
     pairs = []
@@ -57,7 +57,7 @@ def diagnose(
     id_emb: Tensor,  # (I, d), of Stage 1
     features: dict[str, Tensor],  # {modality: (I, D)}, frozen
     trained: Tensor,  # (I,) bool: items with training interactions
-    k: int = 10,
+    k: int = 10,  # neighbours per item
 ) -> dict:
     "Shares of ID neighbours that frozen features and taught ones find: before, after, difference, low, high, p, by chance."
     known, ids = [f[trained] for f in features.values()], id_emb[trained].float()

@@ -64,7 +64,7 @@ def silent(
     seen: dict[int, tuple],  # {rank: (what it told last, when that was new)}; changed
     told: dict[int, bytes],  # {rank: what it tells now}
     now: float,  # seconds
-    limit: float,
+    limit: float,  # seconds
 ) -> list[int]:
     "The ranks that have told nothing new for more than `limit` seconds."
     seen |= {r: (what, now) for r, what in told.items() if r not in seen or seen[r][0] != what}

@@ -71,7 +71,11 @@ def gallery_style(
             + (f" {slots} {{ display: none; }}" if slots else ""))
 
 
-def card_style(card: str, picture: np.ndarray | None, framed: bool = False) -> str:
+def card_style(
+    card: str,  # CSS class of the card
+    picture: np.ndarray | None,  # (h, w, 3) uint8; None: a grey field
+    framed: bool = False,  # draw a frame
+) -> str:
     "CSS of one card: its picture, or a grey field where there is none, and a frame."
     image = f"url({data_uri(picture)})" if picture is not None else "linear-gradient(#e8e8e8, #e8e8e8)"
     frame = f" outline: 3px solid {ORANGE}; outline-offset: -3px;" if framed else ""
@@ -204,7 +208,7 @@ def find_items(
     words: str = "",  # all of them in id, title or text, in any case
     only: str = "all items",  # a key of ONLY
     least: int = 0,  # training interactions
-    most: int | None = None,
+    most: int | None = None,  # None: no limit
     order: str = "by number",  # one of ORDERS
 ) -> np.ndarray:
     "Numbers of the items that fit, in order."
@@ -228,7 +232,11 @@ def buyers(inter: Interactions, item: int) -> np.ndarray:
     return np.unique(inter.user[inter.item == item])
 
 
-def also_bought(inter: Interactions, item: int, k: int = 8) -> pd.DataFrame:
+def also_bought(
+    inter: Interactions,
+    item: int,  # number
+    k: int = 8,  # items at most
+) -> pd.DataFrame:
     "The `k` items that the users of `item` have most often besides it: columns item, users."
     theirs = np.zeros(inter.n_users, bool)
     theirs[buyers(inter, item)] = True
@@ -334,7 +342,7 @@ def rank_text(rank: float) -> str:
 
 
 def move_text(before: float, after: float, side: str = "after") -> str:
-    "Two ranks in a few words, told from one `side`: \"3 ▲ from 12\", or, from before, \"12 ▲ to 3\"."
+    "Ranks `before` and `after` in words, told from one `side`: \"3 ▲ from 12\", or, from before, \"12 ▲ to 3\"."
     old, new = rank_text(before), rank_text(after)
     if old == new:
         return f"{new} ="
@@ -543,8 +551,12 @@ def vocabulary(texts: Iterable[str], n: int = 300) -> list[str]:
 
 
 @torch.no_grad()
-def encode_words(encoder: RunEncoder, words: Sequence[str], batch: int = 64) -> torch.Tensor:
-    "Text features (n, d_t) of words, by a run's encoder."
+def encode_words(
+    encoder: RunEncoder,  # of `run.encoder()`
+    words: Sequence[str],
+    batch: int = 64,  # words at a time
+) -> torch.Tensor:
+    "Text features (n, d_t) of `words`, by a run's encoder."
     parts = [encoder.clip.tokenize(list(words[i : i + batch])) for i in range(0, len(words), batch)]
     return torch.cat([encode_text(encoder.clip, tokens, encoder.prompts) for tokens in parts])
 
@@ -695,7 +707,11 @@ def layouts(tables: dict[str, torch.Tensor]) -> Callable:
     return ends
 
 
-def between(before: torch.Tensor, after: torch.Tensor, share: float) -> np.ndarray:
+def between(
+    before: torch.Tensor,  # (I, 2)
+    after: torch.Tensor,  # (I, 2)
+    share: float,  # of `after`, 0 to 1
+) -> np.ndarray:
     "Layouts (I, 2) mixed: `share` 0 is `before`, 1 is `after`."
     return ((1 - share) * before + share * after).numpy()
 
@@ -716,7 +732,7 @@ def colour_values(column: pd.Series) -> pd.Series:
 
 # %% ../nbs/07a_explorers.ipynb #4de76f36
 class ScatterMap:
-    "Points to hover over and to select with a lasso; `box` is the widget. Needs jupyter-scatter."
+    "`n` points to hover over (`hovered(change)`) and to lasso (`selected(change)`), in `box`. Needs jupyter-scatter."
 
     def __init__(self, n: int, hovered: Callable, selected: Callable):
         import jscatter
@@ -840,7 +856,7 @@ def validation_curves(runs: Sequence[Run]) -> plt.Figure:
 
 # %% ../nbs/07a_explorers.ipynb #a97e6e16
 def tested(a: Run, b: Run, metric: str = "recall@20") -> str:
-    "The paired test of two runs, each in its best variant, as a sentence. Raises `DataError` if their data differ."
+    "The paired test of `b` against `a` by `metric`, in their best variants, in words. Raises `DataError` if data differ."
     t = compare(a, b, metric)
     sure = "a difference" if t["p"] < 0.05 else "no significant difference"
     return (f"Test {label(metric)} of {run_name(b)} against {run_name(a)}: {t['before']:.4f} -> {t['after']:.4f}; per user "

@@ -214,7 +214,7 @@ def new_array(
     path: Path,  # of a .npy file
     dtype: type | np.dtype, shape: tuple[int, ...],
 ) -> np.memmap:
-    "A writable memory map of a new .npy file, its space reserved. Raises `OSError` if there is no room."
+    "Writable memory map of a new .npy file of `dtype` and `shape`, space reserved. Raises `OSError` if there is no room."
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     with open(path, "rb+") as file:
         reserve(file, path.stat().st_size)

@@ -85,7 +85,7 @@ def plan(
     notebook: str,  # 04_stage1 or 05_stage2
     base: dict,  # settings of every run
     axes: dict,  # {setting: values}, or {name: {label: {setting: value}}}
-    seeds: Sequence[int],
+    seeds: Sequence[int],  # a run of each cell per seed
 ) -> list[Cell]:
     "The cells of a grid, all of their settings checked; raises `SettingError` that names the cell."
     if notebook not in NOTEBOOKS:
@@ -119,7 +119,11 @@ def light_inputs(settings: Settings, known: dict) -> Inputs:
     return known[key]
 
 
-def expected_run(notebook: str, settings: Settings, inputs: Inputs) -> Run:
+def expected_run(
+    notebook: str,  # 04_stage1 or 05_stage2
+    settings: Settings,  # of its experiment, resolved
+    inputs: Inputs,  # of `light_inputs`
+) -> Run:
     "The run that a cell makes, finished or not; raises `DataError` if there is nothing to tune."
     if notebook == "04_stage1":
         return find_stage1_run(settings, inputs)
@@ -152,7 +156,7 @@ def finished_run(expected: Run, test: bool = True) -> Run | None:
 
 # %% ../nbs/05c_grids.ipynb #ab0858b5
 def claims(
-    notebook: str,
+    notebook: str,  # 04_stage1 or 05_stage2
     papermill: bool,  # the notebook is executed, controls included
     cell: Cell,
 ) -> set[str]:
@@ -221,7 +225,7 @@ def gpu_of(cell: Cell) -> str | None:
 
 
 def how_many(
-    notebook: str, cells: list[Cell],
+    notebook: str, cells: list[Cell],  # 04_stage1 or 05_stage2; those to run
     threads: int = 1,  # that each run computes with
 ) -> int:
     "How many of the cells may run at a time on this machine: cores, and 80 % of the free memory, allow them."
@@ -263,7 +267,7 @@ def status_table(cells: list[Cell], metric: str = "recall@20") -> pd.DataFrame:
 
 # %% ../nbs/05c_grids.ipynb #0e78fd25
 class Watch:
-    "Shows a grid as it goes: a table that changes in a notebook, a line per change on a terminal."
+    "Shows `cells` as they go, `at_once` at a time: in a notebook a table, with `metric`; on a terminal a line per change."
 
     def __init__(self, cells: list[Cell], at_once: int, metric: str):
         self.cells, self.at_once, self.metric, self.handle, self.said = cells, at_once, metric, None, None
@@ -355,7 +359,7 @@ def run_cell(
 
 # %% ../nbs/05c_grids.ipynb #bdd9df12
 def work_of(
-    notebook: str, cell: Cell,
+    notebook: str, cell: Cell,  # 04_stage1 or 05_stage2; one of `plan`
     folder: Path,  # of the grid
     papermill: bool,  # False: without an executed notebook
     test: bool,  # False: a trial
@@ -405,15 +409,15 @@ def find_result(cell: Cell, test: bool = True) -> None:
 
 # %% ../nbs/05c_grids.ipynb #0c9c5c62
 def run_left(
-    notebook: str,
+    notebook: str,  # 04_stage1 or 05_stage2
     cells: list[Cell],  # all of the grid
     left: list[Cell],  # those to run
     folder: Path,  # the grid's
     watch: Watch,  # shows what is done
     threads: int = 1,  # that each run computes with
     client: Any = None,  # a `dask.distributed.Client`
-    papermill: bool = True,
-    test: bool = True,
+    papermill: bool = True,  # False: no executed notebooks
+    test: bool = True,  # False: trials, which are not scored on test
 ) -> None:
     "Run the cells `left` of a grid, and keep its table after each."
     place, started = {"PTMREC_RUNS": str(runs_dir()), "PTMREC_DATA": str(data_dir())}, []
@@ -450,7 +454,7 @@ def grid(
     notebook: str,  # 04_stage1 or 05_stage2
     base: dict,  # settings of every run
     axes: dict,  # {setting: values}, or {name: {label: {setting: value}}}
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] = (0,),  # a run of each cell per seed
     name: str = "grid",  # of its folder, runs/grids/<name>
     at_once: int | None = None,  # runs at a time; None: as many as memory and cores allow, or the cluster's threads
     threads: int = 1,  # that each run computes with

@@ -184,7 +184,11 @@ def fit_memory(
     return chosen, pd.DataFrame({"MB": [n / 1e6 for n in rows.values()]}, pd.Index(rows, name="memory for"))
 
 # %% ../nbs/03e_memory.ipynb #869bffb8
-def remedy(need: MemoryNeed, fits: int, free: float) -> str:
+def remedy(
+    need: MemoryNeed,
+    fits: int,  # items: a micro-batch that may do
+    free: float,  # bytes
+) -> str:
     "The setting to change if memory is short; `fits`: the micro-batch that may do."
     if need.total(fits) <= free:
         return (f"Set micro_batch to {fits} or less, or to \"auto\": the result stays the same, and only so many items of a "

@@ -31,7 +31,11 @@ def best_row(history: list[dict], metric: str) -> dict | None:
     return max((row for row in history if metric in row), key=lambda row: row[metric], default=None)
 
 
-def patience_ends(history: list[dict], keep: KeepBest | None, epochs: int) -> int:
+def patience_ends(
+    history: list[dict],  # a row per epoch so far
+    keep: KeepBest | None,  # None: nothing ends the training early
+    epochs: int,  # at most
+) -> int:
     "The epoch at which a training ends unless the metric of `keep` gets better: `epochs`, or when patience runs out."
     seen = [row["epoch"] for row in history if keep and keep.metric in row]
     if not seen:
@@ -51,7 +55,7 @@ def in_words(seconds: float) -> str:
 
 
 def time_to_go(n: int, end: int, epochs: int, seconds: float) -> str:
-    "Words for the time left after epoch `n`, at `seconds` per epoch; patience ends the training at epoch `end`."
+    "Words for the time left after epoch `n` of `epochs`, at `seconds` per epoch; patience ends the training at epoch `end`."
     most = in_words((epochs - n) * seconds)
     if end == epochs:
         return f"{most} to go"
@@ -61,8 +65,12 @@ def time_to_go(n: int, end: int, epochs: int, seconds: float) -> str:
 INK, BLUE, ORANGE = "#333", "#0072b2", "#d55e00"  # legible for colour-blind people, too
 
 
-def text(x: float, y: float, words: str, **how) -> str:
-    "SVG: words at a place."
+def text(
+    x: float, y: float,  # pixels from the left, and from the top to the baseline
+    words: str,
+    **how,  # of `attributes`
+) -> str:
+    "SVG: `words` at a place."
     return f'<text x="{x:.0f}" y="{y:.0f}" {attributes(how)}>{html.escape(words)}</text>'
 
 
@@ -76,7 +84,10 @@ def attributes(how: dict) -> str:
     return " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in ({"fill": INK} | how).items())
 
 
-def svg(width: int, height: int, parts: list[str]) -> str:
+def svg(
+    width: int, height: int,  # pixels
+    parts: list[str],  # SVG elements
+) -> str:
     "A picture of `parts` on white."
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
             'font-family="system-ui, sans-serif" font-size="12" style="max-width: 100%">'
@@ -125,7 +136,7 @@ def chart(
     best: dict | None = None,  # row to mark
     waits: bool = False,  # whether patience runs from `best` to `end`
 ) -> str:
-    "SVG: a column of a history against the epochs."
+    "SVG: a `column` of a history against the epochs."
     points = points_of(rows, column)
     parts = [text(left, 16, title, font_weight="bold")]
     if not points:
@@ -158,7 +169,13 @@ def curves(loop: Loop, shown: dict) -> str:
     return svg(350 * len(shown), 150, parts)
 
 # %% ../nbs/03d_monitor.ipynb #2234099c
-def summary(loop: Loop, name: str, shown: dict, ended: str, seconds: float) -> str:
+def summary(
+    loop: Loop,
+    name: str,  # of the training
+    shown: dict,  # {column of the history: title}
+    ended: str,  # how, in words
+    seconds: float,  # that it took
+) -> str:
     "SVG: a row that says how a training ended, with the curve of the last column of `shown`, its best value, and the time."
     column, title = list(shown.items())[-1]
     points = points_of(loop.history, column)
@@ -213,13 +230,23 @@ def panel(on_stop: Callable[[], None]) -> tuple:
     return picture, line, stop, VBox([picture, HBox([stop, line])])
 
 
-def leave(place: Any, box: Any, still: Still) -> None:
+def leave(
+    place: Any,  # the handle that `display(box, display_id=True)` returned
+    box: Any,  # of `panel`
+    still: Still,
+) -> None:
     "Show `still` where `box` is. Its widgets stay open: the page may be about to draw them, and would complain."
     place.update(still)
     box.children[1].children[0].disabled = True
 
 # %% ../nbs/03d_monitor.ipynb #22b9ce51
-def words(loop: Loop, name: str, seconds: float, waited: float, deaf: bool) -> str:
+def words(
+    loop: Loop,
+    name: str,  # of the training
+    seconds: float,  # per epoch
+    waited: float,  # seconds since the start
+    deaf: bool,  # clicks do not arrive while a cell runs
+) -> str:
     "HTML: where a training is, `waited` seconds after its start, at `seconds` per epoch; once clicked, what comes of it."
     n, name, keep = len(loop.history), f"<b>{html.escape(name)}</b>", keeper(loop)
     if loop.asked:

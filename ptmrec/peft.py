@@ -49,8 +49,9 @@ TOWERS = ("image", "text")
 
 # %% ../nbs/01a_peft.ipynb #f678bff6
 class Tuning(SavedParameters):
-    """Base of all methods. `Settings`: what a method can be set to; its constructor takes them as keywords and attaches it.
+    """Base of all methods. `Settings`: what a method can be set to.
 
+    The constructor takes a `clip`, the `towers` to tune (image, text) and the settings as keywords, and attaches the method.
     Leaving a `with` block detaches it.
     """
 
@@ -243,9 +244,9 @@ def find_part(block: nn.Module, part: str) -> dict[str, Sublayer]:
 
 def sublayers(
     clip: Clip,
-    tower: str,
+    tower: str,  # image or text
     last_layers: int | None = None,  # only those of so many last blocks; None: of all
-    parts: Iterable[str] = tuple(PARTS),
+    parts: Iterable[str] = tuple(PARTS),  # keys of `PARTS`: attention, mlp
 ) -> dict[str, Sublayer]:
     "Attention and MLP of a tower in order: {name in the model: sublayer}. Raises `DataError` if there are none."
     text = "text" if hasattr(clip.model, "text") else "transformer"
@@ -325,13 +326,19 @@ class LowRank(nn.Module):
         "The changed weight: torch's parametrisation calls this."
         return weight + self.scale * (self.B @ self.A).view_as(weight)
 
-    def hook(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def hook(
+        self, layer: nn.Module,  # that has the weight
+        args: tuple,  # inputs of the layer, the first (..., in), or (B, in, h, w) where it maps channels
+        output: Tensor,  # of the layer with its weight as it is
+    ) -> Tensor:
         "Forward hook on a layer: what its changed weight would return."
         change = self.scale * (args[0].movedim(self.axis, -1) @ self.A.T @ self.B.T)
         return output + change.movedim(-1, self.axis)
 
 # %% ../nbs/01a_peft.ipynb #f3b44c6b
-def lora_weights(clip: Clip, tower: str, last_layers: int | None, parts: list[str]) -> list[tuple[nn.Module, str, bool]]:
+def lora_weights(
+    clip: Clip, tower: str, last_layers: int | None, parts: list[str],  # as of `sublayers`
+) -> list[tuple[nn.Module, str, bool]]:
     "Weights that LoRA changes: (layer, name of its weight, whether the layer is called)."
     found = []
     for part, modules in sublayers(clip, tower, last_layers, parts).values():

@@ -26,7 +26,7 @@ def frozen_layers(
     blocks: torch.nn.Module,
     x: Tensor,  # (B, N, w) tokens that come into the first layer
     prompts: dict[int, Tensor],  # {layer: (n_ctx, w)}
-    mask: Tensor | None = None,
+    mask: Tensor | None = None,  # (..., N, N) of attention; None: all tokens see all
 ) -> int:
     "How many `blocks` come before anything that is trained."
     for layer, block in enumerate(blocks):
@@ -73,7 +73,7 @@ class ItemStore:
 
 # %% ../nbs/01b_prefix.ipynb #a9243bf4
 def embed_items(encoder: ItemEncoder, modality: str, items: Tensor) -> tuple[Tensor, Tensor | None]:
-    "Tokens (n, N, w) of `items` that come into the first layer, and their mask."
+    "Tokens (n, N, w) of `items` (n,), of their `modality`, that come into the first layer of `encoder`, and their mask."
     if modality == "image":
         return image_tower(encoder.clip).embed(encoder.images(items)), None
     text = embed_text(encoder.clip, text_tower(encoder.clip), encoder.words(items), {})

@@ -35,7 +35,10 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/03f_processes.ipynb #93c11d39
-def execute(notebook: str | Path, output: str | Path, parameters: dict) -> str | None:
+def execute(
+    notebook: str | Path, output: str | Path,  # the executed notebook goes to `output`
+    parameters: dict,  # in place of those of its parameters cell
+) -> str | None:
     "Run a notebook with papermill; returns what the failing cell raised, as text, or None."
     import papermill  # takes a second, and whoever starts a grid does not need it
 
@@ -46,7 +49,11 @@ def execute(notebook: str | Path, output: str | Path, parameters: dict) -> str |
         return f"{error.ename}: {error.evalue}"
 
 # %% ../nbs/03f_processes.ipynb #15886ad6
-def call(function: str, output: str | Path, parameters: dict) -> str | None:
+def call(
+    function: str,  # ptmrec.module.name
+    output: str | Path,  # a text file
+    parameters: dict,  # arguments by name
+) -> str | None:
     "Call `function`, as `ptmrec.module.name`; what it prints goes to `output`. Returns what it raised, as text, or None."
     module, _, name = function.rpartition(".")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +102,7 @@ def wait_and_measure(process: subprocess.Popen, stop: Any = None) -> int:
 def run_notebook(
     notebook: str,  # its path, or a function as `ptmrec.module.name`
     output: str,  # path of the executed notebook, or of what the function prints
-    parameters: dict,
+    parameters: dict,  # in place of those of its parameters cell, or arguments by name
     threads: int = 1,  # that the run computes with
     environment: dict | None = None,  # variables to set besides
     stop: Any = None,  # an event, of `threading` or `dask.distributed`, that kills the run when it is set

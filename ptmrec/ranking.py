@@ -54,7 +54,7 @@ def rank_items(
     item_emb: Tensor,  # (I, d)
     users: Tensor,  # (n,) user numbers
     masked: Pairs,  # never recommended: as a rule the training pairs
-    k: int = 50,
+    k: int = 50,  # places per list
 ) -> Tensor:
     "Top-`k` items (n, k) for `users` by inner product; -1 where no item is left."
     lists = []
@@ -137,7 +137,7 @@ CUTOFFS = (5, 10, 20, 50)
 def user_metrics(
     hits: Tensor | np.ndarray,  # (n, K): whether the item at each rank is a positive
     n_pos: Tensor | np.ndarray,  # (n,): how many positives the user has, at least 1
-    cutoffs: Iterable[int] = CUTOFFS,
+    cutoffs: Iterable[int] = CUTOFFS,  # each at most K
 ) -> pd.DataFrame:
     "Every metric of `METRICS` at every cut-off: columns `recall@5`, ..., a row per user, unrounded float64."
     hits, n_pos = np.asarray(hits, np.float64), np.asarray(n_pos, np.float64)
@@ -171,8 +171,8 @@ def _in_group(inter, side, group):
 def find_hits(
     lists: Tensor,  # (n, k) items, -1 where there is none
     users: Tensor,  # (n,) whose lists they are
-    positives: Pairs,
-    n_items: int,
+    positives: Pairs,  # those that count, as a rule of one split
+    n_items: int,  # I
 ) -> Tensor:
     "Whether the item at each place of the `lists` is a positive of the user: (n, k)."
     row, item = positives.rows(users)

@@ -177,7 +177,7 @@ def study_blocks(
     result: StudyResult,
     against: pd.DataFrame,  # the comparisons of `write_result`
     folder: Path,  # where figures go
-    metric: str,
+    metric: str,  # on test, such as recall@10
 ) -> list[Block]:
     "A report's part on a study; `against`: the comparisons of `write_result`. Figures go into `folder`."
     n_seeds = max(len(row.runs) for row in result.rows.values())
@@ -216,13 +216,13 @@ def check_studies(names: Sequence[str]) -> None:
 
 # %% ../nbs/06a_report.ipynb #feb84784
 def paper(
-    datasets: Sequence[str] = ("sample",),
+    datasets: Sequence[str] = ("sample",),  # names or folders
     studies: Sequence[str] = FIRST,  # names of `STUDIES`
-    n_seeds: int = 3,
+    n_seeds: int = 3,  # runs per cell
     budget: int = 6,  # trials per method
-    sampler: str = "random",
+    sampler: str = "random",  # of the trials, or optuna
     base: dict | None = None,  # settings of every run, see `study_settings`
-    metric: str = "recall@10",
+    metric: str = "recall@10",  # that is compared, on test
     **how,  # of `grid`: at_once, threads, client
 ) -> Path:
     "Run studies and write a report on them into runs/paper/<data sets>; returns the folder. Failed studies say why."

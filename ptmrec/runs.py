@@ -264,7 +264,11 @@ def _encoded(name, paths):
     return torch.from_numpy(np.load(cached(f"features-{name}-{key}.npy", write)))
 
 
-def first_features(data: RecData, clip: Clip | None, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+def first_features(
+    data: RecData,
+    clip: Clip | None,  # None: no features of a CLIP
+    device: torch.device | str = "cpu",  # where the tables go
+) -> dict[str, torch.Tensor]:
     "Features to start from, {modality: (I, d_m)}: ready-made, of the stock CLIP, and of other modalities' encoders."
     with main_first():
         others = {name: _encoded(name, paths).to(device) for name, paths in data.files.items()}
@@ -883,7 +887,10 @@ def _row(run):
     return row | {"created": run.about.get("created"), "seconds": run.about.get("seconds")}
 
 # %% ../nbs/03c_runs.ipynb #bbe23688
-def per_user_values(runs: list[Run], variant: str, metric: str) -> list[pd.Series]:
+def per_user_values(
+    runs: list[Run],  # finished
+    variant: str, metric: str,  # "" for runs of Stage 1; such as recall@20
+) -> list[pd.Series]:
     "Test values of a metric per user, one Series (index: user number) per run; `variant` is \"\" for runs of Stage 1."
     tables = [run.load_table("per_user.parquet") for run in runs]
     if metric not in tables[0] or "@" not in metric:
@@ -909,8 +916,8 @@ def check_seeds(runs: list[Run]) -> list[Run]:
 # %% ../nbs/03c_runs.ipynb #6a342b52
 def compare(
     a: Run | list[Run],  # a run, or one run per seed
-    b: Run | list[Run],
-    metric: str = "recall@20",
+    b: Run | list[Run],  # likewise; the difference is `b` minus `a`
+    metric: str = "recall@20",  # on test
     variants: tuple = (None, None),  # of `a` and `b`; None: the best on validation
 ) -> dict:
     "`paired_test` of any two runs on the same data, over users (seeds averaged): means, difference, 95 % interval, p."

@@ -44,7 +44,11 @@ class Pencil:
     def poly(self, *points: float) -> None:
         self.draw.polygon(self._scale(points), fill=255)
 
-    def ring(self, x: float, y: float, radius: float, width: float) -> None:
+    def ring(
+        self, x: float, y: float,  # centre, in the unit square
+        radius: float,  # outer
+        width: float,  # of the line
+    ) -> None:
         corners = self._scale((x - radius, y - radius, x + radius, y + radius))
         self.draw.ellipse(corners, outline=255, width=round(width * self.size))
 
@@ -142,10 +146,10 @@ MATERIALS = ("classic", "everyday", "premium", "light", "soft", "sturdy", "compa
 # %% ../nbs/00b_sample.ipynb #9a8929be
 def draw_attributes(
     rng: np.random.Generator,
-    n: int = N_ITEMS,
-    n_categories: int = 8,  # the first ones of SILHOUETTES; likewise colours and patterns
-    n_colours: int = 6,
-    n_patterns: int = 4,
+    n: int = N_ITEMS,  # items
+    n_categories: int = 8,  # so many first ones of SILHOUETTES
+    n_colours: int = 6,  # of COLOURS
+    n_patterns: int = 4,  # of PATTERNS
 ) -> pd.DataFrame:
     "Category, colour, pattern and brand of `n` items, drawn evenly and independently."
     return pd.DataFrame({"category": rng.choice(list(SILHOUETTES)[:n_categories], n),
@@ -257,10 +261,10 @@ def _contrastive_loss(model, images, tokens):
 # %% ../nbs/00b_sample.ipynb #b6b676f8
 def pretrain_clip(
     folder: str | Path,  # gets tiny.json and tiny.safetensors (float16)
-    n_pairs: int = 20000,
+    n_pairs: int = 20000,  # drawn pictures with a text each
     epochs: int = 16,
-    batch_size: int = 256,
-    lr: float = 1e-3,
+    batch_size: int = 256,  # pairs
+    lr: float = 1e-3,  # the highest of a one-cycle schedule
     seed: int = 1,
 ) -> list[float]:
     "Pretrain the tiny CLIP with InfoNCE and write it; returns the loss per step."
@@ -318,7 +322,7 @@ def compare_features(
     inter: Interactions,
     tables: dict[str, dict[str, torch.Tensor]],  # {label: {modality: (I, d_m)}}
     settings: dict,  # of the backbone
-    seeds: Sequence[int],
+    seeds: Sequence[int],  # a run of each table per seed
     **training,  # arguments of `train_backbone`
 ) -> pd.DataFrame:
     "Train a backbone on each of `tables` for each seed: a row of test metrics per run (columns features, seed, metrics)."

@@ -72,7 +72,7 @@ def attempt(
 def attempt_elsewhere(
     n: int,  # number of the trial
     backbone: type,  # its class, which a worker may not know
-    run: Run, settings: Settings, test: bool,
+    run: Run, settings: Settings, test: bool,  # as of `attempt`
 ) -> tuple:
     "`attempt` in a worker process: the trial's number, and what came of it."
     exit_with_parent()
@@ -105,10 +105,10 @@ def finished_trials(
 # %% ../nbs/04b_search.ipynb #95d31b16
 def run_all(trials: list, names: list, inputs: Inputs, processes: int, test: bool, title: str,
             after_each: Callable = lambda runs: None) -> dict:
-    """Run all `trials` (settings); returns {number: run}. `after_each` gets the runs that are done, each time one is.
+    """Run all `trials` (settings) on `inputs`, `processes` at a time; returns {number: run}. `title`: of the progress bar.
 
-    A trial (not `test`) that diverges is done too: its run is None. Raises `RuntimeError` when all have ended, if some
-    failed, with their values of the settings `names`.
+    A trial (not `test`) that diverges is done too: its run is None. `after_each` gets the runs that are done, each time one
+    is. Raises `RuntimeError` when all have ended, if some failed, with their values of the settings `names`.
     """
     done, failed = {}, {}
     runs = {n: heal(find_stage1_run(settings, inputs)) for n, settings in enumerate(trials)}
@@ -149,8 +149,8 @@ def trial_table(
 
 # %% ../nbs/04b_search.ipynb #907548f8
 def search(
-    backbone: str,
-    dataset: str,
+    backbone: str,  # a name of `BACKBONES`
+    dataset: str,  # a name or a folder
     grid: dict | None = None,  # {setting: values}; None: the backbone's own
     n_trials: int | None = None,  # so many cells of the grid, drawn at random; None: all
     n_seeds: int = 1,  # seeds of the winner

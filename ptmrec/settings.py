@@ -393,7 +393,7 @@ def _as_text(dataset):
 
 # %% ../nbs/00d_settings.ipynb #f34dbcde
 def by_name(experiment: Experiment, values: tuple, given: dict) -> dict:
-    "The arguments of a call by name: `values` by their place, `given` by name. Raises `SettingError` for one given twice."
+    "Arguments of a call of `experiment`, `values` by place and `given` by name. Raises `SettingError` for one given twice."
     function, names = experiment.function.__name__, list(experiment.defaults())
     if len(values) > len(names):
         raise SettingError(f"{function} takes {len(names)} arguments, and got {len(values)} without a name.")

@@ -27,8 +27,8 @@ def differences(before: list[pd.Series], after: list[pd.Series]) -> pd.DataFrame
 
 def bootstrap_interval(
     table: np.ndarray,  # (users, seeds) of differences
-    draws: int = 2000,
-    level: float = 0.95,
+    draws: int = 2000,  # resamples
+    level: float = 0.95,  # share of them inside the interval
     seed: int = 0,  # of the draws
 ) -> tuple[float, float]:
     "Percentile interval of the mean difference, users and seeds drawn with replacement, each on its own."
@@ -102,8 +102,8 @@ def result_text(
     values: dict,  # {row: {column: [a value per seed]}}
     stars: Iterable[tuple] = (),  # (row, column) that differ significantly from the reference
     bold: str = "{}",  # how the best of a column is set
-    plus_minus: str = "±",
-    star: str = "*",
+    plus_minus: str = "±",  # between a mean and its spread
+    star: str = "*",  # marks `stars`
 ) -> pd.DataFrame:
     "Means and spreads as text, a cell per row and column; a cell without values is empty."
     means = pd.DataFrame({row: {c: np.mean(v) for c, v in cells.items() if len(v)} for row, cells in values.items()}).T
@@ -139,9 +139,9 @@ def to_latex(text: pd.DataFrame, corner: str = "") -> str:
 
 # %% ../nbs/03g_significance.ipynb #8ae00a29
 def save_result(
-    stem: Path,
+    stem: Path,  # path without an ending
     values: dict,  # as of `result_text`
-    stars: Iterable[tuple] = (),
+    stars: Iterable[tuple] = (),  # as of `result_text`
     corner: str = "",  # what the rows are
     more: dict | None = None,  # further columns of text {column: {row: text}}, such as the gain
     bold: bool = True,  # the best of each column; False where rows cannot be compared

@@ -220,8 +220,8 @@ def build_backbone(
     inter: Interactions,
     features: dict,  # {modality: (I, d_m)}
     settings: dict | None = None,  # of the backbone; what is left out has its default
-    emb_size: int = 64,
-    train_features: bool = False,
+    emb_size: int = 64,  # d
+    train_features: bool = False,  # raw feature tables learn, too
     device: torch.device | str = "cpu",
 ) -> Backbone:
     "A backbone on the training pairs of `inter`; raises `DataError` if there are none, or no features that it needs."
@@ -239,7 +239,11 @@ def build_backbone(
     return backbone
 
 
-def new_backbone(settings: Settings, inputs: Inputs, features: dict | None = None) -> Backbone:
+def new_backbone(
+    settings: Settings,  # of `run_stage1` or `run_stage2`, resolved
+    inputs: Inputs,
+    features: dict | None = None,  # {modality: (I, d_m)}; None: those of `inputs`
+) -> Backbone:
     "An untrained backbone for resolved settings, on the features of `inputs` unless others are given."
     return build_backbone(settings.backbone, inputs.data.inter, inputs.features if features is None else features,
                           settings.components["backbone"], settings.emb_size, settings.train_features, inputs.device)
@@ -307,7 +311,11 @@ def train_one_epoch(
     return means
 
 
-def validate(backbone: Backbone, evaluator: Evaluator, metric: str) -> dict:
+def validate(
+    backbone: Backbone,
+    evaluator: Evaluator,
+    metric: str,  # beside recall@10, recall@20 and ndcg@20
+) -> dict:
     "Mean validation metrics for a history: `metric`, and three that everybody reports."
     per_user, _ = evaluate(backbone, evaluator, "valid")
     shown = dict.fromkeys(("recall@10", metric, "recall@20", "ndcg@20"))
@@ -316,13 +324,11 @@ def validate(backbone: Backbone, evaluator: Evaluator, metric: str) -> dict:
 # %% ../nbs/04_stage1.ipynb #3b0db41a
 def train_backbone(
     backbone: Backbone, evaluator: Evaluator,
-    lr: float = 1e-3,
-    batch_size: int = 2048,
+    lr: float = 1e-3, batch_size: int = 2048,  # of Adam; triples per step
     epochs: int = 1000,  # at most
     patience: int = 20,  # epochs without a better validation metric that end the training
-    metric: str = "recall@20",
-    name: str = "Stage 1",  # on the progress bar
-    checkpoint: Path | None = None,  # a file to go on from
+    metric: str = "recall@20",  # on validation: the epoch where it is best is kept
+    name: str = "Stage 1", checkpoint: Path | None = None,  # on the progress bar; a file to go on from
     on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
 ) -> pd.DataFrame:
     """Train a backbone and keep its best epoch; returns the history, a row per epoch: losses, validation metrics, seconds.
@@ -354,8 +360,10 @@ def train_backbone(
     return history
 
 
-def train_with(settings: Settings, backbone: Backbone, evaluator: Evaluator, name: str,
-               checkpoint: Path | None) -> pd.DataFrame:
+def train_with(
+    settings: Settings, backbone: Backbone, evaluator: Evaluator,
+    name: str, checkpoint: Path | None,  # on the bar, before the seed; file to go on from, None: none
+) -> pd.DataFrame:
     "`train_backbone` with resolved settings; freed memory is kept, since this process goes on with work of the kind."
     keep_freed_memory()
     return train_backbone(backbone, evaluator, settings.lr, settings.batch_size, settings.epochs, settings.patience,
@@ -468,13 +476,21 @@ def score_stage1(
 
 
 @torch.no_grad()
-def save_embeddings(run: Run, name: str, backbone: Backbone) -> None:
+def save_embeddings(
+    run: Run,
+    name: str,  # of their file in the run's folder, without ending
+    backbone: Backbone,  # trained
+) -> None:
     "Keep the final embeddings of a backbone: they rank as it does, without its graphs and features."
     user_emb, item_emb = backbone.eval()()
     run.save_weights(name, {"user": user_emb, "item": item_emb})
 
 
-def load_backbone(run: Run, settings: Settings, inputs: Inputs) -> Backbone:
+def load_backbone(
+    run: Run,  # finished
+    settings: Settings,  # that it was made with
+    inputs: Inputs,
+) -> Backbone:
     "The trained backbone of a finished run of Stage 1, with the features that it was trained on."
     backbone = new_backbone(settings, inputs)
     load_parameters(backbone, run.load_weights("backbone"), f"{run.folder}/backbone.safetensors")
@@ -519,7 +535,11 @@ def plot_history(
     return figure
 
 # %% ../nbs/04_stage1.ipynb #10958e29
-def diagnosis_of(run: Run, settings: Settings, inputs: Inputs) -> dict:
+def diagnosis_of(
+    run: Run,  # of Stage 1, finished
+    settings: Settings,  # that it was made with
+    inputs: Inputs,
+) -> dict:
     "`diagnose` for the backbone of a finished run."
     with torch.no_grad():
         _, id_emb = load_backbone(run, settings, inputs).eval().id_path()

@@ -176,7 +176,7 @@ def make_batches(
     batch_by: str,  # "items" or "interactions"
     user: torch.Tensor,  # (n,) of the training pairs
     item: torch.Tensor,  # (n,)
-    batch_size: int,
+    batch_size: int,  # items or interactions
 ) -> Iterator[tuple]:
     "Batches of training pairs by \"items\" or \"interactions\"."
     return (item_batches if batch_by == "items" else interaction_batches)(user, item, batch_size)
@@ -219,8 +219,10 @@ class Stage2(nn.Module):
         live = split_work(lambda mine: encode_in_parts(self.encoder, mine, self.micro_batch), items) if self.live else {}
         return {m: live[m] if m in live else f[items] for m, f in self.bank.items()}
 
-    def losses(self, user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor,
-               live: dict | None = None) -> dict[str, torch.Tensor]:
+    def losses(
+        self, user: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor,  # (B,) each
+        live: dict | None = None,  # {modality: (J, d_m)} of `pos.unique()`; None: they are encoded
+    ) -> dict[str, torch.Tensor]:
         "Weighted terms {name: scalar} of triples (B,), of several ranks each its part; `live`: features of `pos.unique()`."
         items = pos.unique()
         live = live or self.live_features(items)  # {m: (J, d_m)}
@@ -279,11 +281,13 @@ class MissingImages(Callback):
         self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
 
 # %% ../nbs/05_stage2.ipynb #ae9e7b0b
-def tune_one_epoch(model: Stage2, optimiser: torch.optim.Optimizer, sampler: TripleSampler, steps: Iterable[list]) -> dict:
-    """One pass over the `steps`, each a list of batches of pairs; returns mean loss terms.
-
-    Raises `Diverged`.
-    """
+def tune_one_epoch(
+    model: Stage2,
+    optimiser: torch.optim.Optimizer,
+    sampler: TripleSampler,  # draws the negatives
+    steps: Iterable[list],  # each a list of batches (user, item), whose gradients are averaged
+) -> dict:
+    "One pass over the `steps`; returns mean loss terms. Raises `Diverged`."
     total, losses = {}, []
     for group in steps:
         for batch in group:
@@ -310,7 +314,7 @@ def stage2_optimiser(model: Stage2, project_lr: float) -> torch.optim.Adam:
 def validate_tuned(
     model: Stage2, evaluator: Evaluator,
     feature_space: str,  # of the item graphs
-    metric: str,
+    metric: str,  # such as recall@20
 ) -> dict:
     "Validation metrics of the backbone as it is, with all items encoded anew; all ranks get the first one's."
     backbone = with_features(model.backbone, *model.tuned(), feature_space)
@@ -318,7 +322,7 @@ def validate_tuned(
 
 # %% ../nbs/05_stage2.ipynb #411006f3
 def tune(
-    model: Stage2, evaluator: Evaluator, project_lr: float = 1e-2,
+    model: Stage2, evaluator: Evaluator, project_lr: float = 1e-2,  # learning rate of the projections
     batch_by: str = "items",  # or "interactions"
     batch_size: int = 128, accumulate: int = 1,  # batches per optimiser step
     epochs: int = 20, validate_every: int = 5,  # epochs
@@ -365,8 +369,11 @@ def tune(
 VARIANTS = ("as_is", "continued", "fresh")  # of two stages; joint training has one
 
 
-def variants(backbone: Backbone, features: dict, projected: dict, inputs: Inputs, evaluator: Evaluator, settings: Settings,
-             run: Run) -> Iterator[tuple[str, Backbone]]:
+def variants(
+    backbone: Backbone,  # as Stage 2 leaves it
+    features: dict, projected: dict,  # tuned: {modality: (I, d_m)}, and their projections (I, d)
+    inputs: Inputs, evaluator: Evaluator, settings: Settings, run: Run,  # checkpoints go into its folder
+) -> Iterator[tuple[str, Backbone]]:
     "The backbones to evaluate after tuning, one after the other: yields (name, backbone)."
     check_features(features)
     backbone = with_features(backbone, features, projected, settings.feature_space)
@@ -452,13 +459,13 @@ def check_encoder(settings: Settings, inputs: Inputs) -> None:
 
 # %% ../nbs/05_stage2.ipynb #6acc2f1b
 def stage1_of(settings: Settings, inputs: Inputs, test: bool = True) -> Run:
-    "The run of Stage 1 with these settings, made by the first of several processes; with `test`, it is a finished one."
+    "The run of Stage 1 of `settings` on `inputs`, made by the first of several processes; with `test`, a finished one."
     with main_first():
         return trained_stage1(settings, inputs, test)
 
 
 def train_stage2(run: Run, settings: Settings, inputs: Inputs, test: bool = True) -> Run:
-    "Train a run of Stage 2 or of joint training, unless it is trained, and, with `test`, score and finish it."
+    "Train `run` by `settings` on `inputs`, in Stage 2 or jointly, unless it is trained; with `test`, score and finish it."
     stage1, evaluator = stage1_of(settings, inputs, test), make_evaluator(settings, inputs)
     run.start = time.time()  # Stage 1 has a time of its own
     run.note_ended(stage1.ended)
@@ -470,7 +477,10 @@ def train_stage2(run: Run, settings: Settings, inputs: Inputs, test: bool = True
     return run
 
 
-def tune_and_try(run: Run, settings: Settings, inputs: Inputs, evaluator: Evaluator, stage1: Run) -> None:
+def tune_and_try(
+    run: Run, settings: Settings, inputs: Inputs, evaluator: Evaluator,
+    stage1: Run,  # trained: where training in two stages starts
+) -> None:
     "Tune, and train and validate the variants; the CLIP is the stock one before and after."
     device = inputs.device
     set_seed(settings.seed, device)
@@ -488,7 +498,7 @@ def tune_and_try(run: Run, settings: Settings, inputs: Inputs, evaluator: Evalua
 
 # %% ../nbs/05_stage2.ipynb #6e0fd5a7
 def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1) -> MemoryNeed:
-    "Memory that training `model` will take, found on one batch: a `MemoryNeed`. Draws from no generator."
+    "Memory that training `model` takes, by one batch (`batch_by`, `batch_size`) and `accumulate`. Draws from no generator."
     backbone = model.backbone.train()
     with torch.random.fork_rng():
         backbone.start_epoch()
@@ -496,7 +506,11 @@ def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1) 
         return memory_need(model, *(x.to(backbone.user.device) for x in (user, pos)), accumulate)
 
 # %% ../nbs/05_stage2.ipynb #0e43399d
-def new_model(settings: Settings, backbone: Backbone, encoder: ItemEncoder) -> Stage2:
+def new_model(
+    settings: Settings,  # of `run_stage2`, resolved
+    backbone: Backbone,  # of Stage 1, or untrained
+    encoder: ItemEncoder,  # with its tuning attached
+) -> Stage2:
     "The `Stage2` model of resolved settings."
     micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
     return Stage2(backbone, encoder, settings.kt_source, settings.similarity, settings.tau, settings.kt_weight,
@@ -515,8 +529,12 @@ def tune_with(
                 f"Stage 2, seed {settings.seed}", checkpoint, settings.metric, settings.on_nan)
 
 
-def tune_and_keep(run: Run, settings: Settings, backbone: Backbone, encoder: ItemEncoder,
-                  evaluator: Evaluator) -> tuple[dict, dict]:
+def tune_and_keep(
+    run: Run,  # begun
+    settings: Settings, backbone: Backbone,
+    encoder: ItemEncoder,  # with its tuning attached
+    evaluator: Evaluator,
+) -> tuple[dict, dict]:
     "Tune, and write what was learnt into the run's folder; returns tuned features and their projections."
     model = new_model(settings, backbone, encoder)
     need = need_of(model, settings.batch_by, settings.stage2_batch_size, settings.accumulate)
@@ -532,7 +550,11 @@ def tune_and_keep(run: Run, settings: Settings, backbone: Backbone, encoder: Ite
     return tuned, projected
 
 # %% ../nbs/05_stage2.ipynb #6d4624df
-def keep_variants(run: Run, tuned_backbones: Iterable[tuple[str, Backbone]], evaluator: Evaluator) -> None:
+def keep_variants(
+    run: Run,  # begun
+    tuned_backbones: Iterable[tuple[str, Backbone]],  # of `variants`
+    evaluator: Evaluator,
+) -> None:
     "Keep weights, final embeddings and validation metrics of variants (name, backbone); the run then is trained."
     valid = {}
     for name, backbone in tuned_backbones:
@@ -545,7 +567,11 @@ def keep_variants(run: Run, tuned_backbones: Iterable[tuple[str, Backbone]], eva
         checkpoint.unlink()
 
 
-def score_variants(run: Run, inputs: Inputs, evaluator: Evaluator, stage1: Run) -> Run:
+def score_variants(
+    run: Run,  # trained
+    inputs: Inputs, evaluator: Evaluator,
+    stage1: Run,  # finished, that it started from
+) -> Run:
     "Score a trained run's variants on test by their embeddings, keep users' values and lists, and finish the run."
     metrics, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("topk.parquet")}
     per_user = {"stage1": stage1.load_table("per_user.parquet")}
@@ -620,7 +646,7 @@ def _mean_and_spread(values):
 # %% ../nbs/05_stage2.ipynb #fa0dd5d1
 def verdict(
     runs: list[Run],
-    metric: str = "recall@10",
+    metric: str = "recall@10",  # on test
     against: str = "Stage 1",  # the name of what it is compared with
     others: list[Run] | None = None,  # its runs; None: the Stage 1 of `runs`
 ) -> str:
@@ -650,7 +676,7 @@ def report(runs: list[Run], controls: dict[str, list[Run]] | None = None) -> str
 def plot_results(
     runs: list[Run],
     controls: dict[str, list[Run]] | None = None,  # of `controls_of`
-    metrics: tuple[str, ...] = ("recall@10", "recall@20", "ndcg@20"),
+    metrics: tuple[str, ...] = ("recall@10", "recall@20", "ndcg@20"),  # on test
 ) -> plt.Figure:
     "Test metrics per variant, seeds averaged per user, with 95 % intervals over users; small dots are seeds."
     first, *others = ((variant_name(v), runs, v) for v in runs[0].metrics())

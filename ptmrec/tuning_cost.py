@@ -141,7 +141,7 @@ def measured_encoder(
     settings: dict,  # of the method
     image_map: bool = True,  # False: decode JPEGs
     cache_prefix: bool = False,  # compute frozen first layers once per item
-    precision: str = "float32",
+    precision: str = "float32",  # of `PRECISIONS`
 ) -> ItemEncoder:
     "An encoder of drawn items with a tuning method attached."
     encoder = (SharedPrefixEncoder if cache_prefix else SharedItemEncoder)(clip, data, precision=precision)
@@ -203,7 +203,7 @@ def joules(device: torch.device) -> float | None:
 
 # %% ../nbs/08a_tuning_cost.ipynb #d41fb649
 def tuning_update(stage2: Stage2, optimiser: torch.optim.Optimizer, user: torch.Tensor, item: torch.Tensor) -> dict:
-    "One training step on a batch of pairs (B,); returns the loss and the squared norm of the tuning's gradient."
+    "Step on pairs `user`, `item` (B,) by `optimiser`; returns the loss of `stage2` and its tuning's squared gradient norm."
     device = stage2.backbone.item_emb.device
     user, item = user.to(device), item.to(device)
     loss = sum(stage2.losses(user, item, item.roll(1)).values())
@@ -240,7 +240,10 @@ def tuning_batches(
     return batches
 
 # %% ../nbs/08a_tuning_cost.ipynb #e0b434b9
-def encodings_per_epoch(stage2: MeasuredStage2, batch_by: str, size: int = 128) -> int:
+def encodings_per_epoch(
+    stage2: MeasuredStage2,
+    batch_by: str, size: int = 128,  # "items" or "interactions"; of a batch
+) -> int:
     "How many items an epoch encodes, in batches of `size`."
     batches = make_batches(batch_by, stage2.backbone.user.cpu(), stage2.backbone.item.cpu(), size)
     return sum(encoded_items(item, stage2.distinct) for _, item in batches)
@@ -286,21 +289,21 @@ BABY_SHAPE = [19_445, 7_050, 118_000]  # users, items, training pairs
 # %% ../nbs/08a_tuning_cost.ipynb #930d4533
 def tuning_cost(
     folder: str,  # of `write_items`
-    clip: str | dict = "ViT-B-32",
-    shape: list = BABY_SHAPE,
+    clip: str | dict = "ViT-B-32",  # a name of open_clip, or a configuration
+    shape: list = BABY_SHAPE,  # users, items, training pairs of the drawn data set
     items: int = 32,  # per batch, or pairs
     steps: int = 2,  # timed, after one that warms up
-    tuning: str = "prompt",
+    tuning: str = "prompt",  # of `TUNINGS`
     settings: dict | None = None,  # of the tuning method
     distinct: bool = True,  # encode an item once per batch
-    batch_by: str = "items",
-    cut_texts: bool = True,
-    image_map: bool = True,
-    precision: str = "float32",
-    micro_batch: int | None = None,
-    cache_prefix: bool = False,
+    batch_by: str = "items",  # or "interactions"
+    cut_texts: bool = True,  # False: texts keep their padding
+    image_map: bool = True,  # False: decode JPEGs
+    precision: str = "float32",  # of `PRECISIONS`
+    micro_batch: int | None = None,  # items encoded at once; None: all
+    cache_prefix: bool = False,  # compute frozen first layers once per item
     memory: bool = False,  # estimate it, too
-    device: str = "auto",
+    device: str = "auto",  # a GPU if there is one
 ) -> dict:
     "Cost of Stage 2's training steps: time, memory and energy per encoded item, encodings per epoch, trained parameters."
     device = pick_device(device)

@@ -96,7 +96,7 @@ class Catalogue:
         return len(self.table)
 
     def title(self, item: int, width: int = 40, lines: int = 1) -> str:
-        "The title of item number `item`, see `cut`; its id if it has none."
+        "The title of number `item`, on `lines` lines of `width` Latin characters at most; its id if it has none."
         title = " ".join(self.table.title.iat[item].split())
         return cut(title or str(self.table.item.iat[item]), width, lines)
 
@@ -112,7 +112,7 @@ class Catalogue:
 def nearest(
     unit: Tensor,  # (I, d), rows of length 1
     item: int,  # number
-    k: int = 5,
+    k: int = 5,  # neighbours
 ) -> tuple[Tensor, Tensor]:
     "The `k` items nearest to `item` by cosine, itself left out, and their cosines: (k,), (k,)."
     cosine = unit @ unit[item]
@@ -124,7 +124,7 @@ def nearest(
 def neighbours(
     features: Tensor,  # (I, d)
     item: int,  # number
-    k: int = 5,
+    k: int = 5,  # neighbours
 ) -> tuple[Tensor, Tensor]:
     "`nearest` for features (I, d) of any length."
     return nearest(F.normalize(features.float(), dim=1), item, k)
@@ -266,7 +266,7 @@ def printable(text: str) -> str:
 def save(
     figure: Figure,
     stem: str | Path,  # path without an ending
-    formats: Sequence[str] = ("png", "svg", "pdf"),
+    formats: Sequence[str] = ("png", "svg", "pdf"),  # endings
 ) -> list[Path]:
     "Write a figure as `stem`.png (300 dpi), `stem`.svg and `stem`.pdf; returns the files."
     files = [Path(f"{stem}.{ending}") for ending in formats]
@@ -277,7 +277,7 @@ def save(
 
 # %% ../nbs/07_visualisation.ipynb #49e613ce
 def shown_title(catalogue: Catalogue, item: int, width: int, lines: int) -> str:
-    "A title as `printable`; its id if no character of it can be shown."
+    "`catalogue.title(item, width, lines)` as `printable`; the id if no character of it can be shown."
     title = printable(catalogue.title(item, width, lines))
     empty = "�" in title and not any(c.isalnum() for c in title)
     return f"{printable(str(catalogue.table.item.iat[item]))} �" if empty else title
@@ -337,7 +337,7 @@ def sheet(
 def neighbour_sheet(
     run: Run | RunView,
     item: int,  # its number
-    k: int = 5,
+    k: int = 5,  # neighbours per space
     spaces: Sequence[str] | None = None,  # names of `item_tables`; None: all
 ) -> Figure:
     "An item and its nearest by ID embeddings, frozen and tuned features, each with its cosine; those shared with ID marked."
@@ -548,7 +548,7 @@ def embedding_map(
     catalogue: Catalogue,
     color: str = "interactions",  # column of `catalogue.table`
     method: str = "pca",  # see `aligned_maps`
-    names: Sequence[str] = ("frozen", "tuned"),
+    names: Sequence[str] = ("frozen", "tuned"),  # of the two maps
 ) -> Figure:
     "Maps of items before and after, on one aligned layout, coloured by a column of the item table."
     if color not in catalogue.table:

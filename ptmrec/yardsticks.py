@@ -100,7 +100,7 @@ class DenseRows:
 def as_embeddings(
     R: sparse.csr_matrix,  # (U, I) training interactions
     B: np.ndarray,  # (I, I), or scores (I,)
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # where they go
 ) -> tuple:
     "What `Evaluator` ranks by: users' rows of R and the columns of B; or ones and scores, if B is scores (I,)."
     R = R if B.ndim == 2 else sparse.csr_matrix(np.ones((R.shape[0], 1), np.float32))

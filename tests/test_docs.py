@@ -103,3 +103,31 @@ def test_citation():
     assert cff["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= cff.keys()
     assert all({"type", "title", "authors"} <= reference.keys() for reference in cff["references"])
     assert f"version = {cff['version']}\n" in (ROOT / "settings.ini").read_text()
+
+
+MODULES = {module.stem: module.read_text(encoding="utf-8") for module in sorted((ROOT / "ptmrec").glob("[a-z]*.py"))}
+CLASSES = {c.name: c for source in MODULES.values() for c in ast.parse(source).body if isinstance(c, ast.ClassDef)}
+CLEAR = {"seed", "rng", "device", "n_users", "n_items", "optimiser", "epochs", "title", "figure", "url", "path"}
+
+
+def lineage(cls):
+    "A class and those of the package that it is made of."
+    return [cls, *(c for b in cls.bases if getattr(b, "id", "") in CLASSES for c in lineage(CLASSES[b.id]))] if cls else []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arguments_are_explained(module):
+    "Each of three or more: by a comment beside it or by name in a docstring, unless its name or its class says it all."
+    lines, body = MODULES[module].split("\n"), [(n, None) for n in ast.parse(MODULES[module]).body]
+    body += [(m, c) for c, _ in body if isinstance(c, ast.ClassDef) and c.name[0] != "_" for m in c.body]
+    for function, cls in ((n, c) for n, c in body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"):
+        family = lineage(cls)
+        overrides = any(getattr(m, "name", "") == function.name for c in family[1:] for m in c.body)
+        told = "\n".join(ast.get_docstring(n) or "" for n in (function, *family))
+        named = set(re.findall(r"\w+", " ".join(re.findall("`([^`]+)`", told))))
+        arguments = [a for a in function.args.args + function.args.kwonlyargs if a.arg not in ("self", "cls")]
+        for argument in arguments if len(arguments) > 2 and not overrides else []:
+            ours = CLASSES.keys() & set(re.findall(r"\w+", ast.unparse(argument.annotation)))
+            beside = "  # " in lines[argument.annotation.end_lineno - 1]
+            assert argument.arg in CLEAR | named or ours or beside, (
+                f"{module}.{function.name}: say in a comment beside {argument.arg} what it is")
