@@ -22,10 +22,10 @@ TABLES = ("", "_tests", "_costs")  # what their file names end in
 
 def study_tables(
     name: str,  # of `STUDIES`
-    dataset: str,
-    seeds: Sequence[int],
+    dataset: str,  # a name or a folder
+    seeds: Sequence[int],  # of every run
     base: dict,  # settings of every run
-    metric: str = "recall@10",
+    metric: str = "recall@10",  # that is compared, on test
     **how,  # of `run_study`: at_once, papermill
 ) -> list[pd.DataFrame]:
     "Run a study; returns its values, comparisons and costs."
@@ -41,8 +41,8 @@ def study_tables(
 def store_studies(
     studies: dict[str, dict],  # {a name of `STUDIES`: settings of its runs}
     stem: Path,  # of the files, without the endings of `TABLES`
-    dataset: str,
-    seeds: Sequence[int],
+    dataset: str,  # a name or a folder
+    seeds: Sequence[int],  # of every run
     **how,  # of `study_tables`
 ) -> None:
     "Run studies and write their tables; one that cannot run says why and is left out."

@@ -337,7 +337,7 @@ def recall_table(
     for recipe, (r, variant) in shown.items():
         test = pd.DataFrame([run.metrics()[variant]["test"] for run in r])
         paired = paired_test(values[first], values[recipe]) if recipe != first else {}
-        rows.append({"shop": name, "recipe": recipe, "seeds": len(test), "variant": variant,
+        rows.append({"data": name, "recipe": recipe, "seeds": len(test), "variant": variant,
                      "recall@20": test["recall@20"].mean(), "std": test["recall@20"].std(),
                      "ndcg@20": test["ndcg@20"].mean(), **{k: paired.get(k) for k in ("difference", "low", "high", "p")}})
     return pd.DataFrame(rows)

@@ -66,7 +66,7 @@ def test_data_steps():
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_stage1_epochs(backbone):
     rows = stage1_epochs(**SIZE, backbone=backbone, dims={"image": 8, "text": 8}, epochs=1, device="cpu")
-    assert columns(rows) == stored("stage1_speed", "shop", "date") == stored("stage1_growth", "varied", "value", "date")
+    assert columns(rows) == stored("stage1_speed", "data", "date") == stored("stage1_growth", "varied", "value", "date")
     assert {row["phase"] for row in rows} == set(pd.read_csv(results_path("stage1_speed")).phase)
     assert {row["epoch"] for row in rows} == {0, 1}
 
@@ -110,7 +110,7 @@ def test_bounds_launches_and_large_data():
     rows = propagation_and_ranking({"miniature": list(SIZE.values())}, 8, copied=1000, multiplied=32, device="cpu")
     assert columns(rows) == stored("stage1_bounds", "date") and len(rows) == 3
     rows = [training_step(version, **SIZE, device="cpu") for version in VERSIONS[:2]]
-    assert columns(rows) == stored("stage1_launch", "shop", "date")
+    assert columns(rows) == stored("stage1_launch", "data", "date")
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
     rows = [row for backbone in ("bpr", "lightgcn", "freedom")
             for row in large_steps(backbone, **SIZE, dim=8, batches=[32, 64], device="cpu")]
