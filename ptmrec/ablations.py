@@ -7,7 +7,7 @@ __all__ = ['SHORT', 'STUDIES', 'LR', 'METHODS', 'SAMPLERS', 'SHOWN', 'COSTS', 'D
            'backbone_axis', 'main_table', 'methods', 'knowledge_transfer', 'transfer_settings', 'prompts',
            'smallest_that_works', 'batch_size', 'derived', 'sparsity', 'cold_items', 'null_content', 'missing_modality',
            'generative', 'another_domain', 'controls', 'yardsticks', 'check_study', 'draw_trials', 'suggest',
-           'optuna_trials', 'run_trials', 'tune_equally', 'Row', 'rows_of', 'inter_of', 'values_among', 'by_popularity',
+           'optuna_trials', 'run_trials', 'tune_equally', 'Row', 'rows_of', 'values_among', 'by_popularity',
            'long_tail', 'compared', 'yardstick_rows', 'StudyResult', 'run_study', 'result_values', 'write_result',
            'verdicts', 'items_per_batch', 'cost_table', 'study_values', 'plot_values', 'plot_study', 'plot_cost']
 
@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .data import DataError, Interactions, find_dataset, load_data, runs_dir, write_atomically
+from .data import DataError, find_dataset, runs_dir, write_atomically
 from .derived import derive, miniature, random_features, shuffled, thinned, with_cold_items, without
 from .grids import grid
 from .ranking import METRICS, check_metric
@@ -374,12 +374,6 @@ def rows_of(table: pd.DataFrame) -> dict[str, Row]:
     return rows
 
 # %% ../nbs/06_ablations.ipynb #b6876381
-def inter_of(run: Run) -> Interactions:
-    "The `Interactions` that a run was made on."
-    how = {name: run.about["arguments"][name] for name in ("dataset", "min_rating", "core", "split", "split_seed")}
-    return load_data(**how).inter
-
-
 def values_among(
     run: Run,
     items: np.ndarray,  # (I,) bool
@@ -387,7 +381,7 @@ def values_among(
     metric: str,  # such as recall@10
 ) -> pd.Series:
     "A test metric per user (index: user number) if `items` (I,) bool alone count as positives; by the run's lists of 20."
-    inter, lists = inter_of(run), run.load_table("topk.parquet")
+    inter, lists = run.data().inter, run.load_table("topk.parquet")
     lists = lists[lists.variant == variant] if variant else lists
     user, item = (ids.get_indexer(lists[side]) for side, ids in
                   (("user", pd.Index(inter.user_ids)), ("item", pd.Index(inter.item_ids))))
@@ -401,7 +395,7 @@ def values_among(
 # %% ../nbs/06_ablations.ipynb #46420655
 def by_popularity(rows: dict[str, Row]) -> dict[str, Row]:
     "Each row three times: for rare, middling and popular items."
-    inter = inter_of(next(iter(rows.values())).runs[0])
+    inter = next(iter(rows.values())).runs[0].data().inter
     bought = np.bincount(inter.part("train")[1], minlength=inter.n_items)
     asked = inter.part("test")[1]
     low, high = np.quantile(bought[asked], [1 / 3, 2 / 3]).astype(int)
@@ -542,7 +536,7 @@ COSTS = {"tuned_parameters": "tuned parameters in CLIP", "run_seconds": "seconds
 
 def items_per_batch(run: Run) -> float:
     "Mean number of distinct items in a batch of Stage 2: the candidates of P_id and P_m."
-    user, item = (torch.as_tensor(side) for side in inter_of(run).part("train"))
+    user, item = (torch.as_tensor(side) for side in run.data().inter.part("train"))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         batches = list(make_batches(run.params["batch_by"], user, item, run.params["stage2_batch_size"]))

@@ -287,7 +287,7 @@ def read_json(path: Path) -> dict:
         if path.name == "run.json":
             if wrong := [name for name, kind in RUN_FIELDS.items() if not isinstance(content.get(name), kind)]:
                 raise ValueError(f"it is not a run's, for it has no {wrong[0]}")
-            if content.pop("checksum", None) not in (None, fingerprint(content)):
+            if content.pop("checksum", None) != fingerprint(content):
                 raise ValueError("it has changed since it was written")
         return content
     except (OSError, ValueError, RecursionError) as error:
@@ -733,9 +733,17 @@ def check_variant(run: Run, variant: str | None) -> str:
     return best_variant([run]) if variant is None else variant
 
 # %% ../nbs/03c_runs.ipynb #a5ee5fab
+def _argument(run, name):
+    "A setting that a run loads its inputs by; raises `DataError` if its run.json does not have it."
+    if name not in run.about.get("arguments", {}):
+        raise DataError(f"{run.folder / 'run.json'} does not say the run's {name}, so what it was made from cannot be "
+                        "loaded. Run the experiment again.")
+    return run.about["arguments"][name]
+
+
 def _data(run):
     "The data set of a run, loaded as it was then; raises `DataError` if its content has changed."
-    how = {name: run.about["arguments"][name] for name in ("dataset", "min_rating", "core", "split", "split_seed")}
+    how = {name: _argument(run, name) for name in ("dataset", "min_rating", "core", "split", "split_seed")}
     data = load_data(**how)
     if data.fingerprint() != run.about["data"]:
         raise DataError(f"The data set {how['dataset']} has changed since run {run.key} was made, so users and items may be "
@@ -843,8 +851,7 @@ def _encoder(run) -> RunEncoder:
         raise DataError(f"Run {run.key} used ready-made features or none, so it has no encoder.")
     if "tuning" not in run.params:
         return RunEncoder(clip)
-    tuning = attach(clip, run.params["tuning"], run.about["arguments"]["towers"],
-                    **run.about["arguments"]["components"]["tuning"])
+    tuning = attach(clip, run.params["tuning"], _argument(run, "towers"), **_argument(run, "components")["tuning"])
     load_parameters(tuning, run.load_weights("tuning"), f"{run.folder}/tuning.safetensors")
     return RunEncoder(clip, tuning)
 

@@ -117,6 +117,10 @@ def test_run_folders(made, damage):
     check_run_folder(made, damage)
 
 
+def test_a_run_that_does_not_say_what_it_was_made_from(made):
+    check_run_folder(made, ("stage1", "run.json", lambda content: A_RUN))
+
+
 @pytest.mark.slow
 @settings(max_examples=3_000, **COMMON)
 @given(damage=damages())

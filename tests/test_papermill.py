@@ -61,10 +61,11 @@ def test_vbpr_and_the_papers_batches(runs, tmp_path):
 
 
 def test_joint_training_in_the_papers_words(runs, tmp_path):
-    "Tuning and recommender from nothing, beside Stage 1, through the notebook as it is."
+    "Tuning and recommender from nothing, beside Stage 1, through the notebook as it is; with a CLIP that takes no prompts."
     make_shop(tmp_path / "mine")
     result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=tmp_path / "mine", training="joint",
-                       tuning="lora", knn_k=5, epochs=2, patience=5, n_seeds=1)
+                       clip_model="minilm-efficientnet", tuning="lora", last_layers=1, knn_k=5, epochs=2, patience=5,
+                       n_seeds=1)
     assert result.returncode == 0, result.stderr[-3000:]
     (folder, metrics), = tuned_runs(runs, "mine")
     assert set(metrics) == {"stage1", "joint"} and metrics["joint"] != metrics["stage1"]
