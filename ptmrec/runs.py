@@ -788,6 +788,9 @@ Run.stage1 = property(_stage1)
 def _embeddings(run, variant: str | None = None) -> dict:
     "Final embeddings {\"user\": (U, d'), \"item\": (I, d')}, whose inner products rank, of a variant of a finished run."
     variant = check_variant(run, variant)
+    if run.about["experiment"] == "yardstick":
+        raise DataError(f"Run {run.key} is a yardstick's, and those keep no embeddings. Its lists of 20 items are "
+                        "run.load_table('topk.parquet').")
     return run.load_weights(f"embeddings_{variant}" if variant else "embeddings")
 
 
@@ -837,7 +840,8 @@ def _clip_of(run):
     "The stock CLIP of a run; None if it used none."
     if run.about["encoder"] is None:
         return None
-    clip = load_clip(run.params["clip_model"], run.params["pretrained"])
+    params = run.about.get("arguments", {}) | run.params  # a yardstick has them as arguments alone
+    clip = load_clip(params["clip_model"], params["pretrained"])
     if clip.fingerprint() != run.about["encoder"]:
         raise DataError(f"The CLIP {clip.name} is not the one that run {run.key} was made with. Put its weights back.")
     return clip

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'LIMIT_NAMES', 'RESERVED', 'setting', 'Settings', 'SettingError', 'did_you_mean', 'choices_of',
-           'allowed_values', 'shown', 'check_choice', 'check_settings', 'meaning', 'check_claims', 'check_component',
-           'Registry', 'dataset_defaults', 'Experiment', 'component_values', 'Resolved', 'resolve', 'by_name',
-           'experiment', 'described', 'parameters_cell', 'write_parameters_cell', 'assigned_names',
+           'allowed_values', 'shown', 'check_count', 'check_choice', 'check_settings', 'meaning', 'check_claims',
+           'check_component', 'Registry', 'dataset_defaults', 'Experiment', 'component_values', 'Resolved', 'resolve',
+           'by_name', 'experiment', 'described', 'parameters_cell', 'write_parameters_cell', 'assigned_names',
            'notebook_parameters', 'main']
 
 # %% ../nbs/00d_settings.ipynb #3ae07117
@@ -108,6 +108,12 @@ def shown(value: typing.Any) -> str:
     except Exception:  # a whole number of thousands of digits, for one
         text = f"a {type(value).__name__} that cannot be written out"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_count(name: str, value: typing.Any) -> None:
+    "Raise `SettingError` unless `value` is a whole number at least 1."
+    if type(value) is not int or value < 1:
+        raise SettingError(f"{name}={shown(value)} is not allowed: it must be a whole number at least 1.")
 
 
 def check_choice(

@@ -17,9 +17,9 @@ from scipy import sparse
 
 from .data import Interactions
 from .ranking import METRICS, Evaluator
-from .runs import Run, code_of, new_run, own_code, recommendation_table
+from .runs import Run, alone, code_of, heal, new_run, own_code, recommendation_table
 from .settings import SettingError, Settings, did_you_mean, resolve
-from .stage1 import Inputs, load_inputs, make_evaluator, mean_metrics, run_stage1
+from .stage1 import Inputs, load_inputs, make_evaluator, mean_metrics, run_arguments, run_stage1
 
 # %% ../nbs/04c_yardsticks.ipynb #bf8e403b
 def training_matrix(inter: Interactions) -> sparse.csr_matrix:
@@ -116,11 +116,11 @@ def choose_yardstick(
 ) -> tuple[pd.DataFrame, np.ndarray]:
     "Every cell of a yardstick's grid with its mean validation metric, best first, and the matrix of the best."
     function, grid = YARDSTICKS[name]
-    rows, best = [], (-1.0, None)
+    rows, best, device = [], (-1.0, None), evaluator.masked["valid"].item.device
     for values in itertools.product(*grid.values()):
         cell, started = dict(zip(grid, values)), time.perf_counter()
         B = function(R, features, **cell)
-        value = evaluator("valid", *as_embeddings(R, B))[0][metric].mean()
+        value = evaluator("valid", *as_embeddings(R, B, device))[0][metric].mean()
         rows.append(cell | {f"valid {metric}": value, "seconds": time.perf_counter() - started})
         best = max(best, (value, B), key=lambda pair: pair[0])
     table = pd.DataFrame(rows).sort_values(f"valid {metric}", ascending=False, kind="stable", ignore_index=True)
@@ -137,7 +137,7 @@ def find_yardstick_run(
     params = {"backbone": name} | {k: settings.key_parameters[k] for k in kept} | {"grid": YARDSTICKS[name][1]}
     code = code_of("yardsticks.score_yardstick") | own_code(METRICS[settings.metric.split("@")[0]])
     return new_run("yardstick", inputs.data.name, params, inputs.data.fingerprint(),
-                   inputs.clip.fingerprint() if inputs.clip else None, code)
+                   inputs.clip.fingerprint() if inputs.clip else None, code, run_arguments(settings))
 
 
 def run_yardstick(name: str, **params) -> Run:
@@ -149,7 +149,8 @@ def run_yardstick(name: str, **params) -> Run:
     settings = resolve(run_stage1.experiment, params | {"backbone": backbone})
     inputs = load_inputs(settings)
     run = find_yardstick_run(name, settings, inputs)
-    return run if run.finished else score_yardstick(run.begin(), name, settings, inputs)
+    with alone(run):
+        return run if heal(run).finished else score_yardstick(run.begin(), name, settings, inputs)
 
 # %% ../nbs/04c_yardsticks.ipynb #18384d1e
 def score_yardstick(

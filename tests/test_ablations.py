@@ -21,6 +21,7 @@ from small import make_shop
 import ptmrec.ablations as ablations
 import ptmrec.grids as grids
 import ptmrec.report as report
+import ptmrec.yardsticks as yardsticks
 from ptmrec.ablations import (METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study, tune_equally,
                               verdicts, write_result)
 from ptmrec.data import DataError, load_data
@@ -207,6 +208,36 @@ def test_wrong_grids_stop_before_anything_starts(runs, here, arguments, message)
     assert not here and not runs.exists()
 
 
+@pytest.mark.parametrize("wrong, message", [
+    ({"at_once": -1}, "at_once=-1 is not allowed: it must be a whole number at least 1"),
+    ({"at_once": 0}, "at_once=0 is not allowed"), ({"threads": 0}, "threads=0 is not allowed"),
+    ({"seeds": 2}, "seeds=2 is not a list of seeds"), ({"seeds": "01"}, "seeds='01' is not a list of seeds"),
+    ({"seeds": np.arange(0)}, "seeds has no values"), ({"seeds": [0, 1, 0]}, "seeds has 0 twice")])
+def test_wrong_numbers_of_runs_stop_before_anything_starts(shop, runs, here, wrong, message):
+    with pytest.raises(SettingError, match=message):
+        grid("04_stage1", {"dataset": shop, "backbone": "bpr"}, {}, **wrong)
+    assert not here and not runs.exists()
+
+
+def test_numbers_of_numpy_reach_other_processes_as_numbers(shop):
+    cells = plan("04_stage1", {"dataset": shop, "backbone": "bpr", "lr": np.float64(0.01)},
+                 {"emb_size": np.array([8, 16]), "ours": {"few": {"epochs": np.int64(2)}}}, np.arange(2))
+    told = [json.loads(json.dumps(cell.params)) for cell in cells]
+    assert [(p["emb_size"], p["seed"]) for p in told] == [(8, 0), (8, 1), (16, 0), (16, 1)]
+    assert {(p["epochs"], p["lr"]) for p in told} == {(2, 0.01)} and cells[2].name == "16, few"
+
+
+def test_cells_that_cannot_be_forecast_do_not_stop_the_others(shop, monkeypatch):
+    def forecast(settings):
+        if settings.n_ctx == 4:
+            raise DataError("nothing to encode")
+        return 1.0
+
+    monkeypatch.setattr(grids, "forecast", forecast)
+    cells = plan("05_stage2", {"dataset": shop, "device": "cpu"}, {"n_ctx": [4, 2]}, [0])
+    assert grids.how_many("05_stage2", cells[:1]) >= 1 and grids.how_many("05_stage2", cells) >= 1
+
+
 def test_cells_that_make_the_same_run_wait(shop):
     cells = plan("05_stage2", {"dataset": shop}, {"kt_weight": [1.0, 2.0]}, [0, 1])
     running, most = set(), 0
@@ -294,6 +325,25 @@ def test_a_run_that_is_there_counts_whoever_made_it(shop, runs, here):
     run, = run_stage1(dataset=shop, backbone="bpr", n_seeds=1, **QUICK)
     table = grid("04_stage1", {"dataset": shop, "backbone": "bpr", **QUICK}, {}, [0, 1], at_once=1)
     assert table.reused.tolist() == [True, False] and table.key[0] == run.key and [p["seed"] for p in here] == [1]
+
+
+@pytest.mark.parametrize("name, test", [("metrics.json", True), ("per_user.parquet", True), ("history.csv", False)])
+def test_the_same_grid_makes_a_damaged_run_anew(shop, runs, here, name, test):
+    how = ("04_stage1", {"dataset": shop, "backbone": "bpr", **QUICK}, {}, [0])
+    before = open_run(grid(*how, at_once=1, test=test).key[0])
+    (before.folder / name).unlink()
+    (before.folder / name).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=f"{name} .* is damaged"):
+        table = grid(*how, at_once=1, test=test)
+    assert table.status.tolist() == ["finished"] and not table.reused[0] and len(here) == 2
+    assert open_run(table.key[0]).state == ("finished" if test else "trained")
+    assert grid(*how, at_once=1, test=test).reused[0]
+
+
+def test_a_damaged_run_is_listed_among_the_others(shop, runs):
+    one, two = run_stage1(dataset=shop, backbone="bpr", n_seeds=2, **QUICK)
+    (two.folder / "parameters.csv").write_bytes(b"")
+    assert runs_table().set_index("key").state.to_dict() == {one.key: "finished", two.key: "damaged"}
 
 
 # ---------------------------------------------------------------- statistics
@@ -487,6 +537,46 @@ def test_a_yardstick_is_a_run(shop, runs, monkeypatch):
     assert {name for name in runs_table("yardstick").backbone} == {"item_knn"}
 
 
+def test_a_damaged_yardstick_is_made_anew_by_one_process_at_a_time(shop, runs, monkeypatch):
+    made, score = [], yardsticks.score_yardstick
+
+    def alone(run, *more):
+        made.append(run.target.with_name(f"{run.key}.lock").exists())
+        return score(run, *more)
+
+    monkeypatch.setattr(yardsticks, "score_yardstick", alone)
+    run = run_yardstick("popular", dataset=shop)
+    (run.folder / "per_user.parquet").unlink()
+    (run.folder / "per_user.parquet").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="per_user.parquet .* is damaged"):
+        again = run_yardstick("popular", dataset=shop)
+    assert len(again.load_table("per_user.parquet")) == 60 and made == [True, True]
+
+
+def test_a_yardstick_knows_its_data_and_encoder_and_says_that_it_keeps_no_embeddings(shop, runs):
+    run = open_run(run_yardstick("feature_knn", dataset=shop, core=2).key)
+    assert run.data().fingerprint() == load_data(shop, core=2).fingerprint()
+    assert run.encoder().text("a mug").ndim == 1
+    with pytest.raises(DataError, match="is a yardstick's, and those keep no embeddings. Its lists of 20"):
+        run.recommend()
+
+
+def test_yardsticks_are_ranked_where_the_evaluator_is(R, monkeypatch):
+    asked = []
+
+    def evaluator(split, user_emb, item_emb):
+        asked.append((str(user_emb.device), item_emb.device.type))
+        return pd.DataFrame({"recall@20": [0.5]}), None
+
+    evaluator.masked = {"valid": SimpleNamespace(item=torch.empty(0, device="meta"))}
+    yardsticks.choose_yardstick("popular", R, {}, evaluator, "recall@20")
+    assert asked == [("meta", "meta")]
+    given = []
+    monkeypatch.setattr(ablations, "run_yardstick", lambda name, **how: given.append(how))
+    ablations.yardstick_rows("sample", {"device": "cpu", "mask_valid": True, "core": 5, "tau": 0.1, "lr": 0.01})
+    assert given == [{"dataset": "sample", "device": "cpu", "mask_valid": True, "core": 5}] * len(YARDSTICKS)
+
+
 # ---------------------------------------------------------------- studies
 
 
@@ -509,6 +599,40 @@ def test_wrong_studies():
         check_study("promts", "sample", "recall@10")
     with pytest.raises(DataError, match="No data set 'sampel'"):
         check_study("prompts", "sampel", "recall@10")
+
+
+@pytest.mark.parametrize("base, message", [
+    ({"epoch": 2}, "base sets epoch, which neither stage has. Did you mean epochs"),
+    ({"dataset": "baby"}, "base sets dataset, which is an argument of its own")])
+@pytest.mark.parametrize("name", ["yardsticks", "knowledge_transfer"])
+def test_a_wrong_base_stops_every_study(shop, runs, name, base, message):
+    with pytest.raises(SettingError, match=message):
+        run_study(name, shop, [0], base)
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize("name, base, cell, settings", [
+    ("knowledge_transfer", {"task_weight": 1.0}, "transfer alone", {"kt_weight": 1.0, "task_weight": 0.0}),
+    ("knowledge_transfer", {"kt_weight": 0.0}, "task loss and transfer", {"kt_weight": 1.0, "task_weight": 1.0}),
+    ("knowledge_transfer", {"kt_weight": 0.5}, "task loss and transfer", {"kt_weight": 0.5, "task_weight": 1.0}),
+    ("main_table", {"training": "joint"}, "VBPR, two stages", {"training": "two_stage"}),
+    ("batch_size", {"batch_by": "interactions"}, "32 items", {"batch_by": "items", "stage2_batch_size": 32}),
+    ("controls", {"tuning": "lora"}, "prompts", {"tuning": "prompt"}),
+    ("controls", {"rounds": 2}, "Stage 1", {"rounds": 1})])
+def test_a_row_is_what_its_label_says_whatever_the_base(shop, runs, name, base, cell, settings):
+    found = {c.name: c.settings for notebook, axes in STUDIES[name].axes(shop, base).items()
+             for c in plan(notebook, (base if notebook == "05_stage2" else ablations.stage1_settings(base)) |
+                           {"dataset": shop}, axes, [0])}
+    assert {setting: getattr(found[cell], setting) for setting in settings} == settings
+
+
+def test_the_smallest_batches_by_items_and_by_interactions():
+    rows = {"8 items": (0.2, 0.1), "16 items": (0.01, -0.1), "256 items": (0.01, 0.1), "32 interactions": (0.01, 0.1),
+            "128 interactions": (0.01, 0.1)}
+    table = pd.DataFrame(rows, ["p_holm", "difference"]).T
+    says = ablations.smallest_that_works
+    assert says(table) == "The smallest batch with a gain over Stage 1: 256 items, and 32 interactions."
+    assert says(table[:3]).endswith(": 256 items.") and says(table[:1]).startswith("No batch has a significant gain")
 
 
 def test_a_study_without_a_result_says_why(shop, runs, monkeypatch):
@@ -534,6 +658,85 @@ def test_equal_budgets_choose_on_validation_and_hide_the_test(shop, runs, here):
     assert len(table) == 4 and len(here) == 6 + 4 and "test recall@20" in table  # two winners are trained already
     with pytest.raises(SettingError, match="budget=4 is more than the 3 cells in the space of BPR"):
         draw_trials(spaces, 4)
+
+
+@pytest.fixture
+def pretend(monkeypatch, runs):
+    "Grids without runs: the set of labels that fail, {label: error}; the others have more and more on validation."
+    fails = {}
+
+    def made_up(notebook, base, axes, seeds, name, **how):
+        (axis, changes), = axes.items()
+        rows = [{"cell": told, axis: told, "seed": seed, "status": "failed" if told in fails else "finished",
+                 "error": fails.get(told), "notebook": None, "metric": None if told in fails else "recall@20",
+                 "valid recall@20": np.nan if told in fails else n / 10}
+                for n, told in enumerate(changes, 1) for seed in seeds]
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(ablations, "grid", made_up)
+    return fails
+
+
+SPACES = {"A": ({"backbone": "bpr"}, {"lr": [1e-3, 1e-2]}), "B": ({"backbone": "lightgcn"}, {"lr": [1e-3, 1e-2]})}
+
+
+def test_trials_that_fail_hide_nothing(pretend):
+    first, *others = draw_trials(SPACES, 2)
+    pretend[first] = "OSError: weights missing"
+    trials, table = tune_equally("04_stage1", {}, SPACES, 2, range(2), "x")
+    assert trials.valid.isna().tolist() == [True, False, False, False]
+    assert table.cell.tolist() == ["A", "A", "B", "B"]
+
+    pretend[others[0]] = "OSError: weights missing"  # the whole of a method, which the others are compared with
+    trials, table = tune_equally("04_stage1", {}, SPACES, 2, [0], "x")
+    it = ablations.Study("Q?", None, "A", tuned=True)
+    result = ablations.StudyResult(it, "shop", None, table, {"B": None}, trials)
+    assert result.failed().cell.tolist() == [first, others[0]] and set(result.failed().error) == {pretend[first]}
+    assert verdicts(result, comparisons({})) == "'A' has no finished run, so nothing is compared with it."
+
+    pretend |= dict.fromkeys(others, "OSError: no space left")
+    with pytest.raises(DataError, match="None of the 4 trials has finished. The first error: OSError: weights missing"):
+        tune_equally("04_stage1", {}, SPACES, 2, [0], "x")
+
+
+def test_all_rounds_of_optuna_are_kept(pretend, runs):
+    pytest.importorskip("optuna", reason="pip install -e '.[optuna]'")
+    pretend["A, trial 2"] = "OSError: no space left"
+    trials, _ = tune_equally("04_stage1", {}, SPACES, 3, [0], "x", "optuna")
+    kept = pd.read_parquet(runs / "grids" / "x-trials" / "table.parquet")
+    assert kept.cell.tolist() == trials.cell.tolist() == [f"{m}, trial {n}" for n in (1, 2, 3) for m in SPACES]
+    assert kept.changes.tolist() == trials.changes.tolist() and kept.valid.isna().sum() == 1
+
+
+@pytest.mark.parametrize("sampler", ablations.SAMPLERS)
+@pytest.mark.parametrize("budget", [0, -1, 1.5])
+def test_a_budget_is_a_whole_number(pretend, sampler, budget):
+    with pytest.raises(SettingError, match=f"budget={budget} is not allowed: it must be a whole number at least 1"):
+        tune_equally("04_stage1", {}, SPACES, budget, [0], "x", sampler)
+
+
+def test_a_space_may_have_values_that_are_no_numbers():
+    space = {"similarity": ["cosine", "dot"], "micro_batch": [None, 4], "tune_backbone": [True, False]}
+    drawn = draw_trials({"A": ({}, space)}, 8)
+    assert len(drawn) == 8 and "A: similarity dot, micro_batch None, tune_backbone True" in drawn
+    optuna = pytest.importorskip("optuna", reason="pip install -e '.[optuna]'")
+    for _, cell in drawn.values():
+        assert ablations.suggest(optuna.trial.FixedTrial(cell), space) == cell
+
+
+def toy_row(*seeds):
+    "A row with a run per seed, of 30 users."
+    users = pd.DataFrame({"user": range(30), "recall@10": np.linspace(0, 1, 30)})
+    return ablations.Row([SimpleNamespace(load_table=lambda name: users, metrics=dict, params={"seed": seed})
+                          for seed in seeds], "")
+
+
+def test_rows_without_a_common_seed_are_left_out_and_said():
+    rows = {"A": toy_row(0, 1), "B": toy_row(1, 2), "C": toy_row(2)}
+    against = ablations.compared(rows, "A", "recall@10")
+    assert against.index.tolist() == ["B"] and against.seeds["B"] == 1
+    result = ablations.StudyResult(ablations.Study("Q?", None, "A"), "shop", None, None, rows)
+    assert verdicts(result, against).endswith("\n\n'C' has no seed in common with 'A', so they are not compared.")
 
 
 def test_a_study_of_stage1_with_yardsticks(shop, runs, here, monkeypatch):
@@ -624,6 +827,22 @@ def test_values_among_some_items_are_those_of_a_dense_count(shop, runs):
     assert found.to_dict() == {user: np.mean(hits) for user, hits in expected.items()} and 0 < found.mean() < 1
     parts = ablations.by_popularity({"BPR": ablations.Row([run], "")})
     assert len(parts) == 3 and (sum(row.items.astype(int) for row in parts.values()) == 1).all()
+
+
+def test_values_among_items_count_what_the_run_counts(shop, runs):
+    "Cold users and cold items, whom the run leaves out."
+    table = pd.read_csv(f"{shop}/interactions.csv")
+    cold = (table.user < 20) | (table.item < 5)
+    table[~cold | (table.x_label > 0)].to_csv(f"{shop}/interactions.csv", index=False)
+    run, = run_stage1(dataset=shop, backbone="bpr", n_seeds=1, eval_users="warm", eval_items="warm", **QUICK)
+    row = ablations.Row([run], "", np.ones(run.data().inter.n_items, bool))
+    for metric in ("recall@10", "ndcg@20"):
+        pd.testing.assert_series_equal(row.per_user(metric)[0], ablations.Row([run], "").per_user(metric)[0])
+    assert 0 < len(row.per_user("recall@10")[0]) < 40
+    assert not any("up to 0 " in name for name in ablations.by_popularity({"BPR": ablations.Row([run], "")}))
+    for call in (lambda: row.per_user("recall@50"), lambda: check_study("long_tail", shop, "ndcg@50")):
+        with pytest.raises(SettingError, match="@50' is not allowed here: .* lists of 20. Take a cut-off of at most 20"):
+            call()
 
 
 def test_a_batch_of_interactions_has_fewer_items(shop, runs):

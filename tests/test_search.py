@@ -17,8 +17,8 @@ from joblib.externals.loky import get_reusable_executor
 import ptmrec.stage1 as stage1
 from ptmrec.backbones import BACKBONES, grid_of
 from ptmrec.runs import own_code
-from ptmrec.search import plot_search, search
-from ptmrec.settings import resolve
+from ptmrec.search import cells, plot_search, search
+from ptmrec.settings import SettingError, resolve
 
 GRID = {"reg_weight": [1e-1, 1e-3, 1e-5]}
 
@@ -282,6 +282,23 @@ def test_a_setting_that_is_given_is_not_varied(shop, runs):
     figure = plot_search(table)
     assert [ax.get_xlabel() for ax in figure.axes] == ["reg weight"]
     stage1.plt.close(figure)
+
+
+@pytest.mark.parametrize("values, labels", [
+    ([0.01, 0.01], ["0.01"]), (["stop", "lower_lr"], ["lower_lr", "stop"]), ([None, 4], ["4", "None"]),
+    ([1e-3, 1e-4], ["0.0001", "0.001"]), ([True, False], ["False", "True"])])
+def test_searches_of_any_values_are_drawn(values, labels):
+    table = pd.DataFrame({"on_nan": values, "seed": 0, "valid recall@20": [0.2, 0.1]})
+    figure = plot_search(table)
+    ax, = figure.axes
+    assert ax.get_xlabel() == "on nan" and [text.get_text() for text in ax.get_xticklabels()] == labels
+    stage1.plt.close(figure)
+
+
+@pytest.mark.parametrize("n_trials", [0, -1, 2.5])
+def test_a_number_of_trials_is_a_whole_number(n_trials):
+    with pytest.raises(SettingError, match=f"n_trials={n_trials} is not allowed: it must be a whole number at least 1"):
+        cells({"lr": [1e-3, 1e-2]}, n_trials)
 
 
 OWN = """
