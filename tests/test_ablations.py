@@ -605,10 +605,10 @@ def test_wrong_studies():
     ({"epoch": 2}, "base sets epoch, which neither stage has. Did you mean epochs"),
     ({"dataset": "baby"}, "base sets dataset, which is an argument of its own")])
 @pytest.mark.parametrize("name", ["yardsticks", "knowledge_transfer"])
-def test_a_wrong_base_stops_every_study(shop, runs, name, base, message):
+def test_a_wrong_base_stops_every_study(shop, runs, here, name, base, message):
     with pytest.raises(SettingError, match=message):
-        run_study(name, shop, [0], base)
-    assert not runs.exists()
+        run_study(name, shop, [0], QUICK | base, at_once=1)
+    assert not here and not runs.exists()
 
 
 @pytest.mark.parametrize("name, base, cell, settings", [
