@@ -106,7 +106,8 @@ def test_a_report_prepares_a_public_set(runs, tmp_path, monkeypatch):
     assert asked == ["baby"]
 
 
-def test_two_folders_of_one_name_are_refused(shop, runs, tmp_path):
+def test_two_folders_of_one_name_are_refused(shop, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "run_study", None)
     shutil.copytree(shop, tmp_path / "b" / "shop")
     with pytest.raises(SettingError, match="Two of the data sets are folders named 'shop'"):
         report.paper([shop, tmp_path / "b" / "shop"], ["yardsticks"])
