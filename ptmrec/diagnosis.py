@@ -79,4 +79,5 @@ def diagnosis_in_words(found: dict) -> str:
             f"{found['chance']:.1%} by chance; {p})")
     if found["p"] < 0.01 and found["difference"] > 0:
         return f"Stage 2 is worth trying on this data. {told}."
-    return f"Stage 2 is unlikely to help on this data, because teaching finds no more neighbours. {told}."
+    finds = "fewer neighbours" if found["p"] < 0.01 else "no significantly larger share of neighbours"
+    return f"Stage 2 is unlikely to help on this data, because teaching finds {finds}. {told}."
