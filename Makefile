@@ -19,7 +19,7 @@ help:  ## list the targets
 
 stage2: .venv/installed  ## both stages on dataset=<name or folder>, default sample; shows progress, prints the result
 	@mkdir -p runs
-	$(bin)/papermill nbs/05_stage2.ipynb runs/stage2-$(notdir $(dataset)).ipynb -p dataset $(dataset) \
+	$(bin)/papermill nbs/05_stage2.ipynb "runs/stage2-$$(basename "$(dataset)").ipynb" -p dataset "$(dataset)" \
 	  --stdout-file /dev/stdout --no-progress-bar | cat
 
 paper: .venv/installed  ## a report on dataset=<one or several>: studies=<names, or all>, tables and figures, HTML and Markdown

@@ -180,7 +180,7 @@ def sparsity(dataset: str, base: dict) -> dict:
 
 @study("What do tuned features bring for items that nobody has bought yet?")
 def cold_items(dataset: str, base: dict) -> dict:
-    "A fifth of the items, or as many as can be asked for, without training interactions; only they count as positives."
+    "A fifth of the items without training interactions, if as many can be asked for; only they count as positives."
     cold = derived(dataset, base, with_cold_items, share=0.2, seed=0) | {"eval_items": "cold"}
     return {"05_stage2": {"recommender": backbone_axis("vbpr", "freedom", **cold)}}
 
@@ -550,15 +550,18 @@ SHOWN = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 
 
 def result_values(rows: dict[str, Row]) -> dict:
-    "{row: {column: [a value per seed]}} of the test metrics, with a row for the Stage 1 of rows that have it."
+    "{row: {column: a Series of values by seed}} of the test metrics, with a row for the Stage 1 of rows that have it."
+    def by_seed(row, metric, variant=None):
+        return pd.Series(row.values(metric, variant), [run.params.get("seed") for run in row.runs])  # a yardstick has none
+
     begun = {name: (*(run.params["stage1"] for run in row.runs), None if row.items is None else row.items.tobytes())
              for name, row in rows.items() if row.tuned}
     values, several = {}, len(set(begun.values())) > 1 or "Stage 1" in rows
     for name, row in rows.items():
         if name in begun and begun[name] not in [begun.get(earlier) for earlier in values]:
             before = f"Stage 1 of {name}" if several else "Stage 1"
-            values[before] = {f"test {label(m)}": row.values(m, "stage1") for m in SHOWN}
-        values[name] = {f"test {label(m)}": row.values(m) for m in SHOWN}
+            values[before] = {f"test {label(m)}": by_seed(row, m, "stage1") for m in SHOWN}
+        values[name] = {f"test {label(m)}": by_seed(row, m) for m in SHOWN}
     return values
 
 

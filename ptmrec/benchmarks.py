@@ -435,7 +435,7 @@ def propagation_and_ranking(
     multiplied: int = 4096,  # rows of the matrices that show the speed of arithmetic
     device: str = "auto",  # a GPU if there is one
 ) -> list[dict]:
-    "Propagation and ranking beside their bounds. Rows: data, what, milliseconds, reference (ms), by, speeds."
+    "Propagation and ranking beside their references. Rows: data, what, milliseconds, reference (ms), by, speeds."
     device, rows = pick_device(device), []
     machine = {"GB/s of a big copy": copy_speed(torch.randn(copied, device=device)) / 1e9}
     machine["GFLOP/s"] = product_speed(multiplied, device) / 1e9

@@ -18,6 +18,9 @@ import numpy as np
 import pandas as pd
 
 from .data import MODALITIES, DataError, RecData, find_dataset, load_data, runs_dir, write_atomically
+from .files import fingerprint, locked, writing
+from .runs import own_code
+from .settings import SettingError
 
 # %% ../nbs/04d_derived.ipynb #458eba68
 def with_interactions(data: RecData, kept: np.ndarray) -> RecData:
@@ -28,12 +31,18 @@ def with_interactions(data: RecData, kept: np.ndarray) -> RecData:
                                        time=time))
 
 
+def _check_share(share):
+    if not 0 <= share <= 1:
+        raise SettingError(f"share={share} is not allowed: it must be a number from 0 to 1.")
+
+
 def thinned(
     data: RecData,
     share: float,  # that is kept
     seed: int = 0,
 ) -> RecData:
     "A share of the training interactions, drawn at random; each user and item keeps one interaction at least."
+    _check_share(share)
     inter, rng = data.inter, np.random.default_rng(seed)
     train = np.flatnonzero(inter.split == 0)
     kept = np.ones(len(inter), bool)
@@ -74,6 +83,7 @@ def without(
     seed: int = 0,
 ) -> RecData:
     "The data set without the images or texts of a share of the items; ready-made features become the others' mean."
+    _check_share(share)
     field, content = _content(data, modality)
     gone = np.random.default_rng(seed).permutation(len(content))[: round(share * len(content))]
     if data.features:
@@ -118,7 +128,7 @@ def miniature(data: RecData, n_users: int = 40) -> RecData:
     return replace(data, inter=small, texts=[data.texts[i] for i in items], images=[data.images[i] for i in items],
                    features={m: f[items] for m, f in data.features.items()})
 
-# %% ../nbs/04d_derived.ipynb #9e6f113e
+# %% ../nbs/04d_derived.ipynb #5f0c2a71
 def _link_images(images, folder):
     "Put pictures into `folder`/images, as hard links where the disk allows; returns their names, None where there is none."
     if any(images):
@@ -133,6 +143,21 @@ def _link_images(images, folder):
     return names
 
 
+def _feature_rows(features, ids, name):
+    "A table with a row per item id from 0 on; raises `DataError` for ids that cannot have one."
+    whole = np.issubdtype(ids.dtype, np.integer)
+    if not whole or ids.min() < 0:
+        raise DataError(f"Features need item ids that are whole numbers from 0, and {name} has "
+                        f"{int(ids.min()) if whole else str(ids[0])!r}. Number the items from 0.")
+    n = int(ids.max()) + 1
+    if n > 100 * len(ids) and 4 * n * features.shape[1] > 1e9:
+        raise DataError(f"Features have a row per item id from 0 on: {4e-9 * n * features.shape[1]:,.0f} GB for the "
+                        f"{len(ids):,} items of {name}, whose ids go up to {n - 1}. Number the items from 0.")
+    rows = np.zeros((n, features.shape[1]), np.float32)
+    rows[ids] = features
+    return rows
+
+# %% ../nbs/04d_derived.ipynb #9e6f113e
 def write_data(
     data: RecData,  # of a folder, or of tables in memory
     folder: str | Path,  # made if need be
@@ -143,18 +168,16 @@ def write_data(
     if data.files:
         raise DataError(f"'{data.name}' has files of {', '.join(data.files)}, which cannot be carried over yet. Put "
                         f"ready-made features beside them: {', '.join(MODALITIES[m].feature_file for m in data.files)}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"title": [text or None for text in data.texts], "image": _link_images(data.images, folder)}
-    if data.has_content:
-        pd.DataFrame({"item": inter.item_ids} | content).dropna(axis=1, how="all").to_csv(folder / "items.csv", index=False)
-    if data.features and not np.issubdtype(inter.item_ids.dtype, np.integer):
-        raise DataError(f"Features need item ids that are whole numbers, and {data.name} has {inter.item_ids[0]!r}.")
-    for modality, features in data.features.items():
-        rows = np.zeros((inter.item_ids.max() + 1, features.shape[1]), np.float32)
-        rows[inter.item_ids] = features
-        np.save(folder / MODALITIES[modality].feature_file, rows)
-    if defaults is not None and defaults.exists():
-        shutil.copy(defaults, folder / "defaults.toml")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for modality, features in data.features.items():
+            np.save(folder / MODALITIES[modality].feature_file, _feature_rows(features, inter.item_ids, data.name))
+        content = {"title": [text or None for text in data.texts], "image": _link_images(data.images, folder)}
+        if data.has_content:
+            table = pd.DataFrame({"item": inter.item_ids} | content).dropna(axis=1, how="all")
+            table.to_csv(folder / "items.csv", index=False)
+        if defaults is not None and defaults.exists():
+            shutil.copy(defaults, folder / "defaults.toml")
     table = pd.DataFrame({"user": inter.user_ids[inter.user], "item": inter.item_ids[inter.item], "x_label": inter.split})
     table = table if inter.time is None else table.assign(timestamp=inter.time)
     write_atomically(folder / "interactions.csv", lambda path: table.to_csv(path, index=False))
@@ -167,12 +190,19 @@ def derive(
     read: dict | None = None,  # how `dataset` is read, as `load_data` takes it: {"min_rating": 4, "core": 5}
     **how,  # of `change`
 ) -> Path:
-    "Folder of the data set that `change(data, **how)` makes of `dataset`; made anew only if there is none."
+    "Folder of the data set that `change(data, **how)` makes of `dataset`; made anew only if data or code changed."
+    name = getattr(change, "__name__", type(change).__name__)
+    if name in ("<lambda>", type(change).__name__):
+        raise SettingError(f"change={name} has no name of its own to keep its data set under. Give a function made by def, "
+                           "and its arguments by name: derive(dataset, thinned, share=0.5).")
     source = find_dataset(dataset)
-    data = load_data(source, **read or {})
-    words = [source.name, change.__name__, *map(str, how.values())]
+    data, defaults = load_data(source, **read or {}), source / "defaults.toml"
+    words = [source.name, name, *map(str, how.values())]
     name = "-".join(re.sub(r"[^\w.]+", "_", word).strip("_") for word in words)
-    folder = runs_dir() / "derived" / data.fingerprint() / name
+    made_of = fingerprint(data.fingerprint(), own_code(change), how, *([defaults] if defaults.exists() else []))
+    folder = runs_dir() / "derived" / made_of / name
     if not (folder / "interactions.csv").exists():
-        write_data(change(data, **how), folder, source / "defaults.toml")
+        with locked(folder, f"making {name}"):
+            if not (folder / "interactions.csv").exists():
+                write_data(change(data, **how), folder, defaults)
     return folder

@@ -50,30 +50,34 @@ def shared_neighbours(
         row, col = knn_graph(features, k + 1).csr.to_sparse_coo().indices()  # each item is its own nearest
         pairs.append((row * len(a) + col)[row != col])
     shared = pairs[0][torch.isin(*pairs)] // len(a)
-    return shared.bincount(minlength=len(a)) / k
+    return shared.bincount(minlength=len(a)) / max(k, 1)
 
 # %% ../nbs/03h_diagnosis.ipynb #c8130f0c
 def diagnose(
     id_emb: Tensor,  # (I, d), of Stage 1
     features: dict[str, Tensor],  # {modality: (I, D)}, frozen
     trained: Tensor,  # (I,) bool: items with training interactions
-    k: int = 10,  # neighbours per item
+    k: int = 10,  # neighbours per item; of fewer items, all others
 ) -> dict:
     "Shares of ID neighbours that frozen features and taught ones find: before, after, difference, low, high, p, by chance."
     known, ids = [f[trained] for f in features.values()], id_emb[trained].float()
+    k = max(min(k, len(ids) - 1), 0)
     frozen = torch.cat([F.normalize(f.float(), dim=1) for f in known], 1)
     taught = foretell(torch.cat([standardised(f) for f in known], 1), ids)
     found = [pd.Series(shared_neighbours(ids, f, k).cpu()) for f in (frozen, taught)]
     test = paired_test(found[:1], found[1:])
-    return test | {"items": test.pop("users"), "chance": k / (len(ids) - 1), "k": k}
+    return test | {"items": test.pop("users"), "chance": k / max(len(ids) - 1, 1), "k": k}
 
 # %% ../nbs/03h_diagnosis.ipynb #1eac5dfd
 def diagnosis_in_words(found: dict) -> str:
     "One sentence or two: what `diagnose` found, and whether Stage 2 is worth trying."
+    if found["k"] >= found["items"] - 1:
+        return f"Too few items have training interactions ({found['items']}) to say whether Stage 2 is worth trying."
     p = f"p = {found['p']:.2g}" if found["p"] > 1e-16 else "p < 1e-16"
     told = (f"Of an item's {found['k']} nearest by ID embedding, {found['before']:.1%} are among its nearest by frozen "
             f"features, and {found['after']:.1%} by features that were taught the ID embeddings of other items ("
             f"{found['chance']:.1%} by chance; {p})")
     if found["p"] < 0.01 and found["difference"] > 0:
         return f"Stage 2 is worth trying on this data. {told}."
-    return f"Stage 2 is unlikely to help on this data, because teaching finds no more neighbours. {told}."
+    finds = "fewer neighbours" if found["p"] < 0.01 else "no significantly larger share of neighbours"
+    return f"Stage 2 is unlikely to help on this data, because teaching finds {finds}. {told}."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'CLAIMS', 'DIFFERS', 'FIRST', 'Block', 'as_markdown', 'as_html', 'write_report', 'Claim', 'beside_the_paper',
-           'saved_table', 'study_blocks', 'check_studies', 'paper', 'main']
+           'saved_table', 'study_blocks', 'check_studies', 'check_report', 'own_names', 'paper', 'main']
 
 # %% ../nbs/06a_report.ipynb #e1cc8c79
 import argparse
@@ -16,19 +16,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from urllib.parse import quote
 
 import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .ablations import (SAMPLERS, STUDIES, StudyResult, cost_table, plot_cost, plot_study, run_study, study_settings,
-                              verdicts, write_result)
-from .data import DataError, find_dataset, runs_dir, write_atomically
+from .ablations import (SAMPLERS, STUDIES, StudyResult, cost_table, draw_trials, plot_cost, plot_study, run_study,
+                              study_settings, verdicts, write_result)
+from .data import DataError, load_data, runs_dir, write_atomically
+from .ranking import check_metric
 from .runs import open_run, shown_path
-from .settings import SettingError, did_you_mean
+from .settings import SettingError, did_you_mean, resolve
 from .significance import save_figure, to_markdown
-from .stage1 import label
+from .sources import find_or_prepare
+from .stage1 import label, run_stage1, stage1_settings
+from .stage2 import run_stage2
+from .training import exits_when_stopped
 
 # %% ../nbs/06a_report.ipynb #8481f6f3
 @dataclass
@@ -45,7 +50,7 @@ def as_markdown(block: Block, folder: Path) -> str:
     if block.kind == "table":
         return to_markdown(block.content, block.content.index.name or "")
     if block.kind == "figure":
-        return f"![{block.content.stem}]({block.content.relative_to(folder)})\n"
+        return f"![{block.content.stem}]({quote(block.content.relative_to(folder).as_posix())})\n"
     before = {"heading": "#" * block.level + " ", "code": "```\n"}.get(block.kind, "")
     return f"{before}{block.content}\n" + "```\n" * (block.kind == "code")
 
@@ -102,22 +107,25 @@ def _mean(result, row, metric):
 
 
 def _each(result, metric, *rows):
-    return ", ".join(f"{row} {_mean(result, row, metric):.4f}" for row in rows if row in result.rows)
+    return ", ".join(f"{row} {_mean(result, row, metric):.4f}" for row in rows if row in result.rows) or "-"
 
 
 def _costs(result, column, *rows):
     costs = cost_table(result)
-    return ", ".join(f"{row} {costs.loc[row, column]:,.0f}" for row in rows if row in costs.index)
+    return ", ".join(f"{row} {costs.loc[row, column]:,.0f}" for row in rows if row in costs.index) or "-"
 
 
 def _two_stages(result):
     gains = [np.mean(row.values("recall@10")) / np.mean(row.values("recall@10", "stage1")) - 1
              for name, row in result.rows.items() if "two stages" in name]
-    return f"{np.mean(gains):+.1%} on this data set"
+    return f"{np.mean(gains):+.1%} on this data set" if gains else "-"
 
 
 def _transfer(result):
-    without, both = (_mean(result, row, "recall@20") for row in ("task loss alone", "task loss and transfer"))
+    rows = "task loss alone", "task loss and transfer"
+    if not result.rows.keys() >= set(rows):
+        return "-"
+    without, both = (_mean(result, row, "recall@20") for row in rows)
     return f"{without / both - 1:+.1%}"
 
 # %% ../nbs/06a_report.ipynb #0aed6bbe
@@ -181,9 +189,11 @@ def study_blocks(
 ) -> list[Block]:
     "A report's part on a study; `against`: the comparisons of `write_result`. Figures go into `folder`."
     n_seeds = max(len(row.runs) for row in result.rows.values())
-    blocks = [Block("heading", result.study.question, 3), Block("table", saved_table(result.folder / "result.md")),
-              Block("text", f"`{name}`, {n_seeds} seed{'s' * (n_seeds > 1)}; bold: the best of a column; a star: p < 0.05 "
-                            "after Holm's correction."),
+    table = saved_table(result.folder / "result.md")
+    bold = " bold: the best of a column;" if "**" in table.to_string() else ""
+    blocks = [Block("heading", result.study.question, 3), Block("table", table),
+              Block("text", f"`{name}`, {n_seeds} seed{'s' * (n_seeds > 1)};{bold} a star: p < 0.05 after Holm's "
+                            "correction."),
               _picture(plot_study(result, metric), folder / name)]
     blocks += [Block("text", told) for told in verdicts(result, against, metric).split("\n\n")]
     costs = cost_table(result)
@@ -197,22 +207,55 @@ def study_blocks(
 FIRST = ("yardsticks", "methods", "knowledge_transfer")  # what the paper's summary asks for first
 
 
-def _about(dataset, result, base, n_seeds, budget, sampler):
-    "Where, when and with what a report was made."
-    about = open_run(next(iter(result.rows.values())).runs[-1].folder).about
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    told = {"data set": f"{dataset}, {about['data']}", "settings of every run": json.dumps(base) if base else "the defaults",
-            "seeds": str(n_seeds), "trials per method": f"{budget}, {sampler}",
-            "device": about["parameters"].get("device", "cpu"), "cores": str(joblib.cpu_count()),
-            "versions": versions, "made": date.today().isoformat()}
-    return Block("table", pd.DataFrame({"value": told}).rename_axis("made with"))
-
-
 def check_studies(names: Sequence[str]) -> None:
-    "Raise `SettingError` for a name that is no study."
+    "Raise `SettingError` for a name that is no study, or for none."
     if wrong := [name for name in names if name not in STUDIES]:
         raise SettingError(f"'{wrong[0]}' is no study.{did_you_mean(wrong[0], STUDIES)} Allowed: "
                            f"{', '.join(STUDIES)}, or all.")
+    if not names:
+        raise SettingError(f"No study is named. Name at least one of {', '.join(STUDIES)}.")
+
+# %% ../nbs/06a_report.ipynb #3d1b7c52
+def check_report(
+    settings: dict,  # {data set: (name or folder, settings of every run, ...)}
+    studies: Sequence[str],  # names of `STUDIES`
+    n_seeds: int, budget: int, sampler: str, metric: str,  # as of `paper`
+) -> None:
+    "Raise `SettingError` for what is wrong in the arguments of `paper`, before anything is made."
+    check_studies(studies)
+    check_metric(metric)
+    for name, value in {"n_seeds": n_seeds, "budget": budget}.items():
+        if value < 1:
+            raise SettingError(f"{name}={value} is not allowed: it must be at least 1.")
+    for path, mine, *_ in settings.values():
+        resolve(run_stage2.experiment, mine | {"dataset": path})
+        tuned = [name for name in studies if STUDIES[name].tuned and sampler == "random"]
+        for spaces in (axes for name in tuned for axes in STUDIES[name].axes(path, mine).values()):
+            draw_trials(spaces, budget)
+
+
+def own_names(settings: dict) -> dict[str, str]:
+    "{data set: name of its folder}, prepared if need be; raises `SettingError` for two of one name."
+    names = {dataset: find_or_prepare(path).name for dataset, (path, *_) in settings.items()}
+    if twice := [name for name in names.values() if list(names.values()).count(name) > 1]:
+        raise SettingError(f"Two of the data sets are folders named '{twice[0]}', and results are kept by that name. Rename "
+                           "one of the folders, or leave it out.")
+    return names
+
+# %% ../nbs/06a_report.ipynb #97a2f6d1
+def _about(dataset, result, settings, n_seeds, budget, sampler):
+    "Where, when and with what a report was made; `settings`: the data set, and the settings of every run."
+    (path, base, *_), runs = settings, [run for row in result.rows.values() for run in row.runs]
+    used = resolve(run_stage1.experiment, stage1_settings(base) | {"dataset": path})
+    data = load_data(find_or_prepare(path), used.min_rating, used.core, used.split, used.split_seed)
+    versions = ", ".join(f"{name} {version}" for name, version in open_run(runs[-1].folder).about["versions"].items())
+    devices = sorted({run.params["device"] for run in runs if "device" in run.params})  # a yardstick has none
+    told = {"data set": f"{dataset}, {data.fingerprint()}",  # the runs of a row may be on one derived of it
+            "settings of every run": json.dumps(base) if base else "the defaults",
+            "seeds": str(n_seeds), "trials per method": f"{budget}, {sampler}",
+            "device": ", ".join(devices), "cores": str(joblib.cpu_count()),
+            "versions": versions, "made": date.today().isoformat()}
+    return Block("table", pd.DataFrame({"value": told}).rename_axis("made with"))
 
 # %% ../nbs/06a_report.ipynb #feb84784
 def paper(
@@ -226,10 +269,10 @@ def paper(
     **how,  # of `grid`: at_once, threads, client
 ) -> Path:
     "Run studies and write a report on them into runs/paper/<data sets>; returns the folder. Failed studies say why."
-    check_studies(studies)
     settings = {dataset: study_settings(dataset, base) for dataset in datasets}
-    names = {dataset: find_dataset(path).name for dataset, (path, *_) in settings.items()}
-    folder, tables = runs_dir() / "paper" / "-".join(names.values()), []
+    check_report(settings, studies, n_seeds, budget, sampler, metric)
+    names, tables, failed = own_names(settings), [], []
+    folder = runs_dir() / "paper" / "-".join(names.values())
     blocks = [Block("heading", f"PTMRec on {', '.join(names.values())}", 1)]
     for dataset, (path, mine, notebooks) in settings.items():
         blocks.append(Block("heading", names[dataset]))
@@ -237,39 +280,53 @@ def paper(
         for study in studies:
             try:
                 result = run_study(study, path, range(n_seeds), mine, budget, metric, sampler, papermill=notebooks, **how)
+                against = write_result(result, metric)
             except DataError as error:  # such as weights that are not here
-                blocks.append(Block("text", f"`{study}` was not run: {error}"))
+                failed.append(f"`{study}` was not run: {error}")
+                blocks.append(Block("text", failed[-1]))
+                print(failed[-1], flush=True)
                 continue
-            if not results:
-                blocks.append(_about(names[dataset], result, mine, n_seeds, budget, sampler))
-            results[study], against = result, write_result(result, metric)
+            blocks += [] if results else [_about(names[dataset], result, settings[dataset], n_seeds, budget, sampler)]
+            results[study] = result
             blocks += study_blocks(study, result, against, folder / names[dataset], metric)
             tables.append(against.rename_axis("row").reset_index().assign(dataset=names[dataset], study=study))
             write_report(blocks, folder)
         numbers = beside_the_paper(names[dataset], results)
         blocks += [Block("heading", "Beside the paper", 3), Block("table", numbers)] if len(numbers) else []
-    blocks += [Block("heading", "What differs from the paper"), Block("text", DIFFERS)]
-    write_report(blocks, folder)
-    if tables:
-        write_atomically(folder / "verdicts.csv", lambda path: pd.concat(tables).to_csv(path, index=False))
+    if not tables:
+        raise DataError(f"There is nothing to report. {failed[0]}")
+    write_report([*blocks, Block("heading", "What differs from the paper"), Block("text", DIFFERS)], folder)
+    write_atomically(folder / "verdicts.csv", lambda path: pd.concat(tables).to_csv(path, index=False))
     return folder
 
 # %% ../nbs/06a_report.ipynb #32ae512b
+def _settings(text):
+    "Settings in JSON, as an option of a program."
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed. Give settings in JSON, as {{\"backbone\": \"vbpr\"}}")
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     "`paper` as a program."
     parser = argparse.ArgumentParser("python -m ptmrec.report", description="Run studies and write a report on them.")
     parser.add_argument("datasets", nargs="*", default=["sample"], help="names in data/, or folders")
-    parser.add_argument("--studies", nargs="*", default=list(FIRST), help="names of studies, or all")
+    parser.add_argument("--studies", nargs="+", default=list(FIRST), help="names of studies, or all")
     parser.add_argument("--n_seeds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=6, help="trials per method")
     parser.add_argument("--sampler", default="random", choices=SAMPLERS)
-    parser.add_argument("--base", type=json.loads, help='settings of every run, as {"backbone": "vbpr"}')
+    parser.add_argument("--base", type=_settings, help='settings of every run, as {"backbone": "vbpr"}')
     parser.add_argument("--metric", default="recall@10")
     parser.add_argument("--at_once", type=int, help="runs at a time")
     given = vars(parser.parse_args(arguments))
     given["studies"] = list(STUDIES) if given["studies"] == ["all"] else given["studies"]
     try:
-        print(f"The report: {shown_path(paper(**given) / 'report.html')}")
+        with exits_when_stopped():
+            print(f"The report: {shown_path(paper(**given) / 'report.html')}")
     except DataError as error:
         raise SystemExit(str(error)) from None
 

@@ -875,7 +875,8 @@ Run.encoder, Run.item_features = _encoder, _item_features
 def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     "All runs as a table, the newest first: what they are, whether they are finished, their validation and test metric."
     rows = []
-    for path in runs_dir().glob(f"{experiment}/{dataset}/*/run.json"):
+    asked = f"{experiment}/{dataset}".replace("[", "[[]")  # a name may have brackets
+    for path in runs_dir().glob(f"{asked}/*/run.json"):
         if path.parent.suffix or path.parents[2].name == "search":  # its trials are runs of their own
             continue
         try:

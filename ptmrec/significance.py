@@ -94,7 +94,8 @@ def in_words(
         return what + (": a difference on these seeds; with other seeds it may vanish." if inside else ": a difference.")
     smallest = row["smallest"]
     shows = (f"the smallest gain that this data could show is {smallest:.4f}" +
-             (f" ({smallest / row['before']:.1%})" if row["before"] else "")) if smallest == smallest else "all are equal"
+             (f" ({smallest / row['before']:.1%})" if row["before"] else "")) if smallest == smallest else (
+        "all are equal" if row["difference"] == row["low"] == row["high"] == 0 else "they are too few")
     return f"{what}: cannot tell with {int(row['users']):,} users; {shows}."
 
 # %% ../nbs/03g_significance.ipynb #48a13e76
@@ -140,7 +141,7 @@ def to_latex(text: pd.DataFrame, corner: str = "") -> str:
 # %% ../nbs/03g_significance.ipynb #8ae00a29
 def save_result(
     stem: Path,  # path without an ending
-    values: dict,  # as of `result_text`
+    values: dict,  # as of `result_text`; values as a Series have their seeds as its index, others count from 0
     stars: Iterable[tuple] = (),  # as of `result_text`
     corner: str = "",  # what the rows are
     more: dict | None = None,  # further columns of text {column: {row: text}}, such as the gain
@@ -148,9 +149,10 @@ def save_result(
 ) -> list[Path]:
     "Write `stem`.md, .tex (needs booktabs) and .csv, the CSV with a row per seed and full precision; returns the files."
     stars, more = set(stars), pd.DataFrame(more or {}, index=list(values)).fillna("")
-    long = [(row, column, n, value, (row, column) in stars) for row, cells in values.items()
-            for column, seeds in cells.items() for n, value in enumerate(seeds)]
+    long = [(row, column, seed, value, (row, column) in stars) for row, cells in values.items()
+            for column, found in cells.items() for seed, value in pd.Series(found, dtype=float).items()]
     table = pd.DataFrame(long, columns=["row", "column", "seed", "value", "significant"])
+    table = table.assign(seed=table.seed.convert_dtypes())  # whole numbers stay so beside one that is missing
     plain = result_text(values, stars, "**{}**" if bold else "{}")
     latex = result_text(values, stars, r"\textbf{{{}}}" if bold else "{}", r"$\pm$", r"$^*$")
     contents = {".md": to_markdown(plain.join(more), corner), ".csv": table.to_csv(index=False),

@@ -144,8 +144,9 @@ def _warn_of_unused(settings, data):
                       f"used, not its own {' and '.join(unused)}. Move the .npy files away to encode these with a CLIP.")
     drawings = settings.clip_model == "tiny" and settings.pretrained == "sample"
     if own["image"] and data.needs_clip and drawings and find_dataset(settings.dataset) != SAMPLE:
-        warnings.warn("The tiny CLIP has only seen drawings of the sample. For photographs use a CLIP that has seen some: "
-                      "clip_model ViT-B-32, pretrained openai; or, without a model hub, clip_model minilm-efficientnet.")
+        warnings.warn("The tiny CLIP has only seen drawings such as the sample's. For photographs use a CLIP that has "
+                      "seen some: clip_model ViT-B-32, pretrained openai; or, without a model hub, clip_model "
+                      "minilm-efficientnet.")
 
 # %% ../nbs/04_stage1.ipynb #29af3547
 LARGEST = 1e9  # of a feature; squares of much larger ones are no longer numbers

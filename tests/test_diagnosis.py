@@ -46,3 +46,11 @@ def test_items_without_training_interactions_are_left_out():
     assert found["difference"] > 0 and diagnosis_in_words(found).startswith("Stage 2 is worth trying on this data.")
     nothing = diagnose(taste, {"image": torch.randn(200, 8, generator=torch.Generator().manual_seed(5))}, trained)
     assert diagnosis_in_words(nothing).startswith("Stage 2 is unlikely to help on this data")
+
+
+def test_too_few_items_are_said_and_stop_nothing():
+    ids, features = (torch.randn(30, d, generator=torch.Generator().manual_seed(d)) for d in (4, 6))
+    for n in (2, 8, 11):
+        found = diagnose(ids, {"text": features}, torch.arange(30) < n)
+        assert found["items"] == n and found["k"] == n - 1 and diagnosis_in_words(found).startswith("Too few items have")
+    assert "10 nearest" in diagnosis_in_words(diagnose(ids, {"text": features}, torch.arange(30) < 12))

@@ -17,7 +17,7 @@ import ptmrec.stage1 as stage1
 import ptmrec.stage2 as stage2
 from ptmrec.data import DataError
 from ptmrec.ranking import paired_test
-from ptmrec.runs import compare, list_runs, open_run, per_user_values
+from ptmrec.runs import compare, list_runs, new_run, open_run, per_user_values
 from ptmrec.settings import SettingError
 from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import run_stage2
@@ -30,6 +30,12 @@ def small(tmp_path, monkeypatch, runs):
     monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
     make_shop(tmp_path / "shop")
     return tmp_path / "shop"
+
+
+def test_runs_are_listed_by_a_name_with_brackets(runs):
+    for name in ("set[1]", "set1"):
+        new_run("stage1", name, {}).begin()
+    assert list_runs("stage1", "set[1]").dataset.tolist() == ["set[1]"] and len(list_runs(dataset="set*")) == 2
 
 
 def test_a_finished_run_is_used_again_and_said(small, monkeypatch, capsys):

@@ -1,0 +1,288 @@
+"""Reports, stored tables, and the derived data of studies: what is wrong is said, and nothing old passes for new."""
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from small import make_shop
+
+import ptmrec.derived as derived
+import ptmrec.report as report
+import ptmrec.sources as sources
+import ptmrec.stored_studies as stored_studies
+from ptmrec.ablations import result_values
+from ptmrec.data import DataError, find_dataset, load_data
+from ptmrec.derived import derive, random_features, thinned, without, write_data
+from ptmrec.settings import SettingError
+from ptmrec.significance import comparisons, in_words, save_result
+from ptmrec.stored_studies import TABLES, store_studies, verdict
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shop"
+    make_shop(folder)
+    return str(folder)
+
+
+# ---------------------------------------------------------------- the report
+
+
+@pytest.fixture
+def earlier(runs):
+    "A report of an earlier call."
+    path = runs / "paper" / "shop" / "report.md"
+    path.parent.mkdir(parents=True)
+    path.write_text("earlier")
+    return path
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--metric", "recal@10"], "metric='recal@10'"), (["--n_seeds", "0"], "n_seeds=0 is not allowed"),
+    (["--budget", "0"], "budget=0 is not allowed"), (["--budget", "13"], "budget=13 is more than the 12 cells"),
+    (["--base", '{"bakbone": "vbpr"}'], "bakbone"), (["--base", '{"device": "gpu"}'], "device='gpu'"),
+    (["--base", '{"n_ctx": -1}'], "n_ctx=-1"), (["--base", '{"epochs": "x"}'], "epochs='x'")])
+def test_wrong_arguments_end_a_report_before_anything_is_made(shop, earlier, monkeypatch, arguments, message):
+    monkeypatch.setattr(report, "run_study", None)
+    with pytest.raises(SystemExit) as stop:
+        report.main([shop, *arguments])
+    assert message in str(stop.value) and "\n" not in str(stop.value)
+    assert earlier.read_text() == "earlier" and [path.name for path in earlier.parents[2].iterdir()] == ["paper"]
+
+
+@pytest.mark.parametrize("base", ["[1]", "{", "3"])
+def test_settings_that_are_no_json_object_are_said(base, capsys):
+    with pytest.raises(SystemExit):
+        report.main(["sample", "--base", base])
+    assert f'{base} is not allowed. Give settings in JSON, as {{"backbone": "vbpr"}}' in capsys.readouterr().err
+
+
+def test_a_report_without_a_study_keeps_the_earlier_one(shop, earlier, monkeypatch, capsys):
+    def run_study(*_, **__):
+        raise DataError("The weights are not here.")
+
+    monkeypatch.setattr(report, "run_study", run_study)
+    with pytest.raises(SystemExit, match="There is nothing to report. `generative` was not run: The weights are not here."):
+        report.main([shop, "--studies", "generative", "prompts"])
+    assert earlier.read_text() == "earlier" and "`prompts` was not run: The weights are not here." in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_report_with_one_line(monkeypatch, capsys):
+    def paper(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "paper", paper)
+    monkeypatch.setattr("ptmrec.training._leave", sys.exit)
+    with pytest.raises(SystemExit) as stop:
+        report.main([])
+    assert stop.value.code == 130 and capsys.readouterr().err == "Stopped.\n"
+
+
+def test_a_report_prepares_a_public_set(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("PTMREC_DATA", str(tmp_path / "data"))
+    asked = []
+
+    def prepare(name):
+        make_shop(tmp_path / "data" / name)
+        return find_dataset(name)
+
+    def run_study(study, dataset, *_, **__):
+        asked.append(load_data(dataset).name)
+        raise DataError("enough")
+
+    monkeypatch.setattr(sources, "find_or_prepare_amazon", prepare)
+    monkeypatch.setattr(report, "run_study", run_study)
+    with pytest.raises(DataError, match="enough"):
+        report.paper(["baby"], ["yardsticks"])
+    assert asked == ["baby"]
+
+
+def test_two_folders_of_one_name_are_refused(shop, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "run_study", None)
+    shutil.copytree(shop, tmp_path / "b" / "shop")
+    with pytest.raises(SettingError, match="Two of the data sets are folders named 'shop'"):
+        report.paper([shop, tmp_path / "b" / "shop"], ["yardsticks"])
+    assert not runs.exists()
+
+
+def test_a_report_is_about_the_data_and_the_device_of_the_runs(shop, monkeypatch):
+    run, popular = (SimpleNamespace(params=params, folder=None) for params in ({"device": "cuda"}, {}))
+    result = SimpleNamespace(rows={name: SimpleNamespace(runs=[r]) for name, r in (("Popular", popular), ("VBPR", run))})
+    about = {"versions": {"torch": "2"}, "data": "a derived set's"}
+    monkeypatch.setattr(report, "open_run", lambda folder: SimpleNamespace(about=about))
+    table = report._about("shop", result, (shop, {"core": 7}), 1, 6, "random").content.value
+    assert table["data set"] == f"shop, {load_data(shop, core=7).fingerprint()}" and table["device"] == "cuda"
+
+
+def test_claims_without_their_rows_are_a_dash(monkeypatch):
+    monkeypatch.setattr(report, "cost_table", lambda result: pd.DataFrame({"seconds": [], "tuned parameters in CLIP": []}))
+    result = SimpleNamespace(rows={"transfer alone": None})
+    studies = dict.fromkeys(("yardsticks", "methods", "knowledge_transfer", "main_table"), result)
+    ours = [report.beside_the_paper(name, studies).ours for name in ("baby", "sports")]
+    assert [len(column) for column in ours] == [5, 2] and all(column.str.endswith("-").all() for column in ours)
+
+
+@pytest.mark.parametrize("bold", [True, False])
+def test_a_report_explains_bold_only_where_there_is_some(tmp_path, monkeypatch, bold):
+    save_result(tmp_path / "result", {"a": {"R": [0.1]}, "b": {"R": [0.2]}}, bold=bold)
+    monkeypatch.setattr(report, "plot_study", lambda *_: report.plt.figure())
+    monkeypatch.setattr(report, "verdicts", lambda *_: "cannot tell")
+    monkeypatch.setattr(report, "cost_table", lambda _: pd.DataFrame())
+    result = SimpleNamespace(rows={"a": SimpleNamespace(runs=[0])}, study=SimpleNamespace(question="Q?", tuned=False),
+                             folder=tmp_path, failed=pd.DataFrame)
+    text = report.study_blocks("mine", result, None, tmp_path, "recall@10")[2].content
+    assert ("bold" in text) == bold and text.endswith("a star: p < 0.05 after Holm's correction.")
+
+
+def test_pictures_are_linked_from_folders_with_spaces(tmp_path):
+    linked = report.as_markdown(report.Block("figure", tmp_path / "my shop é" / "a (1).png"), tmp_path)
+    assert linked == "![a (1)](my%20shop%20%C3%A9/a%20%281%29.png)\n"
+
+
+# ---------------------------------------------------------------- stored tables
+
+
+@pytest.fixture
+def stored(monkeypatch, tmp_path):
+    "Files of an earlier call, and a study whose runs are made up."
+    for ending in TABLES:
+        (tmp_path / f"studies{ending}.csv").write_text("earlier")
+    failed = pd.DataFrame({"cell": ["LoRA", "LoRA", "full"], "seed": [0, 1, 0], "error": ["no room", "later", "nan"]})
+    result = SimpleNamespace(study=SimpleNamespace(note=None, reference=None), rows={}, failed=lambda: failed)
+    monkeypatch.setattr(stored_studies, "run_study", lambda *_, **__: result)
+    monkeypatch.setattr(stored_studies, "study_values", lambda *_: pd.DataFrame({"value": [0.12345678, 1.0]}))
+    monkeypatch.setattr(stored_studies, "compared", lambda *_: pd.DataFrame({"p": [1e-9]}, ["LoRA"]))
+    costs = pd.DataFrame({"tuned parameters in CLIP": [4682432.0, np.nan], "seconds": [25.293604, 3.0]}, ["full", "none"])
+    monkeypatch.setattr(stored_studies, "cost_table", lambda _: costs)
+    return tmp_path / "studies"
+
+
+def test_stored_tables_keep_whole_numbers_and_failures_are_said(stored, capsys):
+    store_studies({"methods": {}}, stored, "sample", range(3))
+    written = [stored.with_name(f"studies{ending}.csv").read_text().splitlines()[1:] for ending in TABLES]
+    assert written == [["0.123457,methods", "1,methods"], ["LoRA,1e-09,methods"],
+                       ["full,4682432,25.2936,methods", "none,,3,methods"]]
+    said = capsys.readouterr().out
+    assert "methods: LoRA failed in 2 of 3 runs. The first error: no room" in said and "full failed in 1 of 3 runs" in said
+
+
+def test_stored_tables_are_left_alone_aloud_where_no_study_can_run(stored, monkeypatch, capsys):
+    def run_study(*_, **__):
+        raise DataError("no weights")
+
+    monkeypatch.setattr(stored_studies, "run_study", run_study)
+    with pytest.raises(DataError, match="None of the studies could run, for the reasons above; .*csv are as they were"):
+        store_studies({"generative": {}}, stored, "sample", [0])
+    assert "generative was not run: no weights" in capsys.readouterr().out
+    assert all(stored.with_name(f"studies{ending}.csv").read_text() == "earlier" for ending in TABLES)
+
+
+# ---------------------------------------------------------------- words and tables
+
+
+def test_few_users_are_not_called_equal():
+    table = comparisons({name: ([pd.Series(a)], [pd.Series(b)]) for name, a, b in (
+        ("differ", [0.1, 0.2], [0.3, 0.2]), ("equal", [0.1, 0.2], [0.1, 0.2]))})
+    words = {name: in_words(name, row, "R", "S") for name, row in table.iterrows()}
+    assert words["differ"].endswith("cannot tell with 2 users; they are too few.")
+    assert words["equal"].endswith("all are equal.")
+    assert verdict(table.loc["differ"]) == "cannot tell"
+
+
+def test_a_result_says_which_seed_a_value_is_of(tmp_path):
+    def row(*seeds):
+        runs = [SimpleNamespace(params={} if seed is None else {"seed": seed}) for seed in seeds]
+        return SimpleNamespace(runs=runs, tuned=False, items=None, values=lambda *_: [0.1] * len(runs))
+
+    save_result(tmp_path / "result", result_values({"a": row(5, 6), "b": row(6), "EASE": row(None)}))
+    lines = (tmp_path / "result.csv").read_text().splitlines()
+    seeds = [line.split(",")[:4:2] for line in lines if "Recall@10" in line]
+    assert seeds == [["a", "5"], ["a", "6"], ["b", "6"], ["EASE", ""]]
+    assert "| b | **0.1000** |" in (tmp_path / "result.md").read_text()
+
+
+# ---------------------------------------------------------------- derived data
+
+
+def test_derived_data_follow_the_code_that_makes_them(shop, runs):
+    def halve(data, n=1):
+        return thinned(data, 0.5)
+
+    first, other = derive(shop, halve), derive(shop, halve, n=-1)
+    assert derive(shop, halve) == first and derive(shop, halve, n=1) != other
+
+    def halve(data, n=1):
+        return thinned(data, 0.1)
+
+    again = derive(shop, halve)
+    assert len(load_data(again).inter) == len(thinned(load_data(shop), 0.1).inter) < len(load_data(first).inter)
+    for nameless in (lambda data: thinned(data, 0.9), partial(thinned, share=0.3)):
+        with pytest.raises(SettingError, match="has no name of its own to keep its data set under. Give a function"):
+            derive(shop, nameless)
+
+
+def test_derived_data_follow_the_defaults_of_their_folder(shop, runs, tmp_path):
+    shutil.copytree(shop, tmp_path / "shop")
+    first = derive(tmp_path / "shop", thinned, share=0.5)
+    (tmp_path / "shop" / "defaults.toml").write_text("lr = 0.01")
+    again = derive(tmp_path / "shop", thinned, share=0.5)
+    assert again != first and (again / "defaults.toml").read_text() == "lr = 0.01"
+
+
+def test_derived_data_are_made_by_one_process_alone(shop, runs, monkeypatch):
+    made = []
+
+    def slowly(*arguments):
+        made.append(0)
+        time.sleep(0.3)
+        return write_data(*arguments)
+
+    monkeypatch.setattr(derived, "write_data", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: derive(shop, thinned, share=0.5), range(2)))
+    assert folders[0] == folders[1] and len(made) == 1
+
+
+@pytest.mark.parametrize("ids, message", [(lambda ids: ids + 10**12, "ids go up to 1000000000036. Number the items from 0"),
+                                          (lambda ids: ids - 3, "whole numbers from 0, and shop has -3"),
+                                          (lambda ids: ids.astype(str), "whole numbers from 0, and shop has '0'")])
+def test_features_want_item_ids_that_are_rows(shop, tmp_path, ids, message):
+    data = random_features(load_data(shop), {"image": 4})
+    with pytest.raises(DataError, match=message):
+        write_data(replace(data, inter=replace(data.inter, item_ids=ids(data.inter.item_ids))), tmp_path / "far")
+
+
+def test_derived_data_that_cannot_be_written_are_one_sentence(shop, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "file" / "runs"))
+    with pytest.warns(UserWarning, match="cannot be locked"), pytest.raises(DataError, match="cannot be written: Not a dir"):
+        derive(shop, thinned, share=0.5)
+
+
+@pytest.mark.parametrize("change", [thinned, partial(without, modality="text")])
+@pytest.mark.parametrize("share", [-0.5, 50, float("nan")])
+def test_shares_are_from_0_to_1(shop, change, share):
+    with pytest.raises(SettingError, match=f"share={share} is not allowed: it must be a number from 0 to 1"):
+        change(load_data(shop), share=share)
+
+
+# ---------------------------------------------------------------- make
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_make_takes_folders_with_spaces_and_a_slash(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "papermill").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    os.chmod(tmp_path / "papermill", 0o755)
+    command = ["make", "-C", str(tmp_path), "-o", ".venv/installed", "stage2", "dataset=data/my shop/", f"bin={tmp_path}"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "runs/stage2-my shop.ipynb" in told and told[told.index("dataset") + 1] == "data/my shop/"
