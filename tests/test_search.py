@@ -179,7 +179,8 @@ def test_killed_and_called_again(shop, runs, trained):
             break
         time.sleep(0.05)
     assert len(workers) >= 2 and not any(map(alive, workers))
-    done = {path: path.stat().st_mtime_ns for path in (runs / "stage1").rglob("history.csv") if open_run(path.parent).trained}
+    done = {path: path.stat().st_mtime_ns for path in (runs / "stage1").rglob("history.csv")
+            if open_run(path.parent).trained}
     assert len(done) < 6 and not scored(runs)
 
     table, (winner,) = search("bpr", shop, grid, **epochs)
