@@ -12,6 +12,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # programs under test 
 SHARED = Path(os.environ.get("PTMREC_SHARED", ROOT.parent / "shared" / "data"))
 
 
+SLOWEST = ("test_notebooks", "test_papermill", "test_browser", "test_ablations")
+
+
+def pytest_collection_modifyitems(items):
+    "The files that take longest first, so that both workers end at about the same time."
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     "An empty folder that experiments write to."
