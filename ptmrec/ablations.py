@@ -572,8 +572,8 @@ def write_result(result: StudyResult, metric: str = "recall@10") -> pd.DataFrame
              compared(result.rows, result.study.reference, m).iterrows() if row.p_holm < 0.05}
     gains = {name: f"{row.after / row.before - 1:+.1%}" for name, row in table.iterrows() if row.before}
     more = {f"{label(metric)} against {result.study.reference or 'its Stage 1'}": gains}
-    same_items = len({None if row.items is None else row.items.tobytes() for row in result.rows.values()}) == 1
-    save_result(result.folder / "result", result_values(result.rows), stars, result.study.question, more, bold=same_items)
+    save_result(result.folder / "result", result_values(result.rows), stars, result.study.question, more,
+                bold=result.study.split is None)  # rows of a split are of different items
     write_atomically(result.folder / "runs.parquet", result.table.to_parquet)
     write_atomically(result.folder / "comparisons.csv", table.to_csv)
     return table
