@@ -55,12 +55,15 @@ def rank_items(
     users: Tensor,  # (n,) user numbers
     masked: Pairs,  # never recommended: as a rule the training pairs
     k: int = 50,  # places per list
+    left_out: Tensor | None = None,  # (m,) items that nobody is shown; None: every item is a candidate
 ) -> Tensor:
     "Top-`k` items (n, k) for `users` by inner product; -1 where no item is left."
     lists = []
     for rows in users.split(max(128, 2**21 // len(item_emb))):  # as a rule 8 MB of scores
         scores = user_emb[rows] @ item_emb.T
         scores[masked.rows(rows)] = -torch.inf
+        if left_out is not None:
+            scores[:, left_out] = -torch.inf
         best = stable_topk(scores, min(k, scores.shape[1]))
         lists.append(best.where(scores.gather(1, best) > -torch.inf, -1))
     return torch.cat(lists)
@@ -191,15 +194,18 @@ class Evaluator:
         self,
         inter: Interactions,
         device="cpu",
-        items: str = "all",  # which items count as positives: all, warm or cold; all are candidates in any case
+        items: str = "all",  # which items count as positives: all, warm or cold
         users: str = "all",  # whose lists are scored: all, warm or cold
         mask_valid: bool = False,  # mask validation pairs on test, too
+        candidates: str = "all",  # which items are ranked: all, warm or cold
     ):
         train = inter.part("train")
         self.masked = dict.fromkeys(("valid", "test"), Pairs(*train, inter.n_users, device))
         if mask_valid:
             self.masked["test"] = Pairs(*map(np.append, train, inter.part("valid")), inter.n_users, device)
         self.groups, self.n_items = f"{users} users and {items} items", inter.n_items
+        out = np.flatnonzero(~_in_group(inter, "item", candidates))
+        self.left_out = torch.as_tensor(out, device=device) if len(out) else None
         counts_user, counts_item = _in_group(inter, "user", users), _in_group(inter, "item", items)
         self.positives = {}
         for split in ("valid", "test"):
@@ -216,7 +222,7 @@ class Evaluator:
 
     def __call__(self, split: str, user_emb: Tensor, item_emb: Tensor) -> tuple[pd.DataFrame, np.ndarray]:
         positives, users = self.positives[split], self.users(split)
-        lists = rank_items(user_emb, item_emb, users, self.masked[split], max(CUTOFFS))
+        lists = rank_items(user_emb, item_emb, users, self.masked[split], max(CUTOFFS), self.left_out)
         table = user_metrics(find_hits(lists, users, positives, self.n_items).cpu(), positives.count[users].cpu())
         table.index = pd.Index(users.cpu().numpy(), name="user")
         return table, lists.cpu().numpy()

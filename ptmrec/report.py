@@ -323,7 +323,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--metric", default="recall@10")
     parser.add_argument("--at_once", type=int, help="runs at a time")
     given = vars(parser.parse_args(arguments))
-    given["studies"] = list(STUDIES) if given["studies"] == ["all"] else given["studies"]
+    if given["studies"] == ["all"]:
+        given["studies"] = [name for name, it in STUDIES.items() if not it.long]
+        print(f"Left out: {', '.join(STUDIES.keys() - set(given['studies']))}, which takes as long as all the others. Name "
+              "it to have it.")
     try:
         with exits_when_stopped():
             print(f"The report: {shown_path(paper(**given) / 'report.html')}")

@@ -8,8 +8,8 @@ __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 
            'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
            'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'alone', 'train_alone', 'use_or_train',
            'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant', 'check_variant',
-           'recommendation_table', 'RunEncoder', 'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once',
-           'OptionParser', 'option_parser', 'command_line']
+           'recommendation_table', 'evaluated_by', 'evaluator_of', 'RunEncoder', 'list_runs', 'per_user_values',
+           'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser', 'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -794,6 +794,19 @@ def _embeddings(run, variant: str | None = None) -> dict:
     return run.load_weights(f"embeddings_{variant}" if variant else "embeddings")
 
 
+EVALUATED_BY = {"eval_items": "all", "eval_users": "all", "mask_valid": False, "candidates": "all"}
+
+
+def evaluated_by(run: Run) -> dict:
+    "The settings of `EVALUATED_BY` that a run was scored with; those that it is older than had the value named there."
+    return {name: run.params.get(name, before) for name, before in EVALUATED_BY.items()}
+
+
+def evaluator_of(run: Run, inter: Interactions) -> Evaluator:
+    "The evaluator that a run was scored with."
+    return Evaluator(inter, "cpu", *evaluated_by(run).values())
+
+
 def _recommend(
     run,
     users=None,  # original ids of users; None: everybody
@@ -805,8 +818,9 @@ def _recommend(
         raise SettingError(f"k={shown(k)} is not allowed: it must be a whole number at least 1.")
     inter, tables = run.data().inter, run.embeddings(variant)
     numbers = _user_numbers(inter.user_ids if users is None else users, inter.user_ids, run.about["dataset"])
-    masked = Evaluator(inter, mask_valid=run.params["mask_valid"]).masked["test"]
-    lists = rank_items(tables["user"], tables["item"], torch.from_numpy(numbers), masked, k)
+    evaluator = evaluator_of(run, inter)
+    lists = rank_items(tables["user"], tables["item"], torch.from_numpy(numbers), evaluator.masked["test"], k,
+                       evaluator.left_out)
     return recommendation_table(lists.numpy(), numbers, inter)
 
 
@@ -911,9 +925,6 @@ def per_user_values(
     return [(t[t.variant == variant] if variant else t).set_index("user")[metric] for t in tables]
 
 
-EVALUATED_BY = ("mask_valid", "eval_users", "eval_items")
-
-
 def check_seeds(runs: list[Run]) -> list[Run]:
     "The runs if they are one experiment with several seeds; raises `DataError`."
     if not runs or not all(isinstance(run, Run) for run in runs):
@@ -937,10 +948,11 @@ def compare(
     if {run.about["data"] for run in a + b} != {a[0].about["data"]}:
         names = sorted({f"{run.about['dataset']} ({run.about['data']})" for run in a + b})
         raise DataError(f"The runs are of different data, so their users cannot be paired: {', '.join(names)}.")
+    ours, theirs = evaluated_by(a[0]), evaluated_by(b[0])
     for name in EVALUATED_BY:
-        if a[0].params.get(name) != b[0].params.get(name):
-            raise DataError(f"The runs were evaluated differently: {name} is {a[0].params.get(name)!r} in run {a[0].key}, "
-                            f"and {b[0].params.get(name)!r} in run {b[0].key}.")
+        if ours[name] != theirs[name]:
+            raise DataError(f"The runs were evaluated differently: {name} is {ours[name]!r} in run {a[0].key}, and "
+                            f"{theirs[name]!r} in run {b[0].key}.")
     if not isinstance(variants, tuple | list) or len(variants) != 2:
         raise SettingError(f"variants={shown(variants)} is not allowed: it must be two names, of `a` and `b`, or None.")
     chosen = [best_variant(runs) if v is None else check_variant(runs[0], v) for runs, v in zip((a, b), variants)]

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'LARGEST', 'LABELS', 'STAGE1_CODE', 'BACKBONE_NAMES', 'DataSettings', 'EncoderSettings',
-           'EvaluationSettings', 'TrainingSettings', 'Stage1Settings', 'locate_dataset', 'fetch_dataset', 'run_stage1',
-           'one_per_seed', 'check_tables', 'Inputs', 'check_inputs', 'load_inputs', 'build_backbone', 'new_backbone',
-           'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_one_epoch', 'validate',
-           'train_backbone', 'train_with', 'check_fit', 'stage1_settings', 'stage1_parameters', 'stage1_code',
-           'find_stage1_run', 'run_arguments', 'train_stage1', 'trained_stage1', 'score_stage1', 'save_embeddings',
-           'load_backbone', 'metrics_table', 'backbone_name', 'plot_history', 'diagnosis_of']
+           'EvaluationSettings', 'TrainingSettings', 'Stage1Settings', 'locate_dataset', 'fetch_dataset',
+           'check_stage1', 'run_stage1', 'one_per_seed', 'check_tables', 'Inputs', 'check_inputs', 'load_inputs',
+           'build_backbone', 'new_backbone', 'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought',
+           'train_one_epoch', 'validate', 'train_backbone', 'train_with', 'check_fit', 'stage1_settings',
+           'stage1_parameters', 'stage1_code', 'find_stage1_run', 'run_arguments', 'train_stage1', 'trained_stage1',
+           'score_stage1', 'save_embeddings', 'load_backbone', 'metrics_table', 'backbone_name', 'plot_history',
+           'diagnosis_of']
 
 # %% ../nbs/04_stage1.ipynb #c8e5f1fc
 import time
@@ -33,8 +34,8 @@ from .leaks import say_leaks
 from .memory import free_bytes
 from .monitor import watch
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
-from .runs import (DEVICES, Run, code_of, first_features, load_parameters, new_run, own_code, pick_device,
-                         recommendation_table, runs_to_do, set_seed, train_alone, use_or_train)
+from .runs import (DEVICES, EVALUATED_BY, Run, code_of, first_features, load_parameters, new_run, own_code,
+                         pick_device, recommendation_table, runs_to_do, set_seed, train_alone, use_or_train)
 from .settings import SettingError, Settings, experiment, setting
 from .sources import PUBLIC_SETS, find_or_prepare
 from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_losses,
@@ -67,6 +68,7 @@ class EvaluationSettings(Settings):
     metric: str = setting("recall@20", "early stopping and every choice use it, on validation", choices=metric_names)
     eval_users: str = setting("all", "whose positives count", choices=GROUPS)
     eval_items: str = setting("all", "which positives count", choices=GROUPS)
+    candidates: str = setting("all", "which items are ranked, all or those of eval_items", choices=GROUPS)
     mask_valid: bool = setting(False, "at test, never recommend what a user has in validation")
 
 # %% ../nbs/04_stage1.ipynb #9b50ac27
@@ -75,6 +77,8 @@ class TrainingSettings(Settings):
 
     lr: float = setting(1e-3, "learning rate of the backbone", gt=0, le=10, per_dataset=True)
     batch_size: int = setting(2048, "triples per batch", ge=1, le=2**31 - 1, per_dataset=True)
+    negatives: str = setting("all", "items that negatives are drawn from",
+                             choices=("all", "warm"))
     epochs: int = setting(1000, "epochs at most, of each round", ge=1, le=1_000_000)
     patience: int = setting(20, "epochs without a better validation metric that end the training", ge=1, le=1_000_000)
     rounds: int = setting(1, "trainings, each from the best epoch of the one before; 2: as long as Stage 2's 'continued'",
@@ -114,7 +118,14 @@ def fetch_dataset(settings: Settings) -> Path:
         return find_or_prepare(settings.dataset)
 
 # %% ../nbs/04_stage1.ipynb #982062a8
-@experiment(Stage1Settings, {"backbone": BACKBONES}, locate_dataset, fetch_dataset)
+def check_stage1(settings: Settings) -> None:
+    "Raise `SettingError` if items are to be found that are not ranked."
+    if settings.candidates not in ("all", settings.eval_items):
+        raise SettingError(f"candidates='{settings.candidates}' ranks the {settings.candidates} items alone, and "
+                           f"eval_items='{settings.eval_items}' counts others. Set both to '{settings.candidates}'.")
+
+
+@experiment(Stage1Settings, {"backbone": BACKBONES}, locate_dataset, fetch_dataset, check_stage1)
 def run_stage1(settings: Settings) -> list[Run]:
     """Stage 1: train a backbone on frozen features, for each seed; returns the finished runs.
 
@@ -278,7 +289,7 @@ def mean_metrics(per_user: pd.DataFrame) -> dict:
 
 def make_evaluator(settings: Settings, inputs: Inputs) -> Evaluator:
     "The evaluator that these settings ask for; raises `DataError` if it has nobody to evaluate."
-    evaluator = Evaluator(inputs.data.inter, inputs.device, settings.eval_items, settings.eval_users, settings.mask_valid)
+    evaluator = Evaluator(inputs.data.inter, inputs.device, *(getattr(settings, name) for name in EVALUATED_BY))
     for split in ("valid", "test"):
         evaluator.users(split)
     return evaluator
@@ -331,12 +342,13 @@ def train_backbone(
     metric: str = "recall@20",  # on validation: the epoch where it is best is kept
     name: str = "Stage 1", checkpoint: Path | None = None,  # on the progress bar; a file to go on from
     on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
+    negatives: str = "all",  # or "warm", see `TripleSampler`
 ) -> pd.DataFrame:
     """Train a backbone and keep its best epoch; returns the history, a row per epoch: losses, validation metrics, seconds.
 
     Its `attrs["ended"]` says how the training ended.
     """
-    sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
+    sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items, negatives)
     optimiser = torch.optim.Adam(backbone.parameters(), lr, fused=True)
     started, rate = 0.0, LowerRate("Lower lr.", on_nan)
 
@@ -368,7 +380,7 @@ def train_with(
     "`train_backbone` with resolved settings; freed memory is kept, since this process goes on with work of the kind."
     keep_freed_memory()
     return train_backbone(backbone, evaluator, settings.lr, settings.batch_size, settings.epochs, settings.patience,
-                          settings.metric, f"{name}, seed {settings.seed}", checkpoint, settings.on_nan)
+                          settings.metric, f"{name}, seed {settings.seed}", checkpoint, settings.on_nan, settings.negatives)
 
 # %% ../nbs/04_stage1.ipynb #6e082828
 def check_fit(

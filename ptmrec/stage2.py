@@ -49,10 +49,10 @@ from .ranking import Evaluator, Pairs
 from .runs import (Run, best_variant, code_of, command_line, compare, new_run, own_code, per_user_values,
                          recommendation_table, runs_to_do, set_seed, shown_path, stopped_by_hand, train_alone, validation)
 from .settings import SettingError, Settings, experiment, setting
-from .stage1 import (Inputs, Stage1Settings, evaluate, fetch_dataset, label, load_backbone, load_inputs,
-                           locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone, one_per_seed,
-                           run_arguments, run_stage1, save_embeddings, stage1_code, stage1_settings, find_stage1_run,
-                           train_with, trained_stage1, validate)
+from .stage1 import (Inputs, Stage1Settings, check_stage1, evaluate, fetch_dataset, label, load_backbone,
+                           load_inputs, locate_dataset, make_evaluator, mean_metrics, metrics_table, new_backbone,
+                           one_per_seed, run_arguments, run_stage1, save_embeddings, stage1_code, stage1_settings,
+                           find_stage1_run, train_with, trained_stage1, validate)
 from .training import (Callback, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_features,
                              check_losses, how_it_ended, keep_freed_memory)
 
@@ -101,6 +101,7 @@ class Stage2Settings(TransferSettings, Stage2TrainingSettings, Stage1Settings):
 # %% ../nbs/05_stage2.ipynb #9a98cee6
 def check_stage2(settings: Settings) -> None:
     "Raise `SettingError` if settings of Stage 2 do not go together."
+    check_stage1(settings)
     tuning_methods(settings.tuning)
     if settings.tuning == "none" and set(settings.tuned_towers.split("+")) != set(TOWERS):
         raise SettingError(f"tuning='none' tunes no tower, and tuned_towers='{settings.tuned_towers}' was given. Leave one "
@@ -331,10 +332,11 @@ def tune(
     name: str = "Stage 2", checkpoint: Path | None = None,  # on the progress bar; a file to go on from
     metric: str = "recall@20",  # the validated epoch where it is best is kept
     on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
+    negatives: str = "all",  # or "warm", see `TripleSampler`
 ) -> pd.DataFrame:
     "Train a `Stage2` model and keep its best validated epoch; returns the history: losses and validation per epoch."
     backbone, optimiser = model.backbone, stage2_optimiser(model, project_lr)
-    sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items)
+    sampler = TripleSampler(backbone.user, backbone.item, backbone.n_items, negatives)
     user, item = backbone.user.cpu(), backbone.item.cpu()
     remedy = "Lower the learning rate of the tuning (prompt_lr, lora_lr, ...) or raise tau."
     rates, rate = [group["lr"] for group in optimiser.param_groups], LowerRate(remedy, on_nan)
@@ -526,7 +528,7 @@ def tune_with(
     patience = max(1, settings.patience // settings.validate_every) if settings.training == "joint" else None
     return tune(model, evaluator, settings.project_lr, settings.batch_by, settings.stage2_batch_size, settings.accumulate,
                 settings.stage2_epochs, settings.validate_every, patience, settings.feature_space,
-                f"Stage 2, seed {settings.seed}", checkpoint, settings.metric, settings.on_nan)
+                f"Stage 2, seed {settings.seed}", checkpoint, settings.metric, settings.on_nan, settings.negatives)
 
 
 def tune_and_keep(

@@ -41,11 +41,22 @@ class TripleSampler:
     every item.
     """
 
-    def __init__(self, user: Tensor, item: Tensor, n_items: int):
+    def __init__(
+        self,
+        user: Tensor, item: Tensor,  # (n,) training pairs
+        n_items: int,
+        negatives: str = "all",  # items that negatives are drawn from; warm: those with a training pair
+    ):
         self.user, self.item, self.n_items = user, item, n_items
         self.pairs = (user * n_items + item).sort().values
-        if (torch.bincount(user) >= n_items).any():
+        self.warm = item.unique() if negatives == "warm" else None
+        if (torch.bincount(user) >= (n_items if self.warm is None else len(self.warm))).any():
             raise ValueError(f"User {int(torch.bincount(user).argmax())} has every item, so there is no negative to draw.")
+
+    def _draw(self, n):
+        if self.warm is None:
+            return torch.randint(self.n_items, (n,), device=self.user.device)
+        return self.warm[torch.randint(len(self.warm), (n,), device=self.user.device)]
 
     def _is_positive(self, user, item):
         pair = user * self.n_items + item
@@ -53,10 +64,10 @@ class TripleSampler:
 
     def negatives(self, user: Tensor) -> Tensor:
         "For each of `user` (m,), an item that is none of their training positives (m,)."
-        negative = torch.randint(self.n_items, user.shape, device=user.device)
+        negative = self._draw(len(user))
         bad = self._is_positive(user, negative).nonzero().flatten()
         while len(bad):
-            negative[bad] = torch.randint(self.n_items, bad.shape, device=user.device)
+            negative[bad] = self._draw(len(bad))
             bad = bad[self._is_positive(user[bad], negative[bad])]
         return negative
 

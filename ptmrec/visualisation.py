@@ -46,7 +46,7 @@ from .data import (SPLITS, DataError, Interactions, PictureError, RecData, as_rg
                          upright)
 from .losses import log_distribution
 from .ranking import Evaluator, rank_items, stable_topk
-from .runs import Run, RunEncoder, check_variant, first_features, open_run, per_user_values
+from .runs import Run, RunEncoder, check_variant, evaluator_of, first_features, open_run, per_user_values
 from .settings import Resolved, SettingError, did_you_mean
 from .stage1 import Inputs, label, load_backbone
 from .stage2 import teacher, variant_name
@@ -149,7 +149,7 @@ class RunView:
     @functools.cached_property
     def evaluator(self) -> Evaluator:
         "Which test pairs count, and which pairs lists leave out."
-        return Evaluator(self.data.inter, "cpu", *(self.run.params[k] for k in ("eval_items", "eval_users", "mask_valid")))
+        return evaluator_of(self.run, self.data.inter)
 
     @functools.cached_property
     def inputs(self) -> Inputs:
@@ -206,7 +206,8 @@ def _recommended(seen, user: int, variant: str | None = None, k: int = 10) -> li
     if variant not in seen.kept:
         seen.kept[variant] = seen.run.embeddings(variant)
     emb = seen.kept[variant]
-    lists = rank_items(emb["user"], emb["item"], torch.tensor([user]), seen.evaluator.masked["test"], k)[0]
+    lists = rank_items(emb["user"], emb["item"], torch.tensor([user]), seen.evaluator.masked["test"], k,
+                       seen.evaluator.left_out)[0]
     return lists[lists >= 0].tolist()
 
 

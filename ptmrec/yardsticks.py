@@ -17,7 +17,7 @@ from scipy import sparse
 
 from .data import Interactions
 from .ranking import METRICS, Evaluator
-from .runs import Run, alone, code_of, heal, new_run, own_code, recommendation_table
+from .runs import EVALUATED_BY, Run, alone, code_of, heal, new_run, own_code, recommendation_table
 from .settings import SettingError, Settings, did_you_mean, resolve
 from .stage1 import Inputs, load_inputs, make_evaluator, mean_metrics, run_arguments, run_stage1
 
@@ -133,7 +133,7 @@ def find_yardstick_run(
     inputs: Inputs,
 ) -> Run:
     "The run of a yardstick on the data and evaluation of `settings`, those of `run_stage1`, finished or not."
-    kept = ("min_rating", "core", "split", "split_seed", "metric", "eval_users", "eval_items", "mask_valid")
+    kept = ("min_rating", "core", "split", "split_seed", "metric", *EVALUATED_BY)
     params = {"backbone": name} | {k: settings.key_parameters[k] for k in kept} | {"grid": YARDSTICKS[name][1]}
     code = code_of("yardsticks.score_yardstick") | own_code(METRICS[settings.metric.split("@")[0]])
     return new_run("yardstick", inputs.data.name, params, inputs.data.fingerprint(),

@@ -615,7 +615,9 @@ def test_a_wrong_base_stops_every_study(shop, runs, here, name, base, message):
     ("knowledge_transfer", {"task_weight": 1.0}, "transfer alone", {"kt_weight": 1.0, "task_weight": 0.0}),
     ("knowledge_transfer", {"kt_weight": 0.0}, "task loss and transfer", {"kt_weight": 1.0, "task_weight": 1.0}),
     ("knowledge_transfer", {"kt_weight": 0.5}, "task loss and transfer", {"kt_weight": 0.5, "task_weight": 1.0}),
-    ("main_table", {"training": "joint"}, "VBPR, two stages", {"training": "two_stage"}),
+    ("main_table", {"training": "joint"}, "VBPR", {"training": "two_stage"}),
+    ("joint_training", {"stage2_epochs": 3, "tau": 0.1}, "VBPR", {"training": "joint", "tau": 0.05}),
+    ("cold_items", {"candidates": "all"}, "VBPR", {"eval_items": "cold", "candidates": "cold", "negatives": "warm"}),
     ("batch_size", {"batch_by": "interactions"}, "32 items", {"batch_by": "items", "stage2_batch_size": 32}),
     ("controls", {"tuning": "lora"}, "prompts", {"tuning": "prompt"}),
     ("controls", {"rounds": 2}, "Stage 1", {"rounds": 1})])

@@ -410,12 +410,15 @@ def cold_shop(n_users=30, n_items=60):
 @pytest.mark.parametrize("users", ["all", "warm", "cold"])
 @pytest.mark.parametrize("items", ["all", "warm", "cold"])
 @pytest.mark.parametrize("masked", [["train"], ["train", "valid"]], ids="+".join)
-def test_groups_and_masks_against_a_slow_reference(items, users, masked):
+@pytest.mark.parametrize("candidates", ["all", "of the items"])
+def test_groups_and_masks_against_a_slow_reference(items, users, masked, candidates):
     inter = cold_shop()
     assert np.flatnonzero(inter.cold("user")).tolist() == [0, 1, 2] and inter.cold("item").sum() == 6
     generator = torch.Generator().manual_seed(0)
     user_emb, item_emb = torch.randn(30, 8, generator=generator), torch.randn(60, 8, generator=generator)
-    table, _ = Evaluator(inter, items=items, users=users, mask_valid="valid" in masked)("test", user_emb, item_emb)
+    among = items if candidates == "of the items" else "all"
+    evaluator = Evaluator(inter, items=items, users=users, mask_valid="valid" in masked, candidates=among)
+    table, _ = evaluator("test", user_emb, item_emb)
     pairs = {s: set(zip(*(x.tolist() for x in inter.part(s)))) for s in ("train", "valid", "test")}
     known = {"user": {u for u, _ in pairs["train"]}, "item": {i for _, i in pairs["train"]}}
     belongs = {"all": lambda *_: True, "warm": lambda side, x: x in known[side],
@@ -424,7 +427,8 @@ def test_groups_and_masks_against_a_slow_reference(items, users, masked):
     for u in range(30):
         wanted = {i for v, i in pairs["test"] if v == u and belongs[users]("user", u) and belongs[items]("item", i)}
         if wanted:
-            scores = {i: float(user_emb[u] @ item_emb[i]) for i in range(60) if not any((u, i) in pairs[s] for s in masked)}
+            ranked = (i for i in range(60) if belongs[among]("item", i) and not any((u, i) in pairs[s] for s in masked))
+            scores = {i: float(user_emb[u] @ item_emb[i]) for i in ranked}
             ranking = sorted(scores, key=lambda i: -scores[i])
             expected[u] = [len(wanted & set(ranking[:k])) / len(wanted) for k in CUTOFFS]
     assert table.index.tolist() == list(expected)

@@ -136,6 +136,8 @@ def test_devices(device):
     ({"training": "joint", "kt_source": "output"}, "does not use kt_source"),
     ({"training": "joint", "similarity": "dot"}, "does not use similarity"),
     ({"tune_backbone": True}, "task_weight=0 leaves that out"),
+    ({"candidates": "cold"}, "candidates='cold' ranks the cold items alone, and eval_items='all' counts others. Set both"),
+    ({"candidates": "cold", "eval_items": "warm"}, "eval_items='warm' counts others"),
 ])
 def test_settings_that_do_not_go_together(runs, given, message):
     assert message in refused(run_stage2, **given)

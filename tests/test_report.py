@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +65,14 @@ def test_settings_that_are_no_json_object_are_said(base, capsys):
     with pytest.raises(SystemExit):
         report.main(["sample", "--base", base])
     assert f'{base} is not allowed. Give settings in JSON, as {{"backbone": "vbpr"}}' in capsys.readouterr().err
+
+
+def test_all_studies_are_all_but_the_long_one_and_say_so(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(report, "paper", lambda **given: asked.extend(given["studies"]) or Path("x"))
+    report.main(["sample", "--studies", "all"])
+    assert set(asked) == set(report.STUDIES) - {"joint_training"}
+    assert "Left out: joint_training, which takes as long as all the others" in capsys.readouterr().out
 
 
 def test_a_report_without_a_study_keeps_the_earlier_one(shop, earlier, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from small import SHORT, make_shop
 
 import ptmrec.stage1 as stage1
 import ptmrec.stage2 as stage2
+import ptmrec.training as training
 from ptmrec.data import DataError
 from ptmrec.ranking import paired_test
 from ptmrec.runs import compare, list_runs, new_run, open_run, per_user_values
@@ -143,6 +144,34 @@ def test_every_split_rule_recommends_what_was_stored(small, split, mask_valid):
     run, = run_stage1("shop", backbone="lightgcn", epochs=2, n_seeds=1, split=split, mask_valid=mask_valid)
     stored = run.load_table("topk.parquet")
     pd.testing.assert_frame_equal(open_run(run.key[:8]).recommend(stored.user.unique(), k=20), stored)
+
+
+def test_cold_items_ranked_among_themselves_and_spared_as_negatives(small, monkeypatch):
+    table = pd.read_csv(small / "interactions.csv")
+    table[(table.item >= 6) | (table.x_label > 0)].to_csv(small / "interactions.csv", index=False)
+    drawn, draw = [], training.TripleSampler.negatives
+    monkeypatch.setattr(training.TripleSampler, "negatives", lambda *a: (drawn.append(draw(*a)), drawn[-1])[1])
+    how = {"eval_items": "cold", "candidates": "cold", "negatives": "warm"}
+    run, = run_stage2("shop", **SHORT, **KNN["freedom"], **how, backbone="freedom", task_weight=1.0)
+    inter = run.data().inter
+    assert inter.cold("item").sum() == 6 and not inter.cold("item")[torch.cat(drawn).numpy()].any()
+    stored = run.load_table("topk.parquet")
+    assert set(stored["item"]) == set(inter.item_ids[inter.cold("item")])
+    for variant, lists in stored.groupby("variant"):
+        found = open_run(run.folder).recommend(lists.user.unique(), k=20, variant=variant)
+        pd.testing.assert_frame_equal(found, lists.drop(columns="variant").reset_index(drop=True))
+
+
+def test_runs_that_are_older_than_a_setting_of_evaluation_have_its_default(small):
+    old, = run_stage1("shop", backbone="bpr", epochs=1, n_seeds=1)
+    new, = run_stage1("shop", backbone="bpr", epochs=2, n_seeds=1)
+    before = compare(old, new), old.recommend()
+    del old.params["candidates"]
+    assert compare(old, new) == before[0]
+    pd.testing.assert_frame_equal(old.recommend(), before[1])
+    old.params["candidates"] = "cold"
+    with pytest.raises(DataError, match="evaluated differently: candidates is 'cold' in run .*, and 'all' in run"):
+        compare(old, new)
 
 
 def test_what_is_opened_is_whole_or_refused(small):
