@@ -24,6 +24,7 @@ import ptmrec.report as report
 import ptmrec.yardsticks as yardsticks
 from ptmrec.ablations import (METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study, tune_equally,
                               verdicts, write_result)
+from ptmrec.clip_prompting import ItemEncoder
 from ptmrec.data import DataError, load_data
 from ptmrec.derived import miniature, random_features, shuffled, thinned, with_cold_items, without, write_data
 from ptmrec.grids import Cell, Watch, grid, plan, run_cells, runs_table, time_left
@@ -236,6 +237,19 @@ def test_cells_that_cannot_be_forecast_do_not_stop_the_others(shop, monkeypatch)
     monkeypatch.setattr(grids, "forecast", forecast)
     cells = plan("05_stage2", {"dataset": shop, "device": "cpu"}, {"n_ctx": [4, 2]}, [0])
     assert grids.how_many("05_stage2", cells[:1]) >= 1 and grids.how_many("05_stage2", cells) >= 1
+
+
+def test_a_forecast_encodes_no_more_than_a_batch(shop, monkeypatch):
+    cell, = plan("05_stage2", {"dataset": shop, "device": "cpu", "stage2_batch_size": 8, "task_weight": 1.0}, {}, [0])
+    whole, encode = [], ItemEncoder.encode_all
+    monkeypatch.setattr(ItemEncoder, "encode_all", lambda self, n: (whole.append(n), encode(self, n))[1])
+    found = grids.forecast(cell.settings)
+    assert not whole
+    inputs = grids.load_inputs(cell.settings)
+    encoder = grids.make_encoder(cell.settings, inputs)
+    with encoder.tuning:
+        model = grids.new_model(cell.settings, grids.new_backbone(cell.settings, inputs), encoder)
+        assert whole and found == grids.need_of(model, "items", 8).total()
 
 
 def test_cells_that_make_the_same_run_wait(shop):
