@@ -249,7 +249,7 @@ def test_a_forecast_encodes_no_more_than_a_batch(shop, monkeypatch):
     encoder = grids.make_encoder(cell.settings, inputs)
     with encoder.tuning:
         model = grids.new_model(cell.settings, grids.new_backbone(cell.settings, inputs), encoder)
-        assert whole and found == grids.need_of(model, "items", 8).total()
+        assert whole and found == pytest.approx(grids.need_of(model, "items", 8).total(), rel=1e-3)  # of another batch
 
 
 def test_cells_that_make_the_same_run_wait(shop):
