@@ -756,7 +756,7 @@ class ScatterMap:
         self.scatter.color(by=values, map=colours, norm=norm, labeling={"variable": title})
 
 # %% ../nbs/07a_explorers.ipynb #5281d56c
-NO_MAP = "A map to hover over and to slide needs jupyter-scatter: pip install 'ptmrec[maps]'."
+NO_MAP = "A map to hover over and to slide needs jupyter-scatter: pip install -e '.[maps]'."
 
 
 class StillMap:

@@ -413,7 +413,7 @@ def _read_excel(path):
             types = {h: str for h in pd.read_excel(book, nrows=0).columns if _plain(h) in TEXT_HEADERS}
             return pd.read_excel(book, dtype=types, keep_default_na=False, na_values=["", "nan", "NaN"])
     except ImportError:
-        raise DataError(f"{path} needs openpyxl: pip install 'ptmrec[excel]', or save the sheet as CSV UTF-8.") from None
+        raise DataError(f"{path} needs openpyxl: pip install -e '.[excel]', or save the sheet as CSV UTF-8.") from None
 
 # %% ../nbs/00f_tables.ipynb #3664d50d
 READERS = {".parquet": _read_parquet, ".json": _read_json, ".jsonl": _read_json, ".xlsx": _read_excel}

@@ -1,4 +1,5 @@
 """Paths, and the real data that some tests run on when they are there."""
+import gc
 import os
 import signal
 from pathlib import Path
@@ -18,6 +19,11 @@ SLOWEST = ("test_notebooks", "test_papermill", "test_browser", "test_ablations")
 def pytest_collection_modifyitems(items):
     "The files that take longest first, so that both workers end at about the same time."
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
+def pytest_collection_finish():
+    "What has been imported by now is never garbage: statsmodels and others collect often, and need not look through it."
+    gc.freeze()
 
 
 @pytest.fixture

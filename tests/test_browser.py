@@ -105,8 +105,20 @@ def test_experiments_run_in_the_page(lab, name):
         assert any("image/png" in output.get("data", {}) for output in notebook.outputs())
 
 
+AS_WRITTEN, FEW = "epochs=30, stage2_epochs=4, validate_every=2", "epochs=6, stage2_epochs=2, validate_every=2"
+
+
+def replaced(path, old, new, times):
+    "The notebook with something else in its source."
+    source = path.read_text()
+    assert source.count(old) == times
+    path.write_text(source.replace(old, new))
+    return path
+
+
 def test_figures_run_in_the_page(lab):
-    with lab.open(copy_notebook("07_visualisation", lab.folder)) as notebook:
+    "On a run of few epochs; test_notebooks makes that of the notebook."
+    with lab.open(replaced(copy_notebook("07_visualisation", lab.folder), AS_WRITTEN, FEW, times=2)) as notebook:
         notebook.run_all()
         assert complaints(notebook) == []
         assert sum("image/png" in output.get("data", {}) for output in notebook.outputs()) > 10
@@ -114,11 +126,8 @@ def test_figures_run_in_the_page(lab):
 
 def test_explorers_run_in_the_page(lab):
     "The whole notebook, with the run of 07."
-    path = copy_notebook("07a_explorers", lab.folder)
-    source, run = path.read_text(), "run_stage2(n_seeds=1"
-    assert source.count(run) == 1
-    path.write_text(source.replace(run, f"{run}, epochs=30, stage2_epochs=4, validate_every=2"))
-    with lab.open(path) as notebook:
+    run = "run_stage2(n_seeds=1"
+    with lab.open(replaced(copy_notebook("07a_explorers", lab.folder), run, f"{run}, {FEW}", times=1)) as notebook:
         notebook.run_all()
         assert complaints(notebook) == []
         widgets = [o for o in notebook.outputs() if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]

@@ -3,6 +3,7 @@ import csv
 import gzip
 import io
 import json
+import sys
 import warnings
 import zipfile
 from types import SimpleNamespace
@@ -177,6 +178,14 @@ def test_further_sheets_are_said(home):
         TABLE.to_excel(book, sheet_name="mine", index=False)
         TABLE.to_excel(book, sheet_name="other", index=False)
     assert any("ratings.xlsx has 2 sheets; the first, 'mine', is read" in s for s in load(folder)[1])
+
+
+def test_excel_without_its_extra_is_one_sentence(home, monkeypatch):
+    pytest.importorskip("openpyxl")
+    folder = folder_of(home, FORMATS["Excel"](TABLE))
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(DataError, match=r"xlsx needs openpyxl: pip install -e '.\[excel\]', or save the sheet"):
+        load(folder)
 
 
 def test_train_alone_is_everything(home):
