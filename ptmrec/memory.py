@@ -147,8 +147,8 @@ def memory_need(
     model.zero_grad()
     trained = sum(q.numel() * q.element_size() for q in model.parameters() if q.requires_grad)
     items, all_items = (-(-n // world_size()) for n in (len(pos.unique()), model.encoder.n_items))
-    return MemoryNeed(items, all_items, (4 + (accumulate > 1)) * trained, bytes_of_losses,
-                      encoding_bytes(model.encoder, train=model.live), encoding_bytes(model.encoder, train=False))
+    encoding = (encoding_bytes(model.encoder, train) for train in (True, False)) if model.live else ((0, 0), (0, 0))
+    return MemoryNeed(items, all_items, (4 + (accumulate > 1)) * trained, bytes_of_losses, *encoding)
 
 # %% ../nbs/03e_memory.ipynb #67e3ff1e
 def container_free(root: Path = Path("/sys/fs/cgroup")) -> float:

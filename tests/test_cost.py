@@ -90,6 +90,8 @@ def test_asking_for_memory_changes_nothing(data):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(model.bank[m], f) for m, f in bank.items())
     assert all(q.grad is None for q in model.parameters())
+    model.live = False  # as without a tuning: nothing is encoded
+    assert need_of(model, "items", 16).training == need_of(model, "items", 16).frozen == (0, 0)
 
 
 def test_a_run_that_does_not_fit_says_what_to_change_and_auto_fits_it(data, tmp_path, monkeypatch):
