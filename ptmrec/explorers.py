@@ -36,7 +36,7 @@ from PIL import Image
 from .clip_prompting import encode_text
 from .data import TEXT_FIELDS, DataError, Interactions, RecData, load_data, runs_dir
 from .ranking import metric_names
-from .runs import Run, RunEncoder, best_variant, compare, list_runs, open_run, per_user_values
+from .runs import Run, RunEncoder, best_variant, compare, evaluated_by, list_runs, open_run, per_user_values
 from .settings import SettingError, did_you_mean
 from .stage1 import label
 from .stage2 import variant_name
@@ -382,10 +382,11 @@ def open_rows(table: pd.DataFrame) -> list[Run]:
 
 
 def runs_alike(run: Run) -> list[Run]:
-    "`run`, then all other finished runs on the same data, the newest first."
+    "`run`, then all other finished runs on the same data that rank the same items, the newest first."
     table = list_runs(dataset=run.about["dataset"])
     others = open_rows(table[table.state == "finished"]) if len(table) else []
-    return [run] + [other for other in others if other.about["data"] == run.about["data"] and other.key != run.key]
+    return [run] + [other for other in others if other.about["data"] == run.about["data"] and other.key != run.key
+                    and evaluated_by(other)["candidates"] == evaluated_by(run)["candidates"]]
 
 
 def variants_of(run: Run) -> list[str]:

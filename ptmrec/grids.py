@@ -236,7 +236,7 @@ def forecast(settings: Settings) -> float:
     "Bytes that training Stage 2 takes with these settings, beyond what a process holds once it has loaded everything."
     inputs = load_inputs(settings)
     encoder = make_encoder(settings, inputs)
-    encoder.encode_all = lambda batch_size: {}  # the frozen features do for the bank: only their sizes count
+    encoder.encode_all = lambda batch_size: {}  # the bank keeps the frozen features: only their sizes matter here
     with encoder.tuning:
         model = new_model(settings, new_backbone(settings, inputs), encoder)
         need = need_of(model, settings.batch_by, settings.stage2_batch_size, settings.accumulate)

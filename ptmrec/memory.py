@@ -95,6 +95,8 @@ def encoding_bytes(
             if train:
                 sum(f.sum() for f in features.values()).backward()
 
+    with torch.no_grad():
+        encoder(longest_item(encoder))  # from here on a `PrefixEncoder` has what it keeps
     try:
         one, two = (peak_bytes(partial(encode, n)) for n in (1, 2))
     finally:

@@ -794,11 +794,11 @@ def _embeddings(run, variant: str | None = None) -> dict:
     return run.load_weights(f"embeddings_{variant}" if variant else "embeddings")
 
 
-EVALUATED_BY = {"eval_items": "all", "eval_users": "all", "mask_valid": False, "candidates": "all"}
+EVALUATED_BY = {"eval_items": "all", "eval_users": "all", "mask_valid": False, "candidates": "all"}  # in `Evaluator`'s order
 
 
 def evaluated_by(run: Run) -> dict:
-    "The settings of `EVALUATED_BY` that a run was scored with; those that it is older than had the value named there."
+    "The settings of `EVALUATED_BY` that a run was scored with. Older runs lack some, and have the value given there."
     return {name: run.params.get(name, before) for name, before in EVALUATED_BY.items()}
 
 

@@ -77,8 +77,7 @@ class TrainingSettings(Settings):
 
     lr: float = setting(1e-3, "learning rate of the backbone", gt=0, le=10, per_dataset=True)
     batch_size: int = setting(2048, "triples per batch", ge=1, le=2**31 - 1, per_dataset=True)
-    negatives: str = setting("all", "items that negatives are drawn from",
-                             choices=("all", "warm"))
+    negatives: str = setting("all", "items that negatives are drawn from", choices=("all", "warm"))
     epochs: int = setting(1000, "epochs at most, of each round", ge=1, le=1_000_000)
     patience: int = setting(20, "epochs without a better validation metric that end the training", ge=1, le=1_000_000)
     rounds: int = setting(1, "trainings, each from the best epoch of the one before; 2: as long as Stage 2's 'continued'",
@@ -119,7 +118,7 @@ def fetch_dataset(settings: Settings) -> Path:
 
 # %% ../nbs/04_stage1.ipynb #982062a8
 def check_stage1(settings: Settings) -> None:
-    "Raise `SettingError` if items are to be found that are not ranked."
+    "Raise `SettingError` if `eval_items` counts items that `candidates` leaves out."
     if settings.candidates not in ("all", settings.eval_items):
         raise SettingError(f"candidates='{settings.candidates}' ranks the {settings.candidates} items alone, and "
                            f"eval_items='{settings.eval_items}' counts others. Set both to '{settings.candidates}'.")
@@ -191,10 +190,11 @@ class Inputs:
 def check_inputs(settings: Settings, inputs: Inputs) -> None:
     "Raise `SettingError` or `DataError` if settings do not go with the size of a data set, before anything is trained."
     data, inter = inputs.data, inputs.data.inter
-    counts = np.bincount(inter.part("train")[0], minlength=inter.n_users)
-    if counts.max() >= inter.n_items:
-        raise DataError(f"User '{inter.user_ids[counts.argmax()]}' has all {inter.n_items:,} items of '{data.name}' in "
-                        "training, so there is no item to tell them from. Leave this user out.")
+    user, item = inter.part("train")
+    counts, n_drawn = np.bincount(user), len(np.unique(item)) if settings.negatives == "warm" else inter.n_items
+    if counts.max() >= n_drawn:
+        raise DataError(f"User '{inter.user_ids[counts.argmax()]}' has all {n_drawn:,} items of '{data.name}' in training "
+                        "that negatives are drawn from. Leave this user out.")
     for name, k in settings.components["backbone"].items():
         if name.startswith("knn_k") and k > inter.n_items:
             raise SettingError(f"{name}={k} neighbours need as many items, and '{data.name}' has {inter.n_items:,}. Set "
@@ -388,7 +388,15 @@ def check_fit(
     inter: Interactions, evaluator: Evaluator,
     metric: str = "recall@20",  # on validation
 ) -> dict:
-    "Warn if Stage 1 underfits: its best validation metric is below that of the most bought items. Returns both."
+    """Warn if Stage 1 underfits: its best validation metric is below that of the most bought items.
+
+    Returns both; nothing where cold items alone are ranked, which nobody bought.
+    """
+    bought = ~inter.cold("item")
+    if evaluator.left_out is not None:
+        bought[evaluator.left_out.cpu().numpy()] = False
+    if not bought.any():
+        return {}
     popular = most_bought(inter, evaluator)[metric].mean()
     report = {"trained": float(history[f"valid {metric}"].max()), "most bought": float(popular)}
     if report["trained"] < report["most bought"]:

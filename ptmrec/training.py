@@ -38,7 +38,7 @@ class TripleSampler:
     """Shuffled BPR triples of training pairs `user`, `item` (n,): one uniform negative each, never a training positive.
 
     Draws from torch's global generator, so `torch.manual_seed` makes an epoch repeatable. Raises `ValueError` if a user has
-    every item.
+    every item that negatives are drawn from.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TripleSampler:
         self.pairs = (user * n_items + item).sort().values
         self.warm = item.unique() if negatives == "warm" else None
         if (torch.bincount(user) >= (n_items if self.warm is None else len(self.warm))).any():
-            raise ValueError(f"User {int(torch.bincount(user).argmax())} has every item, so there is no negative to draw.")
+            raise ValueError(f"User {int(torch.bincount(user).argmax())} has every item that negatives are drawn from.")
 
     def _draw(self, n):
         if self.warm is None:

@@ -147,6 +147,9 @@ def run_yardstick(name: str, **params) -> Run:
                            f"{', '.join(YARDSTICKS)}.")
     backbone = "freedom" if name == "feature_knn" else "bpr"  # its inputs: with features, or without
     settings = resolve(run_stage1.experiment, params | {"backbone": backbone})
+    if settings.candidates == "cold" and name != "feature_knn":
+        raise SettingError(f"Yardstick '{name}' ranks by training interactions, and candidates='cold' ranks items that have "
+                           "none. Take feature_knn.")
     inputs = load_inputs(settings)
     run = find_yardstick_run(name, settings, inputs)
     with alone(run):

@@ -239,8 +239,9 @@ def test_cells_that_cannot_be_forecast_do_not_stop_the_others(shop, monkeypatch)
     assert grids.how_many("05_stage2", cells[:1]) >= 1 and grids.how_many("05_stage2", cells) >= 1
 
 
-def test_a_forecast_encodes_no_more_than_a_batch(shop, monkeypatch):
-    cell, = plan("05_stage2", {"dataset": shop, "device": "cpu", "stage2_batch_size": 8, "task_weight": 1.0}, {}, [0])
+@pytest.mark.parametrize("how", [{}, {"tuning": "lora", "last_layers": 1, "cache_prefix": True}])
+def test_a_forecast_encodes_no_more_than_a_batch(shop, monkeypatch, how):
+    cell, = plan("05_stage2", {"dataset": shop, "device": "cpu", "stage2_batch_size": 8, "task_weight": 1.0} | how, {}, [0])
     whole, encode = [], ItemEncoder.encode_all
     monkeypatch.setattr(ItemEncoder, "encode_all", lambda self, n: (whole.append(n), encode(self, n))[1])
     found = grids.forecast(cell.settings)
@@ -631,7 +632,8 @@ def test_a_wrong_base_stops_every_study(shop, runs, here, name, base, message):
     ("knowledge_transfer", {"kt_weight": 0.5}, "task loss and transfer", {"kt_weight": 0.5, "task_weight": 1.0}),
     ("main_table", {"training": "joint"}, "VBPR", {"training": "two_stage"}),
     ("joint_training", {"stage2_epochs": 3, "tau": 0.1}, "VBPR", {"training": "joint", "tau": 0.05}),
-    ("cold_items", {"candidates": "all"}, "VBPR", {"eval_items": "cold", "candidates": "cold", "negatives": "warm"}),
+    ("cold_items", {"candidates": "warm", "eval_items": "warm", "negatives": "all"}, "VBPR",
+     {"eval_items": "cold", "candidates": "cold", "negatives": "warm"}),
     ("batch_size", {"batch_by": "interactions"}, "32 items", {"batch_by": "items", "stage2_batch_size": 32}),
     ("controls", {"tuning": "lora"}, "prompts", {"tuning": "prompt"}),
     ("controls", {"rounds": 2}, "Stage 1", {"rounds": 1})])

@@ -281,8 +281,12 @@ def test_a_user_who_has_every_item_is_named(small):
     table = pd.read_csv(small / "interactions.csv")
     hoarder = pd.DataFrame({"user": 777, "item": range(37), "x_label": 0})
     pd.concat([table, hoarder]).to_csv(small / "interactions.csv", index=False)
-    with pytest.raises(DataError, match="User .777. has all 37 items of 'shop' in training.*Leave this user out"):
+    with pytest.raises(DataError, match="User .777. has all 37 items of 'shop' in training that.*Leave this user out"):
         run_stage1(small, backbone="bpr")
+    some = pd.concat([table, hoarder])
+    some[(some.item >= 6) | (some.x_label > 0)].to_csv(small / "interactions.csv", index=False)
+    with pytest.raises(DataError, match="User .777. has all 31 items of 'shop' in training that negatives are drawn from"):
+        run_stage1(small, backbone="bpr", negatives="warm")
 
 
 @pytest.mark.parametrize("table, message", [
