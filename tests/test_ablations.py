@@ -242,7 +242,8 @@ def test_cells_that_cannot_be_forecast_do_not_stop_the_others(shop, monkeypatch)
 @pytest.mark.parametrize("how", [{}, {"tuning": "lora", "last_layers": 1, "cache_prefix": True}])
 def test_a_forecast_encodes_no_more_than_a_batch(shop, monkeypatch, how):
     cell, = plan("05_stage2", {"dataset": shop, "device": "cpu", "stage2_batch_size": 8, "task_weight": 1.0} | how, {}, [0])
-    whole, encode = [], ItemEncoder.encode_all
+    whole, encode, need_of = [], ItemEncoder.encode_all, grids.need_of
+    monkeypatch.setattr(grids, "need_of", lambda *how: (torch.manual_seed(0), need_of(*how))[1])  # of the same batch
     monkeypatch.setattr(ItemEncoder, "encode_all", lambda self, n: (whole.append(n), encode(self, n))[1])
     found = grids.forecast(cell.settings)
     assert not whole
@@ -250,7 +251,7 @@ def test_a_forecast_encodes_no_more_than_a_batch(shop, monkeypatch, how):
     encoder = grids.make_encoder(cell.settings, inputs)
     with encoder.tuning:
         model = grids.new_model(cell.settings, grids.new_backbone(cell.settings, inputs), encoder)
-        assert whole and found == pytest.approx(grids.need_of(model, "items", 8).total(), rel=1e-3)  # of another batch
+        assert whole and found == grids.need_of(model, "items", 8).total()
 
 
 def test_cells_that_make_the_same_run_wait(shop):
@@ -642,6 +643,16 @@ def test_a_row_is_what_its_label_says_whatever_the_base(shop, runs, name, base, 
              for c in plan(notebook, (base if notebook == "05_stage2" else ablations.stage1_settings(base)) |
                            {"dataset": shop}, axes, [0])}
     assert {setting: getattr(found[cell], setting) for setting in settings} == settings
+
+
+def test_yardsticks_that_know_interactions_alone_are_left_out_where_cold_items_are_ranked(shop, runs):
+    cold = {"eval_items": "cold", "candidates": "cold"}
+    with pytest.raises(SettingError, match="'popular' ranks by training interactions, .* Take feature_knn"):
+        run_yardstick("popular", dataset=shop, **cold)
+    table = pd.read_csv(f"{shop}/interactions.csv")
+    table[(table.item >= 6) | (table.x_label > 0)].to_csv(f"{shop}/interactions.csv", index=False)
+    rows = ablations.yardstick_rows(shop, cold)
+    assert list(rows) == [yardsticks.YARDSTICK_NAMES["feature_knn"]] and rows.popitem()[1].values("recall@5")[0] > 0
 
 
 def test_the_smallest_batches_by_items_and_by_interactions():
