@@ -80,10 +80,8 @@ class TrainingSettings(Settings):
     negatives: str = setting("all", "items that negatives are drawn from", choices=("all", "warm"))
     epochs: int = setting(1000, "epochs at most, of each round", ge=1, le=1_000_000)
     patience: int = setting(20, "epochs without a better validation metric that end the training", ge=1, le=1_000_000)
-    rounds: int = setting(1, "trainings, each from the best epoch of the one before; 2: as long as Stage 2's 'continued'",
-                          ge=1, le=100)
-    on_nan: str = setting("stop", "a loss that is not a number ends the training, or lowers the learning rate to a tenth",
-                          choices=ON_NAN)
+    rounds: int = setting(1, "trainings, each from the best epoch before; 2: as long as Stage 2's 'continued'", ge=1, le=100)
+    on_nan: str = setting("stop", "a loss that is not a number ends the training, or lowers lr to a tenth", choices=ON_NAN)
 
 
 class Stage1Settings(TrainingSettings, EvaluationSettings, EncoderSettings, DataSettings):
@@ -341,8 +339,7 @@ def train_backbone(
     patience: int = 20,  # epochs without a better validation metric that end the training
     metric: str = "recall@20",  # on validation: the epoch where it is best is kept
     name: str = "Stage 1", checkpoint: Path | None = None,  # on the progress bar; a file to go on from
-    on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
-    negatives: str = "all",  # or "warm", see `TripleSampler`
+    on_nan: str = "stop", negatives: str = "all",  # or "lower_lr", see `LowerRate`; or "warm", see `TripleSampler`
 ) -> pd.DataFrame:
     """Train a backbone and keep its best epoch; returns the history, a row per epoch: losses, validation metrics, seconds.
 

@@ -331,8 +331,7 @@ def tune(
     feature_space: str = "projected",  # of the item graphs
     name: str = "Stage 2", checkpoint: Path | None = None,  # on the progress bar; a file to go on from
     metric: str = "recall@20",  # the validated epoch where it is best is kept
-    on_nan: str = "stop",  # or "lower_lr", see `LowerRate`
-    negatives: str = "all",  # or "warm", see `TripleSampler`
+    on_nan: str = "stop", negatives: str = "all",  # or "lower_lr", see `LowerRate`; or "warm", see `TripleSampler`
 ) -> pd.DataFrame:
     "Train a `Stage2` model and keep its best validated epoch; returns the history: losses and validation per epoch."
     backbone, optimiser = model.backbone, stage2_optimiser(model, project_lr)
