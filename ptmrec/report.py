@@ -326,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "all" in (named := given["studies"]):
         given["studies"] = [name for name, it in STUDIES.items() if not it.long or name in named]
         if left := [name for name in STUDIES if name not in given["studies"]]:
-            print(f"Left out: {', '.join(left)}, which takes longest. To have it, name it after all.")
+            print(f"Left out: {', '.join(left)}, which takes longest. Name it beside all to have it.")
     try:
         with exits_when_stopped():
             print(f"The report: {shown_path(paper(**given) / 'report.html')}")
