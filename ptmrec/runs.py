@@ -592,6 +592,8 @@ def heal(run: Run) -> Run:
             (run.folder / name).unlink(missing_ok=True)
         run.about["files"] = {} if whole.keys() & {*bad} or "run.json" in bad else whole
         _write_about(run)
+    for path in run.folder.glob("checkpoint*.pt") if run.trained else ():  # of a process that died before it could do this
+        path.unlink()
     return run
 
 # %% ../nbs/03c_runs.ipynb #9afdec52
