@@ -375,12 +375,13 @@ def items_of(
 
 
 def _lists(seen, user: int, variants, k: int) -> list[SheetRow]:
-    "Rows for user number `user`: training and test items (five at most), and the list of each variant with its hits."
-    inter = seen.data.inter
-    found = {split: items_of(inter, user, split) for split in ("train", "test")}
+    "Rows for user number `user`: training items, test items that count (five at most), each variant's list and hits."
+    inter, (_, counted) = seen.data.inter, seen.evaluator.positives["test"].rows(torch.tensor([user]))
+    found = {"training": items_of(inter, user, "train"),
+             "test": [item for item in items_of(inter, user, "test") if item in counted]}
     how = ", latest first" * (inter.time is not None)
     rows = [SheetRow(f"{split} items{how}: {min(5, len(items))} of {len(items)}", items[:5])
-            for split, items in zip(("training", "test"), found.values())]
+            for split, items in found.items()]
     for variant in variants:
         items = seen.recommended(user, variant, k)
         hits = set(items) & set(found["test"])

@@ -19,6 +19,7 @@ from small import SHORT, TEXT, VISION, make_shop, small_clips
 from ptmrec import visualisation as vis
 from ptmrec.clip_prompting import Clip, DeepPrompts, encode_image
 from ptmrec.data import DataError, Interactions, RecData, load_data
+from ptmrec.ranking import Evaluator
 from ptmrec.settings import SettingError
 from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import run_stage2
@@ -108,6 +109,17 @@ def test_the_latest_items_come_first(tuned):
     row = vis._lists(seen, 1, [], 10)[0]
     assert row.name == "training items, latest first: 5 of 5"
     assert row.items == mine.sort_values(ascending=False).index.tolist()
+
+
+def test_items_that_a_run_does_not_count_are_not_to_be_found(tuned):
+    seen = vis.RunView(tuned)
+    inter, found = seen.data.inter, {}
+    for group in ("warm", "cold"):
+        seen.evaluator = Evaluator(inter, "cpu", group)
+        rows = [vis._lists(seen, user, ["fresh"], 10)[1:] for user in np.unique(inter.part("test")[0])]
+        found[group] = [test.name for test, _ in rows]
+        assert all(("of 0 found" in listed.name) == test.name.endswith("0 of 0") for test, listed in rows)
+    assert {*found["warm"]} == {"test items: 1 of 1"} and {*found["cold"]} == {"test items: 0 of 0"}
 
 
 def test_unknown_names_are_told(tuned):
