@@ -33,7 +33,7 @@ from .runs import Run, best_variant, evaluator_of, open_run, per_user_values
 from .search import cells, in_short
 from .settings import SettingError, check_count, did_you_mean, resolve
 from .significance import comparisons, in_words, save_result
-from .stage1 import (BACKBONE_NAMES, DataSettings, EncoderSettings, EvaluationSettings, backbone_name, label,
+from .stage1 import (BACKBONE_NAMES, SAMPLE, DataSettings, EncoderSettings, EvaluationSettings, backbone_name, label,
                            load_inputs, run_stage1, stage1_settings)
 from .stage2 import Stage2Settings, TransferSettings, make_batches, run_stage2
 from .yardsticks import YARDSTICK_NAMES, YARDSTICKS, run_yardstick
@@ -221,6 +221,8 @@ def generative(dataset: str, base: dict) -> dict:
 @study("Does the gain carry over to another domain?")
 def another_domain(dataset: str, base: dict) -> dict:
     "Two stages on a folder of photographs, with the encoder of `base`, or LoRA in the text tower of minilm-efficientnet."
+    if "clip_model" not in base and find_dataset(dataset) == SAMPLE:
+        raise DataError("The sample is drawn, and this study wants photographs. Take other data, or set clip_model in base.")
     text = {"tuning": "lora", "tuned_towers": "text", "last_layers": 2, "cache_prefix": True}
     packaged = {} if "clip_model" in base else {"clip_model": "minilm-efficientnet"} | text
     return {"05_stage2": {"recommender": backbone_axis("vbpr", "freedom", **packaged)}}

@@ -889,6 +889,13 @@ def test_an_encoder_without_weights_is_one_sentence(shop, runs, monkeypatch):
     assert "\n" not in str(error.value) and not (runs / "stage1").exists()
 
 
+def test_another_domain_wants_photographs(runs):
+    with pytest.raises(DataError, match="is drawn, and this study wants photographs. Take other data, or set clip_"):
+        run_study("another_domain", "sample", [0], QUICK)
+    assert STUDIES["another_domain"].axes("sample", {"clip_model": "ViT-B-32"})["05_stage2"]["recommender"].keys() == {
+        "VBPR", "FREEDOM"}
+
+
 def test_a_generative_encoder_passes_through_both_stages(shop, runs, tmp_path):
     "A tiny CoCa without pretrained weights, with prompts in both towers."
     import open_clip
