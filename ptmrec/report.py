@@ -146,8 +146,9 @@ DIFFERS = " ".join([
     "The paper leaves the CLIP variant, tau, lambda, the number and depth of prompts and the learning rates open; ours are",
     "the defaults of the kit, or those given above. It counts parameters with embeddings and feature tables; ours are those",
     "tuned in CLIP. It trains Stage 2 on batches of 128 interactions with 12 accumulation steps, by the task loss and",
-    "knowledge transfer; our default is 128 items with all their pairs, by knowledge transfer alone. Ours are means over",
-    "seeds, of the variant that is best on validation."])
+    "knowledge transfer; our default is 128 items with all their pairs, by knowledge transfer alone. Fusion in MGCN and the",
+    "L2 norm of VBPR are as in their published code, the rest of the backbones as in the papers. Ours are means over seeds,",
+    "of the variant that is best on validation."])
 
 
 def beside_the_paper(dataset: str, results: dict[str, StudyResult]) -> pd.DataFrame:

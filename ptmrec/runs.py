@@ -714,7 +714,7 @@ def validation(run: Run) -> dict[str, dict]:
         metrics = run.metrics()
         return {"": metrics["valid"]} if "valid" in metrics else {
             variant: found["valid"] for variant, found in metrics.items() if variant != "stage1"}
-    if run.about["experiment"] == "stage2":
+    if (run.folder / "valid.parquet").exists():  # of Stage 2
         return run.load_table("valid.parquet").T.to_dict()
     history = run.load_table("history.csv")
     best = history.loc[history[f"valid {run.params['metric']}"].idxmax()]
