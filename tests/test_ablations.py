@@ -596,16 +596,17 @@ def test_yardsticks_are_ranked_where_the_evaluator_is(R, monkeypatch):
 # ---------------------------------------------------------------- studies
 
 
-def test_every_study_asks_for_what_the_experiments_take(runs):
-    "On the sample: all settings of all cells are right, and references are rows."
+def test_every_study_asks_for_what_the_experiments_take(shop, runs):
+    "On the sample, or photographs: all settings of all cells are right, and references are rows."
     base = {"epochs": 2, "stage2_epochs": 1, "batch_size": 64}
     for name, it in STUDIES.items():
-        asked = it.axes("sample", base)
+        data = shop if name == "another_domain" else "sample"
+        asked = it.axes(data, base)
         if it.tuned:
             asked = {n: {"trial": {t: c for t, (_, c) in draw_trials(axes, 12).items()}} for n, axes in asked.items()}
         given = {"05_stage2": base, "04_stage1": ablations.stage1_settings(base)}
         planned = [cell for notebook, axes in asked.items()
-                   for cell in plan(notebook, given[notebook] | {"dataset": "sample"}, axes, [0])]
+                   for cell in plan(notebook, given[notebook] | {"dataset": data}, axes, [0])]
         names = {cell.name for cell in planned} | {*(["EASE"] if it.yardsticks else ()), *(METHODS if it.tuned else ())}
         assert len(planned) >= 2 and (it.reference is None or it.reference in names), name
 
