@@ -22,8 +22,8 @@ stage2: .venv/installed  ## both stages on dataset=<name or folder>, default sam
 	$(bin)/papermill nbs/05_stage2.ipynb "runs/stage2-$$(basename "$(dataset)").ipynb" -p dataset "$(dataset)" \
 	  --stdout-file /dev/stdout --no-progress-bar | cat
 
-paper: .venv/installed  ## a report on dataset=<one or several>: studies=<names, or all>, tables and figures, HTML and Markdown
-	$(bin)/python -m ptmrec.report $(dataset) --studies $(studies)
+paper: .venv/installed  ## a report on dataset=<one or several>: studies=<names, or all>, base=<settings in JSON>; HTML and Markdown
+	$(bin)/python -m ptmrec.report $(dataset) --studies $(studies) $(if $(base),--base '$(base)')
 
 test: .venv/installed lint  ## nbdev_test on every notebook, and pytest on tests/
 	$(bin)/python -m pytest

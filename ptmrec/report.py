@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'CLAIMS', 'DIFFERS', 'FIRST', 'Block', 'as_markdown', 'as_html', 'write_report', 'Claim', 'beside_the_paper',
-           'saved_table', 'study_blocks', 'check_studies', 'check_report', 'own_names', 'paper', 'main']
+           'saved_table', 'study_blocks', 'check_studies', 'named_studies', 'report_name', 'check_report', 'own_names',
+           'paper', 'main']
 
 # %% ../nbs/06a_report.ipynb #e1cc8c79
 import argparse
@@ -12,7 +13,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -23,12 +24,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .ablations import (SAMPLERS, STUDIES, StudyResult, cost_table, draw_trials, plot_cost, plot_study, run_study,
-                              study_settings, verdicts, write_result)
+from .ablations import (SAMPLERS, STUDIES, StudyResult, check_base, cost_table, draw_trials, plot_cost, plot_study,
+                              run_study, study_settings, verdicts, write_result)
 from .data import DataError, load_data, runs_dir, write_atomically
 from .ranking import check_metric
 from .runs import open_run, shown_path
-from .settings import SettingError, did_you_mean, resolve
+from .settings import SettingError, check_count, did_you_mean, resolve
 from .significance import save_figure, to_markdown
 from .sources import find_or_prepare
 from .stage1 import BACKBONE_NAMES, label, run_stage1, stage1_settings
@@ -216,19 +217,36 @@ def check_studies(names: Sequence[str]) -> None:
     if not names:
         raise SettingError(f"No study is named. Name at least one of {', '.join(STUDIES)}.")
 
+# %% ../nbs/06a_report.ipynb #81ee845f
+def named_studies(names: Sequence[str]) -> list[str]:
+    "The studies that are named; `all` are all but the longest, and those that are named beside it."
+    if "all" not in names:
+        return list(names)
+    if beside := [name for name in names if name != "all"]:
+        check_studies(beside)
+    if left := [name for name, it in STUDIES.items() if it.long and name not in names]:
+        print(f"Left out: {', '.join(left)}, which take longest. Name them beside all to have them.")
+    return [name for name in STUDIES if name not in left]
+
+
+def report_name(datasets: Iterable[str], studies: Sequence[str]) -> str:
+    "Name of a report's folder: its data sets, and its studies unless they are `FIRST`; many studies are counted."
+    told = [] if tuple(studies) == FIRST else studies if len(studies) < 5 else [f"{len(studies)} studies"]
+    return "-".join([*datasets, *told])
+
 # %% ../nbs/06a_report.ipynb #3d1b7c52
 def check_report(
     settings: dict,  # {data set: (name or folder, settings of every run, ...)}
     studies: Sequence[str],  # names of `STUDIES`
-    n_seeds: int, budget: int, sampler: str, metric: str,  # as of `paper`
+    n_seeds: int, budget: int, sampler: str, metric: str, at_once: int | None,  # as of `paper`
 ) -> None:
     "Raise `SettingError` for what is wrong in the arguments of `paper`, before anything is made."
     check_studies(studies)
     check_metric(metric)
-    for name, value in {"n_seeds": n_seeds, "budget": budget}.items():
-        if value < 1:
-            raise SettingError(f"{name}={value} is not allowed: it must be at least 1.")
+    for name, value in {"n_seeds": n_seeds, "budget": budget, "at_once": 1 if at_once is None else at_once}.items():
+        check_count(name, value)
     for path, mine, *_ in settings.values():
+        check_base(mine)
         resolve(run_stage2.experiment, mine | {"dataset": path})
         tuned = [name for name in studies if STUDIES[name].tuned and sampler == "random"]
         for spaces in (axes for name in tuned for axes in STUDIES[name].axes(path, mine).values()):
@@ -251,7 +269,9 @@ def _about(dataset, result, settings, n_seeds, budget, sampler):
     data = load_data(find_or_prepare(path), used.min_rating, used.core, used.split, used.split_seed)
     versions = ", ".join(f"{name} {version}" for name, version in open_run(runs[-1].folder).about["versions"].items())
     devices = sorted({run.params["device"] for run in runs if "device" in run.params})  # a yardstick has none
+    drawings = ", which has seen drawings alone" if used.clip_model == "tiny" else ""
     told = {"data set": f"{dataset}, {data.fingerprint()}",  # the runs of a row may be on one derived of it
+            "CLIP": f"{used.clip_model}, {used.pretrained}{drawings}",
             "settings of every run": json.dumps(base) if base else "the defaults",
             "seeds": str(n_seeds), "trials per method": f"{budget}, {sampler}",
             "device": ", ".join(devices), "cores": str(joblib.cpu_count()),
@@ -269,11 +289,11 @@ def paper(
     metric: str = "recall@10",  # that is compared, on test
     **how,  # of `grid`: at_once, threads, client
 ) -> Path:
-    "Run studies and write a report on them into runs/paper/<data sets>; returns the folder. Failed studies say why."
+    "Run studies and write a report on them into a folder of runs/paper, which is returned. Failed studies say why."
     settings = {dataset: study_settings(dataset, base) for dataset in datasets}
-    check_report(settings, studies, n_seeds, budget, sampler, metric)
+    check_report(settings, studies, n_seeds, budget, sampler, metric, how.get("at_once"))
     names, tables, failed = own_names(settings), [], []
-    folder = runs_dir() / "paper" / "-".join(names.values())
+    folder = runs_dir() / "paper" / report_name(names.values(), studies)
     blocks = [Block("heading", f"PTMRec on {', '.join(names.values())}", 1)]
     for dataset, (path, mine, notebooks) in settings.items():
         blocks.append(Block("heading", names[dataset]))
@@ -324,11 +344,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--metric", default="recall@10")
     parser.add_argument("--at_once", type=int, help="runs at a time")
     given = vars(parser.parse_args(arguments))
-    if "all" in (named := given["studies"]):
-        given["studies"] = [name for name, it in STUDIES.items() if not it.long or name in named]
-        if left := [name for name in STUDIES if name not in given["studies"]]:
-            print(f"Left out: {', '.join(left)}, which takes longest. Name it beside all to have it.")
     try:
+        given["studies"] = named_studies(given["studies"])
         with exits_when_stopped():
             print(f"The report: {shown_path(paper(**given) / 'report.html')}")
     except DataError as error:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SILHOUETTES', 'COLOURS', 'PATTERNS', 'N_ITEMS', 'N_USERS', 'N_INTERACTIONS', 'BRANDS', 'MATERIALS', 'TASTE',
-           'TINY_CLIP', 'MEAN', 'STD', 'Pencil', 'draw_item', 'draw_attributes', 'write_title', 'draw_interactions',
-           'make_shop', 'write_caption', 'draw_pairs', 'normalise', 'pretrain_clip', 'main', 'neighbour_purity',
-           'attribute_features', 'compare_features']
+           'TINY_CLIP', 'MEAN', 'STD', 'COCA_LENGTH', 'TINY_COCA', 'Pencil', 'draw_item', 'draw_attributes',
+           'write_title', 'draw_interactions', 'make_shop', 'write_caption', 'draw_pairs', 'normalise', 'pretrain',
+           'save_encoder', 'tiny_coca', 'main', 'neighbour_purity', 'attribute_features', 'compare_features']
 
 # %% ../nbs/00b_sample.ipynb #ca3e39e1
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from .data import Interactions, progress, random_split, repo_root
+from .data import Interactions, progress, random_split, repo_root, write_atomically
 
 # %% ../nbs/00b_sample.ipynb #b00a8c48
 class Pencil:
@@ -259,17 +259,16 @@ def _contrastive_loss(model, images, tokens):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 # %% ../nbs/00b_sample.ipynb #b6b676f8
-def pretrain_clip(
-    folder: str | Path,  # gets tiny.json and tiny.safetensors (float16)
+def pretrain(
+    model: torch.nn.Module,  # what `pair_loss` takes
+    pair_loss: Callable,  # of the model, images (B, 64, 64, 3) uint8 and tokens (B, 77)
     n_pairs: int = 20000,  # drawn pictures with a text each
     epochs: int = 16,
     batch_size: int = 256,  # pairs
     lr: float = 1e-3,  # the highest of a one-cycle schedule
-    seed: int = 1,
+    seed: int = 1,  # of the pairs
 ) -> list[float]:
-    "Pretrain the tiny CLIP with InfoNCE and write it; returns the loss per step."
-    torch.manual_seed(seed)
-    model = open_clip.CLIP(**TINY_CLIP)
+    "Train a CLIP, or a relative, on drawn pairs; returns the loss per step."
     images, tokens = draw_pairs(n_pairs, seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     steps = epochs * (n_pairs // batch_size)
@@ -277,21 +276,73 @@ def pretrain_clip(
     losses, bar = [], progress(total=steps, desc="Pretraining", unit="step")
     for _ in range(epochs):
         for batch in torch.randperm(n_pairs)[: n_pairs // batch_size * batch_size].split(batch_size):
-            loss = _contrastive_loss(model, images[batch], tokens[batch])
+            loss = pair_loss(model, images[batch], tokens[batch])
             optimiser.zero_grad(), loss.backward(), optimiser.step(), schedule.step()
             losses.append(loss.item())
             bar.update(), bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
-    save_file(weights, Path(folder) / "tiny.safetensors")
-    (Path(folder) / "tiny.json").write_text(json.dumps(TINY_CLIP, indent=2) + "\n")
     return losses
+
+
+def save_encoder(
+    model: torch.nn.Module,  # of open_clip
+    config: dict,  # that open_clip makes one of
+    stem: Path,  # of both files, without an ending
+) -> None:
+    "Write `stem`.json and, last, `stem`.safetensors (float16)."
+    weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
+    write_atomically(stem.with_suffix(".json"), lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_atomically(stem.with_suffix(".safetensors"), lambda path: save_file(weights, path))
+
+# %% ../nbs/00b_sample.ipynb #75a9de0c
+COCA_LENGTH = 20  # tokens; the longest title of the sample has 8
+TINY_COCA = {
+    "embed_dim": 64, "custom_text": True,  # as wide as the text tower, which the decoder needs
+    "vision_cfg": TINY_CLIP["vision_cfg"] | {"attentional_pool": True, "attn_pooler_queries": 16, "attn_pooler_heads": 4,
+                                             "output_tokens": True},
+    "text_cfg": TINY_CLIP["text_cfg"] | {"context_length": COCA_LENGTH, "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": TINY_CLIP["text_cfg"] | {"context_length": COCA_LENGTH, "attn_pooler_heads": 4},
+}
+
+# %% ../nbs/00b_sample.ipynb #312f6da8
+def _coca_loss(model, images, tokens):
+    "Contrastive and caption loss of a batch of pairs, images (B, 64, 64, 3) uint8 and tokens (B, 77)."
+    tokens = tokens[:, :COCA_LENGTH]
+    image_emb, patches = model._encode_image(normalise(images))
+    text_emb, states = model._encode_text(tokens)
+    logits = model.logit_scale.exp() * image_emb @ text_emb.T  # (B, B)
+    target = torch.arange(len(images))
+    contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    words, number = tokens.unique(return_inverse=True)
+    among = {"text_projection": model.text_decoder.text_projection[:, words]}  # (width, words)
+    written = torch.func.functional_call(model.text_decoder, among, (patches, states[:, :-1]))  # (B, L - 1, words)
+    follows = number[:, 1:].masked_fill(tokens[:, 1:] == 0, -1)  # 0 fills up
+    return contrastive + 2 * F.cross_entropy(written.flatten(0, 1), follows.flatten(), ignore_index=-1)
+
+# %% ../nbs/00b_sample.ipynb #47c08517
+def tiny_coca(
+    folder: Path,  # gets tiny_coca.json and tiny_coca.safetensors
+    **training,  # of `pretrain`
+) -> dict:
+    "Settings of the tiny CoCa, which is pretrained into `folder` unless it is there."
+    stem = folder / "tiny_coca"
+    if not stem.with_suffix(".safetensors").exists():
+        print("Pretraining a tiny CoCa on drawings, once. It takes about as long as the sample's CLIP did.")
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(1)
+        model = open_clip.CoCa(**{name: part for name, part in TINY_COCA.items() if name != "custom_text"})
+        torch.nn.init.normal_(model.text_decoder.text_projection, std=TINY_COCA["multimodal_cfg"]["width"] ** -0.5)
+        pretrain(model, _coca_loss, **training)
+        save_encoder(model, TINY_COCA, stem)
+    return {"clip_model": str(stem.with_suffix(".json")), "pretrained": str(stem.with_suffix(".safetensors"))}
 
 # %% ../nbs/00b_sample.ipynb #d02a7e61
 def main() -> None:
     "Draw the shop and pretrain its CLIP into data/sample, as they ship; other files there, as defaults.toml, stay."
     folder = repo_root() / "data" / "sample"
     make_shop(folder)
-    losses = pretrain_clip(folder)
+    torch.manual_seed(1)
+    losses = pretrain(model := open_clip.CLIP(**TINY_CLIP), _contrastive_loss)
+    save_encoder(model, TINY_CLIP, folder / "tiny")
     print(f"Wrote {folder}; InfoNCE {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f}.")
 
 # %% ../nbs/00b_sample.ipynb #3c00a82f

@@ -71,12 +71,19 @@ def compare_users(before: list[pd.Series], after: list[pd.Series]) -> dict:
 
 # %% ../nbs/03g_significance.ipynb #22b517b8
 def comparisons(pairs: dict) -> pd.DataFrame:
-    "`compare_users` of each of `pairs` {name: (before, after)} as a table, with `p_holm`, Holm's correction over its rows."
+    """`compare_users` of each of `pairs` {name: (before, after)} as a table, with `p_holm`, Holm's correction over its rows.
+
+    `smallest` is at the level that Holm's method holds the undecided rows against.
+    """
     from statsmodels.stats.multitest import multipletests
 
+    if not pairs:
+        return pd.DataFrame(columns=["p_holm"])
     table = pd.DataFrame({name: compare_users(*pair) for name, pair in pairs.items()}).T
-    table["p_holm"] = multipletests(table.p, method="holm")[1] if len(table) else []
-    return table.astype({"users": int, "seeds": int}) if len(table) else table
+    table["p_holm"] = multipletests(table.p, method="holm")[1]
+    level = 0.05 / max(1, (table.p_holm >= 0.05).sum())
+    table["smallest"] = [smallest_gain(differences(*pair).mean(axis=1), level=level) for pair in pairs.values()]
+    return table.astype({"users": int, "seeds": int})
 
 # %% ../nbs/03g_significance.ipynb #76a258b9
 def in_words(

@@ -13,11 +13,13 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import display
 
-from .ablations import STUDIES, compared, cost_table, plot_values, run_study, study_values
+from .ablations import SHOWN, STUDIES, compared, cost_table, plot_values, run_study, study_values
 from .data import DataError, progress
+from .significance import result_text
+from .stage1 import label
 
 # %% ../nbs/06b_sample_studies.ipynb #1f6ab3c8
-TABLES = ("", "_tests", "_costs")  # what their file names end in
+TABLES = ("", "_tests", "_costs", "_trials")  # what their file names end in
 
 
 def study_tables(
@@ -28,15 +30,17 @@ def study_tables(
     metric: str = "recall@10",  # that is compared, on test
     **how,  # of `run_study`: at_once, papermill
 ) -> list[pd.DataFrame]:
-    "Run a study; returns its values, comparisons and costs."
+    "Run a study; returns its values, comparisons, costs and trials, the last without rows if nothing was tuned."
     result = run_study(name, dataset, seeds, base, metric=metric, **how)
     against = compared(result.rows, result.study.reference, metric)
     if result.study.note:
         print(name, result.study.note(against))
     for cell, runs in result.failed().groupby("cell", sort=False):
         print(f"{name}: {cell} failed in {len(runs)} of {len(seeds)} runs. The first error: {runs.error.iloc[0]}")
-    tables = (study_values(result, metric), against.rename_axis("row").reset_index(),
-              cost_table(result).rename_axis("row").reset_index())
+    values = pd.concat([study_values(result, m).assign(metric=m) for m in SHOWN])
+    against = against.rename_axis("row").reset_index().assign(reference=result.study.reference)
+    trials = pd.DataFrame() if result.trials is None else result.trials[["method", "changes", "metric", "valid"]]
+    tables = values, against, cost_table(result).rename_axis("row").reset_index(), trials
     return [table.assign(study=name) for table in tables]
 
 
@@ -64,7 +68,8 @@ def store_studies(
     if not made:
         raise DataError(f"None of the studies could run, for the reasons above; {stem}*.csv are as they were.")
     for ending, tables in zip(TABLES, zip(*made)):
-        pd.concat(tables).to_csv(f"{stem}{ending}.csv", index=False, float_format=whole_or_short)
+        if len(table := pd.concat(tables)):
+            table.to_csv(f"{stem}{ending}.csv", index=False, float_format=whole_or_short)
 
 # %% ../nbs/06b_sample_studies.ipynb #841070ea
 def verdict(row: pd.Series) -> str:
@@ -72,19 +77,34 @@ def verdict(row: pd.Series) -> str:
     if row.p_holm < 0.05:
         word = "better" if row.difference > 0 else "worse"
         return f"{word}, on these seeds" if row.low <= 0 <= row.high else word
-    return f"cannot tell (under {row.smallest:.4f})" if row.smallest == row.smallest else "cannot tell"
+    return f"cannot tell (a gain of {row.smallest:.4f} would show)" if row.smallest == row.smallest else "cannot tell"
 
-
+# %% ../nbs/06b_sample_studies.ipynb #87fc78cf
 class StoredStudies:
-    "The tables that `store_studies` wrote: `values`, `tests` and `costs`."
+    "The tables that `store_studies` wrote: `values`, `tests`, `costs`, and `trials` if there are any."
 
     def __init__(
         self,
         stem: Path,  # of the files
         about: str,  # data and seeds, for titles
     ):
-        self.values, self.tests, self.costs = (pd.read_csv(f"{stem}{ending}.csv") for ending in TABLES)
+        files = [Path(f"{stem}{ending}.csv") for ending in TABLES]
+        self.values, self.tests, self.costs, self.trials = (pd.read_csv(file) if file.exists() else None for file in files)
         self.about = about
+
+    def against(self, name: str) -> str:
+        "What the rows of a study were compared with, in words."
+        reference = self.tests.reference[self.tests.study == name].iloc[0]
+        return reference if isinstance(reference, str) else "its Stage 1"
+
+    def table(self, name: str) -> pd.DataFrame:
+        "Means and spreads over seeds of a study, on test: a row per row and kind, a column per metric."
+        found = self.values[self.values.study == name]
+        cells = {}
+        for (row, kind, metric), seeds in found.groupby(["row", "kind", "metric"], sort=False):
+            told = f"Stage 1 of {row}" if kind.startswith("the Stage 1") else row
+            cells.setdefault(told, {})[f"test {label(metric)}"] = list(seeds.value)
+        return result_text(cells)
 
     def comparisons(self, name: str) -> pd.DataFrame:
         "The comparisons of a study, to be read."
@@ -94,12 +114,12 @@ class StoredStudies:
             "gain": (found.after / found.before - 1).map("{:+.1%}".format),
             "per user": [f"{d:+.4f} [{a:+.4f}, {b:+.4f}]" for d, a, b in zip(found.difference, found.low, found.high)],
             "p (Holm)": found.p_holm.map("{:.2g}".format), "verdict": found.apply(verdict, axis=1)})
-        return table.rename_axis(f"against {STUDIES[name].reference or 'its Stage 1'}")
+        return table.rename_axis(f"against {self.against(name)}")
 
     def show(self, name: str, metric: str = "recall@10") -> None:
         "Display the figure and the comparisons of a study."
-        plot_values(self.values[self.values.study == name], f"{STUDIES[name].question}\n{self.about}", metric,
-                    STUDIES[name].reference)
+        values = self.values[(self.values.study == name) & (self.values.metric == metric)]
+        plot_values(values, f"{STUDIES[name].question}\n{self.about}", metric, self.against(name))
         display(self.comparisons(name))
 
     def differs(self, study: str, *rows: str) -> bool:

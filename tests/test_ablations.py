@@ -21,9 +21,10 @@ from small import make_shop
 import ptmrec.ablations as ablations
 import ptmrec.grids as grids
 import ptmrec.report as report
+import ptmrec.sample as sample
 import ptmrec.yardsticks as yardsticks
-from ptmrec.ablations import (METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study, tune_equally,
-                              verdicts, write_result)
+from ptmrec.ablations import (BEST_YARDSTICK, METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study,
+                              tune_equally, verdicts, write_result)
 from ptmrec.clip_prompting import ItemEncoder
 from ptmrec.data import DataError, load_data
 from ptmrec.derived import miniature, random_features, shuffled, thinned, with_cold_items, without, write_data
@@ -387,6 +388,11 @@ def test_tests_are_scipys_and_holm_is_statsmodels(pairs):
     by_hand = np.maximum.accumulate(np.sort(table.p.astype(float)) * [3, 2, 1]).clip(max=1)
     assert np.allclose(np.sort(table.p_holm.astype(float)), by_hand)
     assert np.allclose(table.p_holm.astype(float), multipletests(table.p.astype(float), method="holm")[1])
+    undecided = (table.p_holm >= 0.05).sum()
+    assert 0 < undecided < 3  # Holm holds them against 0.05 divided by how many they are
+    before, after = pairs["nothing"]
+    d = pd.concat([b - a for a, b in zip(before, after)], axis=1).mean(axis=1)
+    assert np.isclose(table.smallest["nothing"], smallest_gain(d, level=0.05 / undecided))
 
 
 def test_the_bootstrap_covers_and_seeds_widen_it():
@@ -596,8 +602,9 @@ def test_yardsticks_are_ranked_where_the_evaluator_is(R, monkeypatch):
 # ---------------------------------------------------------------- studies
 
 
-def test_every_study_asks_for_what_the_experiments_take(shop, runs):
+def test_every_study_asks_for_what_the_experiments_take(shop, runs, monkeypatch):
     "On the sample, or photographs: all settings of all cells are right, and references are rows."
+    monkeypatch.setattr(ablations, "tiny_coca", lambda folder: {"clip_model": "c.json", "pretrained": "c.safetensors"})
     base = {"epochs": 2, "stage2_epochs": 1, "batch_size": 64}
     for name, it in STUDIES.items():
         data = shop if name == "another_domain" else "sample"
@@ -607,7 +614,7 @@ def test_every_study_asks_for_what_the_experiments_take(shop, runs):
         given = {"05_stage2": base, "04_stage1": ablations.stage1_settings(base)}
         planned = [cell for notebook, axes in asked.items()
                    for cell in plan(notebook, given[notebook] | {"dataset": data}, axes, [0])]
-        names = {cell.name for cell in planned} | {*(["EASE"] if it.yardsticks else ()), *(METHODS if it.tuned else ())}
+        names = {cell.name for cell in planned} | {BEST_YARDSTICK} | {*(METHODS if it.tuned else ())}
         assert len(planned) >= 2 and (it.reference is None or it.reference in names), name
 
 
@@ -620,7 +627,8 @@ def test_wrong_studies():
 
 @pytest.mark.parametrize("base, message", [
     ({"epoch": 2}, "base sets epoch, which neither stage has. Did you mean epochs"),
-    ({"dataset": "baby"}, "base sets dataset, which is an argument of its own")])
+    ({"dataset": "baby"}, "base sets dataset, which a study sets itself"), ({"seed": 1}, "base sets seed, which a study"),
+    ({"n_seeds": 2}, "base sets n_seeds"), ({"rerun": True}, "base sets rerun")])
 @pytest.mark.parametrize("name", ["yardsticks", "knowledge_transfer"])
 def test_a_wrong_base_stops_every_study(shop, runs, here, name, base, message):
     with pytest.raises(SettingError, match=message):
@@ -767,6 +775,22 @@ def test_rows_without_a_common_seed_are_left_out_and_said():
     assert against.index.tolist() == ["B"] and against.seeds["B"] == 1
     result = ablations.StudyResult(ablations.Study("Q?", None, "A"), "shop", None, None, rows)
     assert verdicts(result, against).endswith("\n\n'C' has no seed in common with 'A', so they are not compared.")
+
+
+def test_the_reference_is_the_yardstick_that_is_best_on_validation(shop, runs, here, monkeypatch):
+    axes = {"04_stage1": {"backbone": ["bpr"]}}
+    monkeypatch.setitem(STUDIES, "mine", ablations.Study("Which?", lambda *_: axes, BEST_YARDSTICK, yardsticks=True))
+    result = run_study("mine", shop, [0], QUICK, at_once=1)
+    valid = {name: row.runs[0].metrics()["valid"]["recall@10"] for name, row in result.rows.items() if name != "bpr"}
+    assert len(valid) == 4 and result.study.reference == max(valid, key=valid.get)
+    assert set(ablations.compared(result.rows, result.study.reference, "recall@10").index) == set(result.rows) - {
+        result.study.reference}
+
+
+def test_at_once_is_checked_before_anything_is_made(shop, runs, here):
+    with pytest.raises(SettingError, match="at_once=0 is not allowed"):
+        run_study("sparsity", shop, [0], QUICK, at_once=0)
+    assert not here and not runs.exists()
 
 
 def test_a_study_of_stage1_with_yardsticks(shop, runs, here, monkeypatch):
@@ -920,6 +944,32 @@ def test_a_generative_encoder_passes_through_both_stages(shop, runs, tmp_path):
     tuned = run.load_weights("tuning")
     assert all(any(tower in name for name in tuned) for tower in ("image", "text"))
     assert all(w.isfinite().all() for w in tuned.values())
+
+
+def test_the_loss_of_the_tiny_coca_is_open_clips_over_the_words_of_a_batch(tmp_path):
+    "All tokens that are in no caption are as unlikely as can be: then the whole vocabulary gives the same loss."
+    import open_clip
+
+    images, tokens = sample.draw_pairs(8, seed=3)
+    torch.manual_seed(0)
+    model = open_clip.CoCa(**{name: part for name, part in sample.TINY_COCA.items() if name != "custom_text"}).eval()
+    torch.nn.init.normal_(model.text_decoder.text_projection)
+    short = tokens[:, :sample.COCA_LENGTH]
+    with torch.no_grad():
+        out = model(sample.normalise(images), short)
+        logits = torch.full_like(out["logits"], -1e9)
+        words = short.unique()
+        logits[..., words] = out["logits"][..., words]
+        reference = open_clip.CoCaLoss(2.0, 1.0, pad_id=0)(out["image_features"], out["text_features"], logits,
+                                                           out["labels"], out["logit_scale"], output_dict=True)
+        assert torch.isclose(sample._coca_loss(model, images, tokens), sum(reference.values()), atol=1e-4)
+
+
+def test_the_sample_gets_a_tiny_coca_that_is_made_once(runs, monkeypatch):
+    made = []
+    monkeypatch.setattr(sample, "pretrain", lambda *_, **__: made.append("once"))
+    first, again = (STUDIES["generative"].axes("sample", {})["05_stage2"]["encoder"] for _ in range(2))
+    assert made == ["once"] and first == again and first["CoCa"]["pretrained"].startswith(str(runs))
 
 
 # ---------------------------------------------------------------- the report

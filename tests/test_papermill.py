@@ -47,6 +47,15 @@ def test_short_form_as_written(runs, tmp_path):
         assert {"recall@10", "recall@20", "ndcg@10", "ndcg@20"} < variant["valid"].keys() == variant["test"].keys()
 
 
+def test_a_study_whose_rows_are_parts_of_runs(runs, tmp_path, monkeypatch):
+    "The name that the notebook checks is known by then, and no costs are drawn of parts."
+    monkeypatch.setenv("IN_TEST", "1")  # a miniature
+    result = papermill("nbs/06_ablations.ipynb", tmp_path / "out.ipynb", experiment="long_tail")
+    assert result.returncode == 0, result.stderr[-3000:]
+    made = {path.name for path in next((runs / "grids").glob("long_tail-*")).iterdir()}
+    assert {"result.md", "figure.png"} <= made and "costs.png" not in made
+
+
 def test_vbpr_and_the_papers_batches(runs, tmp_path):
     "The other backbone with features, interactions in batches with accumulation, and the task loss."
     make_shop(tmp_path / "mine")

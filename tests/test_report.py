@@ -51,6 +51,8 @@ def earlier(runs):
     (["--metric", "recal@10"], "metric='recal@10'"), (["--n_seeds", "0"], "n_seeds=0 is not allowed"),
     (["--budget", "0"], "budget=0 is not allowed"), (["--budget", "13"], "budget=13 is more than the 12 cells"),
     (["--base", '{"bakbone": "vbpr"}'], "bakbone"), (["--base", '{"device": "gpu"}'], "device='gpu'"),
+    (["--at_once", "0"], "at_once=0 is not allowed"), (["--base", '{"seed": 1}'], "base sets seed"),
+    (["--studies", "all", "joint"], "'joint' is no study. Did you mean joint_training"),
     (["--base", '{"n_ctx": -1}'], "n_ctx=-1"), (["--base", '{"epochs": "x"}'], "epochs='x'")])
 def test_wrong_arguments_end_a_report_before_anything_is_made(shop, earlier, monkeypatch, arguments, message):
     monkeypatch.setattr(report, "run_study", None)
@@ -71,9 +73,9 @@ def test_all_studies_are_all_but_the_long_one_and_say_so(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(report, "paper", lambda **given: asked.extend(given["studies"]) or Path("x"))
     report.main(["sample", "--studies", "all"])
-    assert set(asked) == set(report.STUDIES) - {"joint_training"}
-    assert "Left out: joint_training, which takes longest." in capsys.readouterr().out
-    report.main(["sample", "--studies", "all", "joint_training"])
+    assert set(asked) == set(report.STUDIES) - {"joint_training", "generative"}
+    assert "Left out: joint_training, generative, which take longest." in capsys.readouterr().out
+    report.main(["sample", "--studies", "all", "joint_training", "generative"])
     assert set(asked) == set(report.STUDIES) and "Left out" not in capsys.readouterr().out
 
 
@@ -174,8 +176,11 @@ def stored(monkeypatch, tmp_path):
     for ending in TABLES:
         (tmp_path / f"studies{ending}.csv").write_text("earlier")
     failed = pd.DataFrame({"cell": ["LoRA", "LoRA", "full"], "seed": [0, 1, 0], "error": ["no room", "later", "nan"]})
-    result = SimpleNamespace(study=SimpleNamespace(note=None, reference=None), rows={}, failed=lambda: failed)
+    trials = pd.DataFrame({"method": ["LoRA"], "changes": ["{}"], "metric": ["recall@20"], "valid": [0.25], "seed": [0]})
+    result = SimpleNamespace(study=SimpleNamespace(note=None, reference="full"), rows={}, trials=trials,
+                             failed=lambda: failed)
     monkeypatch.setattr(stored_studies, "run_study", lambda *_, **__: result)
+    monkeypatch.setattr(stored_studies, "SHOWN", ["recall@10"])
     monkeypatch.setattr(stored_studies, "study_values", lambda *_: pd.DataFrame({"value": [0.12345678, 1.0]}))
     monkeypatch.setattr(stored_studies, "compared", lambda *_: pd.DataFrame({"p": [1e-9]}, ["LoRA"]))
     costs = pd.DataFrame({"tuned parameters in CLIP": [4682432.0, np.nan], "seconds": [25.293604, 3.0]}, ["full", "none"])
@@ -186,8 +191,8 @@ def stored(monkeypatch, tmp_path):
 def test_stored_tables_keep_whole_numbers_and_failures_are_said(stored, capsys):
     store_studies({"methods": {}}, stored, "sample", range(3))
     written = [stored.with_name(f"studies{ending}.csv").read_text().splitlines()[1:] for ending in TABLES]
-    assert written == [["0.123457,methods", "1,methods"], ["LoRA,1e-09,methods"],
-                       ["full,4682432,25.2936,methods", "none,,3,methods"]]
+    assert written == [["0.123457,recall@10,methods", "1,recall@10,methods"], ["LoRA,1e-09,full,methods"],
+                       ["full,4682432,25.2936,methods", "none,,3,methods"], ["LoRA,{},recall@20,0.25,methods"]]
     said = capsys.readouterr().out
     assert "methods: LoRA failed in 2 of 3 runs. The first error: no room" in said and "full failed in 1 of 3 runs" in said
 
