@@ -124,6 +124,26 @@ def test_killed_and_called_again(shop, runs):
     assert done == {path: path.stat().st_mtime_ns for path in done}
 
 
+def test_a_run_whose_worker_dies_four_times_has_failed(shop, runs, tmp_path, monkeypatch):
+    "The other run of the grid is made all the same."
+    distributed = pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
+    deaths, really = tmp_path / "deaths", grids.run_notebook
+
+    def run_notebook(what, output, parameters, *more):
+        if parameters["parameters"]["seed"] == 1:
+            with deaths.open("a") as file:
+                file.write("one\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return really(what, output, parameters, *more)
+
+    monkeypatch.setattr(grids, "run_notebook", run_notebook)
+    with distributed.LocalCluster(1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, \
+            distributed.Client(cluster) as client:
+        table = grid("04_stage1", {"dataset": shop, "backbone": "bpr"} | QUICK, {}, [0, 1], client=client, papermill=False)
+    assert table.status.tolist() == ["finished", "failed"] and deaths.read_text().count("one") == 4
+    assert "KilledWorker" in table.error[1]
+
+
 def test_a_cluster_whose_worker_dies(shop, runs):
     "Two worker processes; one is killed with its first run, and all runs are there at the end."
     distributed = pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
