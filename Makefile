@@ -23,7 +23,7 @@ stage2: .venv/installed  ## both stages on dataset=<name or folder>, default sam
 	  --stdout-file /dev/stdout --no-progress-bar | cat
 
 paper: .venv/installed  ## a report on dataset=<one or several>: studies=<names, or all>, base=<settings in JSON>; HTML and Markdown
-	$(bin)/python -m ptmrec.report $(dataset) --studies $(studies) $(if $(base),--base '$(base)')
+	$(bin)/python -m ptmrec.report $(dataset) --studies $(studies) $(if $(base),--base "$$base")
 
 test: .venv/installed lint  ## nbdev_test on every notebook, and pytest on tests/
 	$(bin)/python -m pytest

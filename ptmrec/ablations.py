@@ -216,7 +216,8 @@ def missing_modality(dataset: str, base: dict) -> dict:
 def generative(dataset: str, base: dict) -> dict:
     "CoCa beside CLIP, both ViT-B/32 that were pretrained on LAION-2B; on the sample both tiny, pretrained on drawings."
     if find_dataset(dataset) == SAMPLE:
-        return {"05_stage2": {"encoder": {"CLIP": {}, "CoCa": tiny_coca(runs_dir() / "tiny_coca")}}}
+        encoders = {"CLIP": {"clip_model": "tiny", "pretrained": "sample"}, "CoCa": tiny_coca(runs_dir() / "tiny_coca")}
+        return {"05_stage2": {"encoder": encoders}}
     encoders = {"CLIP": ("ViT-B-32", "laion2b_s34b_b79k"), "CoCa": ("coca_ViT-B-32", "laion2b_s13b_b90k")}
     return {"05_stage2": {"encoder": {name: {"clip_model": model, "pretrained": weights}
                                       for name, (model, weights) in encoders.items()}}}
@@ -244,7 +245,7 @@ def controls(dataset: str, base: dict) -> dict:
                                       "prompts": once | {"tuning": "prompt"}}}}
 
 # %% ../nbs/06_ablations.ipynb #558c27cb
-@study("Do the backbones beat what is simple?", yardsticks=True, reference=BEST_YARDSTICK)
+@study("Do the backbones beat the simple method that is best on validation?", yardsticks=True, reference=BEST_YARDSTICK)
 def yardsticks(dataset: str, base: dict) -> dict:
     "Stage 1 of every backbone beside the yardsticks."
     return {"04_stage1": {"recommender": backbone_axis(*BACKBONE_NAMES)}}

@@ -40,8 +40,8 @@ from .runs import (Run, alone, best_variant, heal, list_runs, open_run, pick_dev
 from .settings import SettingError, Settings, check_count, did_you_mean, resolve, shown
 from .stage1 import (Inputs, find_stage1_run, load_inputs, new_backbone, run_stage1, stage1_parameters,
                            train_stage1)
-from .stage2 import (find_stage2_run, joint_settings, make_encoder, need_of, new_model, run_stage2, train_stage2,
-                           without_tuning)
+from .stage2 import (TransferSettings, find_stage2_run, joint_settings, make_encoder, need_of, new_model, run_stage2,
+                           train_stage2, without_tuning)
 
 # %% ../nbs/05c_grids.ipynb #ec7171d5
 def labelled_changes(axis: str, values: Iterable | dict) -> dict:
@@ -258,9 +258,9 @@ def how_many(
     device = pick_device(cells[0].settings.device)
     if device.type == "cuda":
         return len({gpu_of(cell) for cell in cells})
-    each = {str({name: value for name, value in cell.params.items() if name != "seed" and not name.endswith("lr")}):
-            joint_settings(cell.settings) if cell.params.get("training") == "joint" else cell.settings
-            for cell in cells}  # the seed and learning rates take no memory
+    free = {"seed", "epochs", "stage2_epochs", "patience", *TransferSettings.model_fields} - {"task_weight"}  # no memory
+    each = {str({name: value for name, value in cell.params.items() if name not in free and not name.endswith("lr")}):
+            joint_settings(cell.settings) if cell.params.get("training") == "joint" else cell.settings for cell in cells}
     needs = [0]
     for settings in each.values() if notebook == "05_stage2" else ():
         with contextlib.suppress(DataError):  # such a cell fails when it is run, and the others do not
@@ -373,7 +373,7 @@ def earlier_costs(folder: Path) -> dict[str, dict]:
         table = pd.read_parquet(folder / "table.parquet", columns=["key", "status", *COST])
     except (OSError, ValueError):  # none, or damaged
         return {}
-    made = table[(table.status == "finished") & table.seconds.notna()]
+    made = table[(table.status == "finished") & table.seconds.notna()].drop_duplicates("key")  # cells may share a run
     return made.set_index("key")[list(COST)].to_dict("index")
 
 

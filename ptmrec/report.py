@@ -26,7 +26,7 @@ import pandas as pd
 
 from .ablations import (SAMPLERS, STUDIES, StudyResult, check_base, cost_table, draw_trials, plot_cost, plot_study,
                               run_study, study_settings, verdicts, write_result)
-from .data import DataError, load_data, runs_dir, write_atomically
+from .data import DataError, fingerprint, load_data, runs_dir, write_atomically
 from .ranking import check_metric
 from .runs import open_run, shown_path
 from .settings import SettingError, check_count, did_you_mean, resolve
@@ -221,7 +221,7 @@ def check_studies(names: Sequence[str]) -> None:
 def named_studies(names: Sequence[str]) -> list[str]:
     "The studies that are named; `all` are all but the longest, and those that are named beside it."
     if "all" not in names:
-        return list(names)
+        return list(dict.fromkeys(names))
     if beside := [name for name in names if name != "all"]:
         check_studies(beside)
     if left := [name for name, it in STUDIES.items() if it.long and name not in names]:
@@ -229,10 +229,10 @@ def named_studies(names: Sequence[str]) -> list[str]:
     return [name for name in STUDIES if name not in left]
 
 
-def report_name(datasets: Iterable[str], studies: Sequence[str]) -> str:
-    "Name of a report's folder: its data sets, and its studies unless they are `FIRST`; many studies are counted."
-    told = [] if tuple(studies) == FIRST else studies if len(studies) < 5 else [f"{len(studies)} studies"]
-    return "-".join([*datasets, *told])
+def report_name(datasets: Iterable[str], studies: Sequence[str], **how) -> str:
+    "Name of a report's folder: its data sets, and where anything but `FIRST` is asked for, a key of studies and `how`."
+    first = set(studies) == set(FIRST) and not any(how.values())
+    return "+".join(datasets) + ("" if first else "+" + fingerprint(sorted(studies), how)[:6])
 
 # %% ../nbs/06a_report.ipynb #3d1b7c52
 def check_report(
@@ -265,13 +265,13 @@ def own_names(settings: dict) -> dict[str, str]:
 def _about(dataset, result, settings, n_seeds, budget, sampler):
     "Where, when and with what a report was made; `settings`: the data set, and the settings of every run."
     (path, base, *_), runs = settings, [run for row in result.rows.values() for run in row.runs]
+    clips = sorted({f"{run.params['clip_model']}, {run.params['pretrained']}" for run in runs if "clip_model" in run.params})
     used = resolve(run_stage1.experiment, stage1_settings(base) | {"dataset": path})
     data = load_data(find_or_prepare(path), used.min_rating, used.core, used.split, used.split_seed)
     versions = ", ".join(f"{name} {version}" for name, version in open_run(runs[-1].folder).about["versions"].items())
     devices = sorted({run.params["device"] for run in runs if "device" in run.params})  # a yardstick has none
-    drawings = ", which has seen drawings alone" if used.clip_model == "tiny" else ""
     told = {"data set": f"{dataset}, {data.fingerprint()}",  # the runs of a row may be on one derived of it
-            "CLIP": f"{used.clip_model}, {used.pretrained}{drawings}",
+            "CLIP": "; ".join(clips).replace("tiny, sample", "tiny, of the sample: it has seen drawings alone") or "none",
             "settings of every run": json.dumps(base) if base else "the defaults",
             "seeds": str(n_seeds), "trials per method": f"{budget}, {sampler}",
             "device": ", ".join(devices), "cores": str(joblib.cpu_count()),
@@ -281,7 +281,7 @@ def _about(dataset, result, settings, n_seeds, budget, sampler):
 # %% ../nbs/06a_report.ipynb #feb84784
 def paper(
     datasets: Sequence[str] = ("sample",),  # names or folders
-    studies: Sequence[str] = FIRST,  # names of `STUDIES`
+    studies: Sequence[str] = FIRST,  # names of `STUDIES`, or all
     n_seeds: int = 3,  # runs per cell
     budget: int = 6,  # trials per method
     sampler: str = "random",  # of the trials, or optuna
@@ -290,10 +290,10 @@ def paper(
     **how,  # of `grid`: at_once, threads, client
 ) -> Path:
     "Run studies and write a report on them into a folder of runs/paper, which is returned. Failed studies say why."
-    settings = {dataset: study_settings(dataset, base) for dataset in datasets}
+    settings, studies = {dataset: study_settings(dataset, base) for dataset in datasets}, named_studies(studies)
     check_report(settings, studies, n_seeds, budget, sampler, metric, how.get("at_once"))
     names, tables, failed = own_names(settings), [], []
-    folder = runs_dir() / "paper" / report_name(names.values(), studies)
+    folder = runs_dir() / "paper" / report_name(names.values(), studies, base=base)
     blocks = [Block("heading", f"PTMRec on {', '.join(names.values())}", 1)]
     for dataset, (path, mine, notebooks) in settings.items():
         blocks.append(Block("heading", names[dataset]))
@@ -345,7 +345,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--at_once", type=int, help="runs at a time")
     given = vars(parser.parse_args(arguments))
     try:
-        given["studies"] = named_studies(given["studies"])
         with exits_when_stopped():
             print(f"The report: {shown_path(paper(**given) / 'report.html')}")
     except DataError as error:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from .data import Interactions, progress, random_split, repo_root, write_atomically
+from .files import fingerprint, locked
 
 # %% ../nbs/00b_sample.ipynb #b00a8c48
 class Pencil:
@@ -290,13 +291,14 @@ def save_encoder(
 ) -> None:
     "Write `stem`.json and, last, `stem`.safetensors (float16)."
     weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
-    write_atomically(stem.with_suffix(".json"), lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-    write_atomically(stem.with_suffix(".safetensors"), lambda path: save_file(weights, path))
+    write_atomically(stem.with_name(f"{stem.name}.json"), lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_atomically(stem.with_name(f"{stem.name}.safetensors"), lambda path: save_file(weights, path))
 
 # %% ../nbs/00b_sample.ipynb #75a9de0c
-COCA_LENGTH = 20  # tokens; the longest title of the sample has 8
+COCA_LENGTH = 20  # tokens; the sample's titles and the captions have fewer
 TINY_COCA = {
-    "embed_dim": 64, "custom_text": True,  # as wide as the text tower, which the decoder needs
+    "embed_dim": 64,  # as wide as the text tower, which the decoder needs
+    "custom_text": True,
     "vision_cfg": TINY_CLIP["vision_cfg"] | {"attentional_pool": True, "attn_pooler_queries": 16, "attn_pooler_heads": 4,
                                              "output_tokens": True},
     "text_cfg": TINY_CLIP["text_cfg"] | {"context_length": COCA_LENGTH, "embed_cls": True, "output_tokens": True},
@@ -323,17 +325,18 @@ def tiny_coca(
     folder: Path,  # gets tiny_coca.json and tiny_coca.safetensors
     **training,  # of `pretrain`
 ) -> dict:
-    "Settings of the tiny CoCa, which is pretrained into `folder` unless it is there."
-    stem = folder / "tiny_coca"
-    if not stem.with_suffix(".safetensors").exists():
-        print("Pretraining a tiny CoCa on drawings, once. It takes about as long as the sample's CLIP did.")
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(1)
-        model = open_clip.CoCa(**{name: part for name, part in TINY_COCA.items() if name != "custom_text"})
-        torch.nn.init.normal_(model.text_decoder.text_projection, std=TINY_COCA["multimodal_cfg"]["width"] ** -0.5)
-        pretrain(model, _coca_loss, **training)
-        save_encoder(model, TINY_COCA, stem)
-    return {"clip_model": str(stem.with_suffix(".json")), "pretrained": str(stem.with_suffix(".safetensors"))}
+    "Settings of the tiny CoCa, which is pretrained into `folder` unless it is there; of two processes, one does it."
+    stem = folder / f"tiny_coca-{fingerprint(TINY_COCA, training)[:8]}"
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "safetensors")]
+    with locked(files[1], "a tiny CoCa"):
+        if not files[1].exists():
+            print("Pretraining a tiny CoCa on drawings, once, which takes some twenty minutes.")
+            torch.manual_seed(1)
+            model = open_clip.CoCa(**{name: part for name, part in TINY_COCA.items() if name != "custom_text"})
+            torch.nn.init.normal_(model.text_decoder.text_projection, std=TINY_COCA["multimodal_cfg"]["width"] ** -0.5)
+            pretrain(model, _coca_loss, **training)
+            save_encoder(model, TINY_COCA, stem)
+    return dict(zip(("clip_model", "pretrained"), map(str, files)))
 
 # %% ../nbs/00b_sample.ipynb #d02a7e61
 def main() -> None:

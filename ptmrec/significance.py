@@ -22,7 +22,10 @@ def differences(before: list[pd.Series], after: list[pd.Series]) -> pd.DataFrame
     "Differences (users, seeds) of values per user, a Series per seed; users that both have, seeds paired in order."
     if len(before) != len(after):
         raise DataError(f"{len(before)} and {len(after)} seeds cannot be paired. Run both with the same seeds.")
-    return pd.concat([b - a for a, b in zip(before, after)], axis=1).dropna()
+    table = pd.concat([b - a for a, b in zip(before, after)], axis=1).dropna()
+    if table.empty:
+        raise DataError("No user has values in both, so nothing can be paired. Compare runs on the same users.")
+    return table
 
 
 def bootstrap_interval(
@@ -78,7 +81,7 @@ def comparisons(pairs: dict) -> pd.DataFrame:
     from statsmodels.stats.multitest import multipletests
 
     if not pairs:
-        return pd.DataFrame(columns=["p_holm"])
+        return pd.DataFrame(columns=["difference", "p_holm"])
     table = pd.DataFrame({name: compare_users(*pair) for name, pair in pairs.items()}).T
     table["p_holm"] = multipletests(table.p, method="holm")[1]
     level = 0.05 / max(1, (table.p_holm >= 0.05).sum())

@@ -7,7 +7,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +51,7 @@ def earlier(runs):
     (["--budget", "0"], "budget=0 is not allowed"), (["--budget", "13"], "budget=13 is more than the 12 cells"),
     (["--base", '{"bakbone": "vbpr"}'], "bakbone"), (["--base", '{"device": "gpu"}'], "device='gpu'"),
     (["--at_once", "0"], "at_once=0 is not allowed"), (["--base", '{"seed": 1}'], "base sets seed"),
-    (["--studies", "all", "joint"], "'joint' is no study. Did you mean joint_training"),
+    (["--studies", "all", "promts"], "'promts' is no study. Did you mean prompts"),
     (["--base", '{"n_ctx": -1}'], "n_ctx=-1"), (["--base", '{"epochs": "x"}'], "epochs='x'")])
 def test_wrong_arguments_end_a_report_before_anything_is_made(shop, earlier, monkeypatch, arguments, message):
     monkeypatch.setattr(report, "run_study", None)
@@ -69,13 +68,16 @@ def test_settings_that_are_no_json_object_are_said(base, capsys):
     assert f'{base} is not allowed. Give settings in JSON, as {{"backbone": "vbpr"}}' in capsys.readouterr().err
 
 
-def test_all_studies_are_all_but_the_long_one_and_say_so(monkeypatch, capsys):
+def test_all_studies_are_all_but_the_long_ones_and_say_so(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(report, "paper", lambda **given: asked.extend(given["studies"]) or Path("x"))
-    report.main(["sample", "--studies", "all"])
+    monkeypatch.setattr(report, "check_report", lambda settings, studies, *_: asked.extend(studies))
+    monkeypatch.setattr(report, "own_names", lambda settings: sys.exit("asked"))
+    with pytest.raises(SystemExit, match="asked"):
+        report.main(["sample", "--studies", "all"])
     assert set(asked) == set(report.STUDIES) - {"joint_training", "generative"}
     assert "Left out: joint_training, generative, which take longest." in capsys.readouterr().out
-    report.main(["sample", "--studies", "all", "joint_training", "generative"])
+    with pytest.raises(SystemExit, match="asked"):
+        report.paper(["sample"], ["all", "joint_training", "generative"])
     assert set(asked) == set(report.STUDIES) and "Left out" not in capsys.readouterr().out
 
 
