@@ -144,6 +144,14 @@ def test_a_run_whose_worker_dies_four_times_has_failed(shop, runs, tmp_path, mon
     assert "KilledWorker" in table.error[1]
 
 
+def test_two_cells_that_are_one_run_keep_what_it_cost(shop, runs, here):
+    base = {"dataset": shop, "backbone": "bpr", **QUICK}
+    table, again = (grid("04_stage1", base, {"what": {"defaults": {}, "the same": {"lr": 1e-3}}}, [0], "twice", at_once=1)
+                    for _ in range(2))
+    assert table.key.nunique() == 1 and again.reused.all() and len(here) == 2  # none by the second call
+    assert again.seconds.tolist() == [table.seconds[0]] * 2
+
+
 def test_a_cluster_whose_worker_dies(shop, runs):
     "Two worker processes; one is killed with its first run, and all runs are there at the end."
     distributed = pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
