@@ -50,17 +50,16 @@ def whole_or_short(value: float) -> str:
 
 # %% ../nbs/06b_sample_studies.ipynb #c296afb0
 def store_studies(
-    studies: dict[str, dict],  # {a name of `STUDIES`: settings of its runs}
+    studies: dict[str, tuple],  # {a name of `STUDIES`: (settings of its runs, seeds)}
     stem: Path,  # of the files, without the endings of `TABLES`
     dataset: str,  # a name or a folder
-    seeds: Sequence[int],  # of every run
     **how,  # of `study_tables`
 ) -> None:
     "Run studies and write their tables; one that cannot run says why and is left out. `DataError` if none can."
     made = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the data, once per run
-        for name, base in progress(studies.items(), desc="Studies"):
+        for name, (base, seeds) in progress(studies.items(), desc="Studies"):
             try:
                 made.append(study_tables(name, dataset, seeds, base, **how))
             except DataError as error:  # such as weights that are not here

@@ -191,7 +191,7 @@ def stored(monkeypatch, tmp_path):
 
 
 def test_stored_tables_keep_whole_numbers_and_failures_are_said(stored, capsys):
-    store_studies({"methods": {}}, stored, "sample", range(3))
+    store_studies({"methods": ({}, range(3))}, stored, "sample")
     written = [stored.with_name(f"studies{ending}.csv").read_text().splitlines()[1:] for ending in TABLES]
     assert written == [["0.123457,recall@10,methods", "1,recall@10,methods"], ["LoRA,1e-09,full,methods"],
                        ["full,4682432,25.2936,methods", "none,,3,methods"], ["LoRA,{},recall@20,0.25,methods"]]
@@ -205,7 +205,7 @@ def test_stored_tables_are_left_alone_aloud_where_no_study_can_run(stored, monke
 
     monkeypatch.setattr(stored_studies, "run_study", run_study)
     with pytest.raises(DataError, match="None of the studies could run, for the reasons above; .*csv are as they were"):
-        store_studies({"generative": {}}, stored, "sample", [0])
+        store_studies({"generative": ({}, [0])}, stored, "sample")
     assert "generative was not run: no weights" in capsys.readouterr().out
     assert all(stored.with_name(f"studies{ending}.csv").read_text() == "earlier" for ending in TABLES)
 
