@@ -251,13 +251,18 @@ def _encode_captions(model, tokens):
     return model.ln_final(x)[torch.arange(len(x)), tokens.argmax(1)] @ model.text_projection
 
 # %% ../nbs/00b_sample.ipynb #0265b6f4
+def _info_nce(scale, image_emb, text_emb):
+    "InfoNCE in both directions of embeddings (B, d) of unit length."
+    logits = scale * image_emb @ text_emb.T  # (B, B)
+    target = torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
 def _contrastive_loss(model, images, tokens):
     "InfoNCE of a batch of pairs, images (B, 64, 64, 3) uint8 and tokens (B, 77)."
     image_emb = F.normalize(model.encode_image(normalise(images)), dim=1)
     text_emb = F.normalize(_encode_captions(model, tokens), dim=1)
-    logits = model.logit_scale.exp() * image_emb @ text_emb.T  # (B, B)
-    target = torch.arange(len(images))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return _info_nce(model.logit_scale.exp(), image_emb, text_emb)
 
 # %% ../nbs/00b_sample.ipynb #b6b676f8
 def pretrain(
@@ -311,9 +316,7 @@ def _coca_loss(model, images, tokens):
     tokens = tokens[:, :COCA_LENGTH]
     image_emb, patches = model._encode_image(normalise(images))
     text_emb, states = model._encode_text(tokens)
-    logits = model.logit_scale.exp() * image_emb @ text_emb.T  # (B, B)
-    target = torch.arange(len(images))
-    contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    contrastive = _info_nce(model.logit_scale.exp(), image_emb, text_emb)
     words, number = tokens.unique(return_inverse=True)
     among = {"text_projection": model.text_decoder.text_projection[:, words]}  # (width, words)
     written = torch.func.functional_call(model.text_decoder, among, (patches, states[:, :-1]))  # (B, L - 1, words)
@@ -322,7 +325,7 @@ def _coca_loss(model, images, tokens):
 
 # %% ../nbs/00b_sample.ipynb #47c08517
 def tiny_coca(
-    folder: Path,  # gets tiny_coca.json and tiny_coca.safetensors
+    folder: Path,  # gets a config of open_clip, and the weights
     **training,  # of `pretrain`
 ) -> dict:
     "Settings of the tiny CoCa, which is pretrained into `folder` unless it is there; of two processes, one does it."
