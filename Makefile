@@ -43,5 +43,5 @@ notebooks: .venv/installed  ## export, run, clean and stage all notebooks, so th
 	@mkdir -p nbs/images && cp "$$(ls -t runs/stage2/sample/*/results.png | head -n 1)" nbs/images/stage2_sample.png
 	git -c filter.keep-outputs.clean= add --renormalize nbs
 
-sample: .venv/installed  ## draw the sample and pretrain its CLIP again (about ten minutes)
+sample: .venv/installed  ## draw the sample and pretrain its CLIP and its CoCa again (about half an hour)
 	$(bin)/python -m ptmrec.sample

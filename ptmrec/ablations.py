@@ -30,7 +30,6 @@ from .derived import derive, miniature, random_features, shuffled, thinned, with
 from .grids import as_table, grid, seed_list
 from .ranking import METRICS, check_metric
 from .runs import Run, best_variant, evaluator_of, open_run, per_user_values, validation
-from .sample import tiny_coca
 from .search import cells, in_short
 from .settings import SettingError, check_count, did_you_mean, resolve
 from .significance import comparisons, in_words, save_result
@@ -212,13 +211,12 @@ def missing_modality(dataset: str, base: dict) -> dict:
     return {"05_stage2": {"content": {"as it is": {}} | changes}}
 
 # %% ../nbs/06_ablations.ipynb #bd50a6aa
-@study("Does a generative encoder gain as well?", long=True)
+@study("Does a generative encoder gain as well?")
 def generative(dataset: str, base: dict) -> dict:
     "CoCa beside CLIP, both ViT-B/32 that were pretrained on LAION-2B; on the sample both tiny, pretrained on drawings."
-    if find_dataset(dataset) == SAMPLE:
-        encoders = {"CLIP": {"clip_model": "tiny", "pretrained": "sample"}, "CoCa": tiny_coca(runs_dir() / "tiny_coca")}
-        return {"05_stage2": {"encoder": encoders}}
     encoders = {"CLIP": ("ViT-B-32", "laion2b_s34b_b79k"), "CoCa": ("coca_ViT-B-32", "laion2b_s13b_b90k")}
+    if find_dataset(dataset) == SAMPLE:
+        encoders = {"CLIP": ("tiny", "sample"), "CoCa": ("tiny_coca", "sample")}
     return {"05_stage2": {"encoder": {name: {"clip_model": model, "pretrained": weights}
                                       for name, (model, weights) in encoders.items()}}}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'USUAL', 'PACKAGED', 'EXTRA', 'POSITIONS', 'PRECISIONS', 'ENCODE_BATCH', 'FEATURES', 'Clip', 'hub_answers',
-           'check_download', 'weights_file', 'tiny_clip_file', 'find_weights', 'check_text_tower', 'as_clip',
+           'check_download', 'weights_file', 'sample_folder', 'find_weights', 'check_text_tower', 'as_clip',
            'load_clip', 'Tower', 'no_prompts', 'image_tower', 'text_module', 'by_hugging_face', 'text_pooling',
            'pool_text', 'text_tower', 'prompt_width', 'check_n_ctx', 'DeepPrompts', 'make_room', 'run_blocks',
            'image_features', 'encode_image', 'pooled', 'trim', 'cut_at', 'cut_tokens', 'TextTokens', 'embed_text',
@@ -126,16 +126,16 @@ def weights_file(path: Path) -> Path:
     raise DataError(f"{path} has {names}. Name the file; allowed: {', '.join(WEIGHTS)}.")
 
 # %% ../nbs/01_clip_prompting.ipynb #ed515cd0
-def tiny_clip_file(name: str) -> Path:
-    "A file of the tiny CLIP that comes with the sample."
-    return repo_root() / "data" / "sample" / name
+def sample_folder() -> Path:
+    "The folder of the sample, with its tiny CLIP and its tiny CoCa."
+    return repo_root() / "data" / "sample"
 
 
 def find_weights(clip_model: str, pretrained: str) -> str:
     "The value of open_clip's `pretrained`: the path of a weights file, or a tag. Raises `SettingError` if it is neither."
     import open_clip
 
-    path = find_path(tiny_clip_file(f"{clip_model}.safetensors") if pretrained == "sample" else pretrained)
+    path = find_path(sample_folder() / f"{clip_model}.safetensors" if pretrained == "sample" else pretrained)
     tags = open_clip.list_pretrained_tags_by_model(clip_model)
     if path is not None and (path.is_file() or pretrained not in tags):
         return str(weights_file(path))
@@ -261,7 +261,7 @@ def load_clip(clip_model: str = "tiny", pretrained: str = "sample") -> Clip:
     """
     import open_clip
 
-    open_clip.add_model_config(tiny_clip_file("tiny.json"))
+    open_clip.add_model_config(sample_folder())  # tiny and tiny_coca
     if clip_model in PACKAGED or clip_model.endswith(".json"):
         return load_towers(clip_model, pretrained)
     if clip_model not in (known := [*PACKAGED, *open_clip.list_models()]):

@@ -225,7 +225,7 @@ def named_studies(names: Sequence[str]) -> list[str]:
     if beside := [name for name in names if name != "all"]:
         check_studies(beside)
     if left := [name for name, it in STUDIES.items() if it.long and name not in names]:
-        print(f"Left out: {', '.join(left)}, which take longest. Name them beside all to have them.")
+        print(f"Left out: {', '.join(left)}, which takes longest. Name it beside all to have it.")
     return [name for name in STUDIES if name not in left]
 
 

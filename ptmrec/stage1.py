@@ -150,10 +150,10 @@ def _warn_of_unused(settings, data):
     if unused and not data.needs_clip:
         warnings.warn(f"Data set '{data.name}' brings ready-made features ({', '.join(data.features)}), and only they are "
                       f"used, not its own {' and '.join(unused)}. Move the .npy files away to encode these with a CLIP.")
-    drawings = settings.clip_model == "tiny" and settings.pretrained == "sample"
+    drawings = settings.pretrained == "sample"
     if own["image"] and data.needs_clip and drawings and find_dataset(settings.dataset) != SAMPLE:
-        warnings.warn("The tiny CLIP has only seen drawings such as the sample's. For photographs use a CLIP that has "
-                      "seen some: clip_model ViT-B-32, pretrained openai; or, without a model hub, clip_model "
+        warnings.warn("The tiny CLIP and the tiny CoCa have only seen drawings such as the sample's. For photographs use "
+                      "one that has seen some: clip_model ViT-B-32, pretrained openai; or, without a model hub, clip_model "
                       "minilm-efficientnet.")
 
 # %% ../nbs/04_stage1.ipynb #29af3547

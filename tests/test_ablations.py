@@ -630,9 +630,8 @@ def test_yardsticks_are_ranked_where_the_evaluator_is(R, monkeypatch):
 # ---------------------------------------------------------------- studies
 
 
-def test_every_study_asks_for_what_the_experiments_take(shop, runs, monkeypatch):
+def test_every_study_asks_for_what_the_experiments_take(shop, runs):
     "On the sample, or photographs: all settings of all cells are right, and references are rows."
-    monkeypatch.setattr(ablations, "tiny_coca", lambda folder: {"clip_model": "c.json", "pretrained": "c.safetensors"})
     base = {"epochs": 2, "stage2_epochs": 1, "batch_size": 64}
     for name, it in STUDIES.items():
         data = shop if name == "another_domain" else "sample"
@@ -950,25 +949,10 @@ def test_another_domain_wants_photographs(runs):
         "VBPR", "FREEDOM"}
 
 
-def test_a_generative_encoder_passes_through_both_stages(shop, runs, tmp_path):
-    "A tiny CoCa without pretrained weights, with prompts in both towers."
-    import open_clip
-
-    heads = {"attn_pooler_heads": 2, "output_tokens": True}
-    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "attentional_pool": True,
-              "attn_pooler_queries": 8} | heads
-    config = {"embed_dim": 32, "custom_text": True, "vision_cfg": vision, "text_cfg": text | {"embed_cls": True,
-              "output_tokens": True}, "multimodal_cfg": text | {"attn_pooler_heads": 2}}
-    (tmp_path / "tiny_coca.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "tiny_coca.json")
-    torch.manual_seed(0)
-    model = open_clip.create_model("tiny_coca")
-    assert isinstance(model, open_clip.CoCa)
-    torch.nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves it as memory was
-    torch.save(model.state_dict(), tmp_path / "tiny_coca.pt")
-    run = grids.run_cell("05_stage2", {"dataset": shop, **QUICK, "clip_model": "tiny_coca", "stage2_epochs": 1, "n_ctx": 2,
-                                       "pretrained": str(tmp_path / "tiny_coca.pt"), "prompt_depth": 2})
+def test_a_generative_encoder_passes_through_both_stages(shop, runs):
+    "The tiny CoCa, with prompts in both towers."
+    run = grids.run_cell("05_stage2", {"dataset": shop, **QUICK, "clip_model": "tiny_coca", "pretrained": "sample",
+                                       "stage2_epochs": 1, "n_ctx": 2, "prompt_depth": 2})
     assert run.state == "finished" and {"stage1", "as_is", "continued", "fresh"} == set(run.metrics())
     tuned = run.load_weights("tuning")
     assert all(any(tower in name for name in tuned) for tower in ("image", "text"))
@@ -981,8 +965,7 @@ def test_the_loss_of_the_tiny_coca_is_open_clips_over_the_words_of_a_batch(tmp_p
 
     images, tokens = sample.draw_pairs(8, seed=3)
     torch.manual_seed(0)
-    model = open_clip.CoCa(**{name: part for name, part in sample.TINY_COCA.items() if name != "custom_text"}).eval()
-    torch.nn.init.normal_(model.text_decoder.text_projection)
+    model = sample.new_coca().eval()
     short = tokens[:, :sample.COCA_LENGTH]
     with torch.no_grad():
         out = model(sample.normalise(images), short)
@@ -992,13 +975,6 @@ def test_the_loss_of_the_tiny_coca_is_open_clips_over_the_words_of_a_batch(tmp_p
         reference = open_clip.CoCaLoss(2.0, 1.0, pad_id=0)(out["image_features"], out["text_features"], logits,
                                                            out["labels"], out["logit_scale"], output_dict=True)
         assert torch.isclose(sample._coca_loss(model, images, tokens), sum(reference.values()), atol=1e-4)
-
-
-def test_the_sample_gets_a_tiny_coca_that_is_made_once(runs, monkeypatch):
-    made = []
-    monkeypatch.setattr(sample, "pretrain", lambda *_, **__: made.append("once"))
-    first, again = (STUDIES["generative"].axes("sample", {})["05_stage2"]["encoder"] for _ in range(2))
-    assert made == ["once"] and first == again and first["CoCa"]["pretrained"].startswith(str(runs))
 
 
 # ---------------------------------------------------------------- the report
