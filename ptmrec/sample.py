@@ -326,8 +326,9 @@ def _coca_loss(model, images, tokens):
 def new_coca() -> open_clip.CoCa:
     "The tiny CoCa with weights at random."
     model = open_clip.CoCa(**{name: part for name, part in TINY_COCA.items() if name != "custom_text"})
-    torch.nn.init.normal_(model.text_decoder.text_projection, std=TINY_COCA["multimodal_cfg"]["width"] ** -0.5)
-    return model  # open_clip leaves that projection as memory was
+    width = TINY_COCA["multimodal_cfg"]["width"]
+    torch.nn.init.normal_(model.text_decoder.text_projection, std=width**-0.5)  # open_clip leaves it as memory was
+    return model
 
 # %% ../nbs/00b_sample.ipynb #d02a7e61
 def main() -> None:
