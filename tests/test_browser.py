@@ -90,7 +90,7 @@ def test_what_goes_wrong_is_heard(lab):
 def complaints(notebook):
     """All that should not be there, but for the warning that the tiny CLIP has not seen the pictures of a data set, for the
     kernel's word on widgets of a page that is still loading, or closing, and for frames that a busy map leaves out."""
-    expected = ("Warning: The tiny CLIP and the tiny CoCa have only seen drawings", "No such comm", "error: Ignoring draw call as the previous")
+    expected = ("Warning: The tiny CLIP and the tiny CoCa", "No such comm", "error: Ignoring draw call as the previous")
     return [line for line in notebook.complaints().splitlines() if line.strip() and not line.startswith(expected)]
 
 
