@@ -204,12 +204,12 @@ class Stage2(nn.Module):
         super().__init__()
         self.backbone, self.encoder, self.kl_direction = backbone, encoder, kl_direction
         self.similarity, self.tau, self.kt_weight, self.task_weight = similarity, tau, kt_weight, task_weight
-        self.tune_backbone, self.micro_batch = tune_backbone, micro_batch
+        self.tune_backbone, self.micro_batch, self.bank = tune_backbone, micro_batch, {}
         self.teacher = teacher(backbone, kt_source)
         backbone.requires_grad_(tune_backbone).project.requires_grad_(True)
         self.live = encoder.tuning is not None and any(q.numel() for q in encoder.tuning.parameters())
         self.start = {m: f.detach() for m, f in backbone.features.items()}
-        self.bank = {m: f.clone() for m, f in self.start.items()}  # until `refresh`, which a task loss asks for every epoch
+        self.refresh()
 
     def refresh(self) -> None:
         "Encode the bank in full, in parts of `micro_batch`; where nothing is tuned, it is what the backbone started with."
