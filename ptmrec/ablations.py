@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .clip_prompting import SAMPLE
 from .data import DataError, Interactions, find_dataset, runs_dir, write_atomically
 from .derived import derive, miniature, random_features, shuffled, thinned, with_cold_items, without
 from .grids import as_table, grid, seed_list
@@ -33,7 +34,7 @@ from .runs import Run, best_variant, evaluator_of, open_run, per_user_values, va
 from .search import cells, in_short
 from .settings import SettingError, check_count, did_you_mean, resolve
 from .significance import comparisons, in_words, save_result
-from .stage1 import (BACKBONE_NAMES, SAMPLE, DataSettings, EncoderSettings, EvaluationSettings, backbone_name, label,
+from .stage1 import (BACKBONE_NAMES, DataSettings, EncoderSettings, EvaluationSettings, backbone_name, label,
                            load_inputs, run_stage1, stage1_settings)
 from .stage2 import Stage2Settings, TransferSettings, make_batches, run_stage2
 from .yardsticks import YARDSTICK_NAMES, YARDSTICKS, run_yardstick

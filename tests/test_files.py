@@ -665,9 +665,9 @@ def test_weights_that_are_none_say_what_they_are(tmp_path, kind):
 
 
 def test_cut_safetensors_say_so(tmp_path):
-    from ptmrec.clip_prompting import sample_folder
+    from ptmrec.clip_prompting import SAMPLE
 
-    content = (sample_folder() / "tiny.safetensors").read_bytes()
+    content = (SAMPLE / "tiny.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(content[:-100])
     with pytest.raises(DataError, match="w.safetensors cannot be used for tiny: it is damaged, cut"):
         load_clip("tiny", str(tmp_path / "w.safetensors"))
