@@ -257,13 +257,14 @@ class Row:
     runs: list[Run]
     variant: str
     items: np.ndarray | None = None  # (I,) bool: those that count as positives; None: all that the runs count
+    inter: Interactions | None = None  # that `items` are of, the same for all runs
 
     def per_user(self, metric: str, variant: str | None = None) -> list[pd.Series]:
         "Test values per user, a Series per seed."
         variant = self.variant if variant is None else variant
         if self.items is None:
             return per_user_values(self.runs, variant, metric)
-        return [values_among(run, self.items, variant, metric) for run in self.runs]
+        return [values_among(run, self.inter, self.items, variant, metric) for run in self.runs]
 
     def values(self, metric: str, variant: str | None = None) -> list[float]:
         "Test means, one per seed."
@@ -301,6 +302,7 @@ def counted(run: Run, inter: Interactions) -> tuple[np.ndarray, np.ndarray]:
 
 def values_among(
     run: Run,
+    inter: Interactions,  # its data
     items: np.ndarray,  # (I,) bool
     variant: str,  # "" for Stage 1
     metric: str,  # such as recall@10
@@ -310,7 +312,7 @@ def values_among(
     Positives that the run itself does not count, by its eval_users and eval_items, are left out.
     """
     check_listed(metric)
-    inter, lists = run.data().inter, run.load_table("topk.parquet")
+    lists = run.load_table("topk.parquet")
     lists = lists[lists.variant == variant] if variant else lists
     user, item = (ids.get_indexer(lists[side]) for side, ids in
                   (("user", pd.Index(inter.user_ids)), ("item", pd.Index(inter.item_ids))))
@@ -332,7 +334,7 @@ def by_popularity(rows: dict[str, Row]) -> dict[str, Row]:
     low, high = np.quantile(bought[asked], [1 / 3, 2 / 3]).astype(int)
     parts = {f"up to {low}": bought <= low, f"{low + 1} to {high}": (bought > low) & (bought <= high),
              f"over {high}": bought > high}
-    return {f"{name}, bought {told} times": replace(row, items=items)
+    return {f"{name}, bought {told} times": replace(row, items=items, inter=inter)
             for told, items in parts.items() if items[asked].any() for name, row in rows.items()}
 
 
@@ -589,9 +591,9 @@ def result_values(rows: dict[str, Row]) -> dict:
 
 def write_result(result: StudyResult, metric: str = "recall@10") -> pd.DataFrame:
     "Write a study's runs, comparisons, and its table as Markdown, LaTeX and CSV; returns the comparisons."
-    table = compared(result.rows, result.study.reference, metric)
-    stars = {(name, f"test {label(m)}") for m in SHOWN for name, row in
-             compared(result.rows, result.study.reference, m).iterrows() if row.p_holm < 0.05}
+    tables = {m: compared(result.rows, result.study.reference, m) for m in {metric, *SHOWN}}
+    table = tables[metric]
+    stars = {(name, f"test {label(m)}") for m in SHOWN for name, row in tables[m].iterrows() if row.p_holm < 0.05}
     gains = {name: f"{row.after / row.before - 1:+.1%}" for name, row in table.iterrows() if row.before}
     more = {f"{label(metric)} against {result.study.reference or 'its Stage 1'}": gains}
     save_result(result.folder / "result", result_values(result.rows), stars, result.study.question, more,

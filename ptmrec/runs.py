@@ -131,6 +131,7 @@ NO_EFFECT = {"data.progress", "files.cache_dir", "files.cached", "files.find_cac
              "training.how_it_ended", "training.keep_freed_memory", "training.what_is_kept"}
 
 
+@functools.cache
 def code_of(*roots: str) -> dict[str, str]:
     "Hashes {definition: hash} of the definitions `roots`, each `module.name`, and of all that they use in this package."
     found, left = {}, [tuple(root.split(".")) for root in roots]

@@ -900,7 +900,7 @@ def test_values_among_some_items_are_those_of_a_dense_count(shop, runs):
     run, = run_stage1(dataset=shop, backbone="bpr", n_seeds=1, **QUICK)
     inter, lists = load_data(shop).inter, run.load_table("topk.parquet")
     items = np.arange(inter.n_items) % 3 == 0
-    found = ablations.values_among(run, items, "", "recall@10")
+    found = ablations.values_among(run, inter, items, "", "recall@10")
     expected = {}
     for user, item in zip(*inter.part("test")):
         if items[item]:
@@ -917,7 +917,8 @@ def test_values_among_items_count_what_the_run_counts(shop, runs):
     cold = (table.user < 20) | (table.item < 5)
     table[~cold | (table.x_label > 0)].to_csv(f"{shop}/interactions.csv", index=False)
     run, = run_stage1(dataset=shop, backbone="bpr", n_seeds=1, eval_users="warm", eval_items="warm", **QUICK)
-    row = ablations.Row([run], "", np.ones(run.data().inter.n_items, bool))
+    inter = run.data().inter
+    row = ablations.Row([run], "", np.ones(inter.n_items, bool), inter)
     for metric in ("recall@10", "ndcg@20"):
         pd.testing.assert_series_equal(row.per_user(metric)[0], ablations.Row([run], "").per_user(metric)[0])
     assert 0 < len(row.per_user("recall@10")[0]) < 40
