@@ -301,8 +301,7 @@ def counted(run: Run, inter: Interactions) -> tuple[np.ndarray, np.ndarray]:
 
 
 def values_among(
-    run: Run,
-    inter: Interactions,  # its data
+    run: Run, inter: Interactions,  # finished; its data
     items: np.ndarray,  # (I,) bool
     variant: str,  # "" for Stage 1
     metric: str,  # such as recall@10
