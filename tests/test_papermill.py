@@ -57,10 +57,11 @@ def test_a_study_whose_rows_are_parts_of_runs(runs, tmp_path, monkeypatch):
 
 
 def test_vbpr_and_the_papers_batches(runs, tmp_path):
-    "The other backbone with features, interactions in batches with accumulation, and the task loss."
+    "The other backbone with features, interactions in batches with accumulation, the task loss, and one tower tuned."
     make_shop(tmp_path / "mine")
     result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=tmp_path / "mine", backbone="vbpr",
-                       task_weight=1.0, tune_backbone=True, batch_by="interactions", accumulate=12, **SHORT)
+                       task_weight=1.0, tune_backbone=True, batch_by="interactions", accumulate=12, tuning="lora",
+                       last_layers=1, tuned_towers="text", cache_prefix=True, **SHORT)
     assert result.returncode == 0, result.stderr[-3000:]
     (folder, metrics), = tuned_runs(runs, "mine")
     assert metrics["as_is"] != metrics["stage1"]
