@@ -162,7 +162,7 @@ def smallest_that_works(against: pd.DataFrame) -> str:
 def batch_size(dataset: str, base: dict) -> dict:
     "Batches of Stage 2, by items and by interactions: their items are the candidates of P_id and P_m."
     changes = {f"{n} items": {"stage2_batch_size": n, "batch_by": "items"} for n in (8, 16, 32, 64, 128, 256)}
-    changes |= {f"{n} interactions": {"stage2_batch_size": n, "batch_by": "interactions"} for n in (32, 128, 512)}
+    changes |= {f"{n} interactions": {"stage2_batch_size": n, "batch_by": "interactions"} for n in (32, 512)}
     return {"05_stage2": {"batch": changes}}
 
 # %% ../nbs/06_ablations.ipynb #26655243
