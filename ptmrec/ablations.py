@@ -256,15 +256,14 @@ class Row:
 
     runs: list[Run]
     variant: str
-    items: np.ndarray | None = None  # (I,) bool: those that count as positives; None: all that the runs count
-    inter: Interactions | None = None  # that `items` are of, the same for all runs
+    among: tuple[Interactions, np.ndarray] | None = None  # data of the runs, and items (I,) that count; None: all
 
     def per_user(self, metric: str, variant: str | None = None) -> list[pd.Series]:
         "Test values per user, a Series per seed."
         variant = self.variant if variant is None else variant
-        if self.items is None:
+        if self.among is None:
             return per_user_values(self.runs, variant, metric)
-        return [values_among(run, self.inter, self.items, variant, metric) for run in self.runs]
+        return [values_among(run, *self.among, variant, metric) for run in self.runs]
 
     def values(self, metric: str, variant: str | None = None) -> list[float]:
         "Test means, one per seed."
@@ -333,7 +332,7 @@ def by_popularity(rows: dict[str, Row]) -> dict[str, Row]:
     low, high = np.quantile(bought[asked], [1 / 3, 2 / 3]).astype(int)
     parts = {f"up to {low}": bought <= low, f"{low + 1} to {high}": (bought > low) & (bought <= high),
              f"over {high}": bought > high}
-    return {f"{name}, bought {told} times": replace(row, items=items, inter=inter)
+    return {f"{name}, bought {told} times": replace(row, among=(inter, items))
             for told, items in parts.items() if items[asked].any() for name, row in rows.items()}
 
 
@@ -577,7 +576,7 @@ def result_values(rows: dict[str, Row]) -> dict:
     def by_seed(row, metric, variant=None):
         return pd.Series(row.values(metric, variant), [run.params.get("seed") for run in row.runs])  # a yardstick has none
 
-    begun = {name: (*(run.params["stage1"] for run in row.runs), None if row.items is None else row.items.tobytes())
+    begun = {name: (*(run.params["stage1"] for run in row.runs), None if row.among is None else row.among[1].tobytes())
              for name, row in rows.items() if row.tuned}
     values, several = {}, len(set(begun.values())) > 1 or "Stage 1" in rows
     for name, row in rows.items():

@@ -908,7 +908,7 @@ def test_values_among_some_items_are_those_of_a_dense_count(shop, runs):
             expected.setdefault(user, []).append(inter.item_ids[item] in shown)
     assert found.to_dict() == {user: np.mean(hits) for user, hits in expected.items()} and 0 < found.mean() < 1
     parts = ablations.by_popularity({"BPR": ablations.Row([run], "")})
-    assert len(parts) == 3 and (sum(row.items.astype(int) for row in parts.values()) == 1).all()
+    assert len(parts) == 3 and (sum(row.among[1].astype(int) for row in parts.values()) == 1).all()
 
 
 def test_values_among_items_count_what_the_run_counts(shop, runs):
@@ -918,7 +918,7 @@ def test_values_among_items_count_what_the_run_counts(shop, runs):
     table[~cold | (table.x_label > 0)].to_csv(f"{shop}/interactions.csv", index=False)
     run, = run_stage1(dataset=shop, backbone="bpr", n_seeds=1, eval_users="warm", eval_items="warm", **QUICK)
     inter = run.data().inter
-    row = ablations.Row([run], "", np.ones(inter.n_items, bool), inter)
+    row = ablations.Row([run], "", (inter, np.ones(inter.n_items, bool)))
     for metric in ("recall@10", "ndcg@20"):
         pd.testing.assert_series_equal(row.per_user(metric)[0], ablations.Row([run], "").per_user(metric)[0])
     assert 0 < len(row.per_user("recall@10")[0]) < 40

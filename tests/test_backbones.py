@@ -3,9 +3,11 @@ import pytest
 import torch
 
 from ptmrec.backbones import BACKBONES, NORMS, grid_of
-from ptmrec.deviations import DEVIATIONS, in_place_of
+from ptmrec.deviations import DEVIATIONS, IN_MODELS, in_place_of
 from ptmrec.graphs import GraphRows, knn_graph, user_item_graph
-from ptmrec.settings import SettingError, check_claims, check_settings
+from ptmrec.search import check_grid
+from ptmrec.settings import SettingError, check_claims, check_settings, resolve
+from ptmrec.stage1 import run_stage1
 
 DIMS = {"image": 12, "text": 7, "audio": 5}
 SMALL = {"knn_k": 4, "knn_k_image": 6, "knn_k_text": 3}
@@ -150,13 +152,16 @@ def test_fewer_pictures_than_neighbours():
     assert knn_graph(torch.ones(20, 6), 10).to_dense().count_nonzero() == 200  # nobody has a picture: as it was
 
 
-@pytest.mark.parametrize("deviation", DEVIATIONS, ids=lambda d: f"{d.backbone} {d.name}")
+@pytest.mark.parametrize("deviation", IN_MODELS, ids=lambda d: f"{d.backbone} {d.name}")
 def test_both_sides_of_a_deviation_train(deviation):
     own = BACKBONES[deviation.backbone]
     results = {}
     for side in ("paper", "code"):
         with in_place_of(deviation.backbone, deviation.variant if side == "code" else None):
-            backbone, _ = make(deviation.backbone, ["image", "text"], **deviation.settings.get(side, {}))
+            backbone, features = make(deviation.backbone, ["image", "text"], **deviation.settings.get(side, {}))
+        if deviation.data:  # half of the items have no picture
+            features["image"][15:] = features["image"][:15].mean(0)
+            backbone.set_features(features)
         batch = backbone.user, backbone.item, backbone.item.roll(1)
         first = backbone.loss(*batch)
         results[side] = [float(t) for t in (*first.values(), *backbone.loss(*[x[:9] for x in batch]).values())]
@@ -165,4 +170,19 @@ def test_both_sides_of_a_deviation_train(deviation):
         assert learns == deviation.settings.get(side, {}).get("train_features", False)
     assert BACKBONES[deviation.backbone] is own
     assert (results["paper"] != results["code"]) == (deviation.name != "feature tables")
-    assert deviation.default in ("paper", "code")
+
+
+@pytest.mark.parametrize("deviation", DEVIATIONS, ids=lambda d: f"{d.backbone} {d.name}")
+def test_defaults_are_what_is_said(deviation):
+    def settings(**changes):
+        return resolve(run_stage1.experiment, {"backbone": deviation.backbone} | changes).key_parameters
+
+    if deviation.settings:
+        other = {"paper": "code", "code": "paper"}[deviation.default]
+        assert settings(**deviation.settings[deviation.default]) == settings() != settings(**deviation.settings[other])
+    for grid in deviation.grids.values():
+        check_grid(deviation.backbone, grid)
+    if deviation.grids:
+        own = grid_of(deviation.backbone, **deviation.settings.get(deviation.default, {}))
+        assert deviation.grids[deviation.default].items() <= own.items()
+    assert deviation.variant is None or deviation.default == "paper"
