@@ -174,7 +174,7 @@ IN_MODELS = [
 IN_TRAINING = [
     *[warm_negatives(backbone) for backbone in ("vbpr", "freedom")],
     *[later_end(backbone) for backbone in ("vbpr", "freedom", "mgcn", "smore")],
-    Deviation("smore", "search", "2 and 2 numbers of neighbours", "4 and 4 of them", "paper",
+    Deviation("smore", "search", "10, 40 and 10, 15 neighbours", "10, 15, 20, 40 for both", "paper",
               grids={"paper": {"knn_k_image": [10, 40], "knn_k_text": [10, 15]},
                      "code": {"knn_k_image": [10, 15, 20, 40], "knn_k_text": [10, 15, 20, 40]}})]
 DEVIATIONS = IN_MODELS + IN_TRAINING
