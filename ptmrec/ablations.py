@@ -161,8 +161,8 @@ def smallest_that_works(against: pd.DataFrame) -> str:
 @study("How many items does a batch need?", note=smallest_that_works)
 def batch_size(dataset: str, base: dict) -> dict:
     "Batches of Stage 2, by items and by interactions: their items are the candidates of P_id and P_m."
-    changes = {f"{n} items": {"stage2_batch_size": n, "batch_by": "items"} for n in (8, 16, 32, 64, 128, 256)}
-    changes |= {f"{n} interactions": {"stage2_batch_size": n, "batch_by": "interactions"} for n in (32, 512)}
+    changes = {f"{n} items": {"stage2_batch_size": n, "batch_by": "items"} for n in (8, 32, 128, 256)}
+    changes |= {f"{n} interactions": {"stage2_batch_size": n, "batch_by": "interactions"} for n in (32, 128)}
     return {"05_stage2": {"batch": changes}}
 
 # %% ../nbs/06_ablations.ipynb #26655243
@@ -256,7 +256,7 @@ class Row:
 
     runs: list[Run]
     variant: str
-    among: tuple[Interactions, np.ndarray] | None = None  # data of the runs, and items (I,) that count; None: all
+    among: tuple[Interactions, np.ndarray] | None = None  # data of the runs, and (I,) bool: the positives that count
 
     def per_user(self, metric: str, variant: str | None = None) -> list[pd.Series]:
         "Test values per user, a Series per seed."

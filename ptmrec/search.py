@@ -84,8 +84,7 @@ def attempt_elsewhere(
     "`attempt` in a worker process: the trial's number, and what came of it."
     exit_with_parent()
     os.environ["TQDM_DISABLE"] = "1"
-    if settings.backbone not in BACKBONES:
-        BACKBONES[settings.backbone] = backbone
+    BACKBONES[settings.backbone] = backbone
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the data, which the caller has said
         inputs = load_inputs(settings)
