@@ -71,6 +71,15 @@ def test_vbpr_and_the_papers_batches(runs, tmp_path):
     assert about["seed"] == 0 and about["parameters"]["accumulate"] == 12 and about["versions"]["torch"] and about["data"]
 
 
+def test_full_tuning(runs, tmp_path):
+    "Names of CLIP's weights, such as positional_embedding, are not taken for the recommender's embeddings."
+    make_shop(tmp_path / "mine")
+    result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=tmp_path / "mine", tuning="full", **SHORT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (_, metrics), = tuned_runs(runs, "mine")
+    assert metrics["as_is"] != metrics["stage1"]
+
+
 def test_joint_training_in_the_papers_words(runs, tmp_path):
     "Tuning and recommender from nothing, beside Stage 1, through the notebook as it is; with a CLIP that takes no prompts."
     make_shop(tmp_path / "mine")
