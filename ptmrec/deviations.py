@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NORM', 'IN_MODELS', 'IN_TRAINING', 'DEVIATIONS', 'Deviation', 'in_place_of', 'DefaultStart', 'DefaultFREEDOM',
            'DefaultMGCN', 'DefaultSMORE', 'WideVBPR', 'NormalBPRMF', 'SetBatch', 'SetBatchMGCN', 'MeanInGraph',
-           'MeanInGraphFREEDOM', 'MeanInGraphMGCN', 'half_the_pictures', 'learnt_tables', 'started', 'pictureless',
-           'warm_negatives', 'later_end', 'runs_of', 'rows_of', 'scored_trials', 'chosen_by']
+           'MeanInGraphFREEDOM', 'MeanInGraphMGCN', 'MeanInGraphSMORE', 'half_the_pictures', 'learnt_tables', 'started',
+           'pictureless', 'warm_negatives', 'later_end', 'runs_of', 'rows_of', 'scored_trials', 'chosen_by']
 
 # %% ../nbs/04e_deviations.ipynb #d84c1895
 from collections.abc import Callable, Iterator
@@ -123,6 +123,10 @@ class MeanInGraphMGCN(MeanInGraph, MGCN):
     "MGCN with them."
 
 
+class MeanInGraphSMORE(MeanInGraph, SMORE):
+    "SMORE with them."
+
+
 def half_the_pictures(dataset: str) -> str:
     "Folder of the data set without half of its pictures."
     return str(derive(dataset, without, modality="image", share=0.5, seed=0))
@@ -141,7 +145,7 @@ def started(backbone: str, variant: type) -> Deviation:
 
 def pictureless(backbone: str, variant: type) -> Deviation:
     "Items without a picture in the image graph, on data without half of the pictures."
-    return Deviation(backbone, "items without a picture", "not in the image graph", "in it, with the mean feature", "paper",
+    return Deviation(backbone, "items without a picture", "no link in the image graph", "in it, with the mean feature", "paper",
                      variant=variant, data=half_the_pictures)
 
 
@@ -170,7 +174,8 @@ IN_MODELS = [
               variant=WideVBPR),
     Deviation("bpr", "start of tables", "Xavier-uniform", "Xavier-normal", "paper", variant=NormalBPRMF),
     Deviation("mgcn", "last batch", "L2 loss per triple", "per triple of a full batch", "paper", variant=SetBatchMGCN),
-    *[pictureless(*pair) for pair in (("freedom", MeanInGraphFREEDOM), ("mgcn", MeanInGraphMGCN))]]
+    *[pictureless(*pair) for pair in (
+        ("freedom", MeanInGraphFREEDOM), ("mgcn", MeanInGraphMGCN), ("smore", MeanInGraphSMORE))]]
 IN_TRAINING = [
     *[warm_negatives(backbone) for backbone in ("vbpr", "freedom")],
     *[later_end(backbone) for backbone in ("vbpr", "freedom", "mgcn", "smore")],

@@ -227,13 +227,11 @@ def without_content(features: Tensor) -> Tensor:
     return away < 1e-4 * away.mean()
 
 # %% ../nbs/00e_graphs.ipynb #f82de1f4
-def _beside_others(features, alone, k, weighted):
-    "The `knn_graph` of the items that have content, and a link of each of the others to itself."
-    there, rest = (~alone).nonzero().flatten(), alone.nonzero().flatten()
+def _among(features, there, k, weighted):
+    "The `knn_graph` of the items `there` (n,); the others have no link."
     graph = knn_graph(features[there], min(k, len(there)), weighted).csr.to_sparse_coo()
-    (row, col), value = there[graph.indices()], graph.values()
-    return Graph(torch.cat([row, rest]), torch.cat([col, rest]), torch.cat([value, value.new_ones(len(rest))]),
-                 (len(features), len(features)))
+    row, col = there[graph.indices()]
+    return Graph(row, col, graph.values(), (len(features), len(features)))
 
 # %% ../nbs/00e_graphs.ipynb #b6bf2db0
 def knn_graph(
@@ -241,15 +239,15 @@ def knn_graph(
     k: int,  # neighbours per item, itself included
     weighted: bool = False,  # normalised similarities (MGCN, Eq. 4-5) instead of 1/k (FREEDOM, Eq. 2-4)
 ) -> Graph:
-    """Item graph (I, I): the `k` nearest items by cosine; items `without_content` are linked to themselves alone.
+    """Item graph (I, I): the `k` nearest items by cosine; items `without_content` have no neighbour and are nobody's.
 
     Raises `DataError` for fewer than `k` items.
     """
     if k > len(features):
         raise DataError(f"An item graph of {k} neighbours needs as many items, and there are {len(features)}. Lower knn_k "
                         "(SMORE's knn_k_image and knn_k_text).")
-    if (alone := without_content(features)).any() and not alone.all():
-        return _beside_others(features, alone, k, weighted)
+    if (lost := without_content(features)).any() and not lost.all():
+        return _among(features, (~lost).nonzero().flatten(), k, weighted)
     value, item = _nearest(F.normalize(features.float(), dim=1), k)
     value = value.clamp(min=0)  # among hardly more than k items, the last ones point the other way
     row, col = torch.arange(len(features), device=features.device).repeat_interleave(k), item.flatten()

@@ -136,10 +136,9 @@ def test_items_without_a_picture_are_no_hubs(weighted):
     whole = knn_graph(features, 5, weighted).to_dense()
     features[lost] = features[~lost].mean(0)
     graph, others = knn_graph(features, 5, weighted).to_dense(), knn_graph(features[~lost], 5, weighted).to_dense()
-    assert torch.equal(graph[~lost][:, ~lost], others) and torch.equal(graph[lost][:, lost], torch.eye(int(lost.sum())))
-    assert not graph[lost][:, ~lost].any() and not graph[~lost][:, lost].any()
+    assert torch.equal(graph[~lost][:, ~lost], others) and not graph[lost].any() and not graph[:, lost].any()
     projected = torch.nn.functional.linear(features, torch.randn(8, 16), torch.ones(8))
-    assert torch.equal((knn_graph(projected, 5) @ torch.ones(60, 1)).flatten()[lost], torch.ones(int(lost.sum())))
+    assert torch.equal((knn_graph(projected, 5) @ torch.ones(60, 1)).flatten() > 0, ~lost)
     assert whole.count_nonzero() == 300
 
 
@@ -148,7 +147,7 @@ def test_fewer_pictures_than_neighbours():
     features[:3] = torch.randn(3, 6)
     features[3:] = features[:3].mean(0)
     graph = knn_graph(features, 10).to_dense()
-    assert torch.allclose(graph[:3, :3], torch.full((3, 3), 1 / 3)) and torch.equal(graph[3:, 3:], torch.eye(17))
+    assert torch.allclose(graph[:3, :3], torch.full((3, 3), 1 / 3)) and graph.count_nonzero() == 9
     assert knn_graph(torch.ones(20, 6), 10).to_dense().count_nonzero() == 200  # nobody has a picture: as it was
 
 
