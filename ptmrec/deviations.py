@@ -145,8 +145,8 @@ def started(backbone: str, variant: type) -> Deviation:
 
 def pictureless(backbone: str, variant: type) -> Deviation:
     "Items without a picture in the image graph, on data without half of the pictures."
-    return Deviation(backbone, "items without a picture", "no link in the image graph", "in it, with the mean feature", "paper",
-                     variant=variant, data=half_the_pictures)
+    return Deviation(backbone, "items without a picture", "no link in the image graph", "in it, with the mean feature",
+                     "paper", variant=variant, data=half_the_pictures)
 
 
 def warm_negatives(backbone: str) -> Deviation:
