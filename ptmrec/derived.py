@@ -130,10 +130,10 @@ def miniature(data: RecData, n_users: int = 40) -> RecData:
 
 # %% ../nbs/04d_derived.ipynb #5f0c2a71
 def _link_images(images, folder):
-    "Put pictures into `folder`/images, as hard links where the disk allows; returns their names, None where there is none."
+    "Put pictures into `folder`/pictures, as hard links where the disk allows; returns their names, None where there is none."
     if any(images):
-        (folder / "images").mkdir(exist_ok=True)
-    names = [None if path is None else f"images/{n}{Path(path).suffix}" for n, path in enumerate(images)]
+        (folder / "pictures").mkdir(exist_ok=True)  # in images/, an item without a name finds the picture that has its id
+    names = [None if path is None else f"pictures/{n}{Path(path).suffix}" for n, path in enumerate(images)]
     for path, name in zip(images, names):
         if name and not (folder / name).exists():
             try:
@@ -199,7 +199,7 @@ def derive(
     data, defaults = load_data(source, **read or {}), source / "defaults.toml"
     words = [source.name, name, *map(str, how.values())]
     name = "-".join(re.sub(r"[^\w.]+", "_", word).strip("_") for word in words)
-    made_of = fingerprint(data.fingerprint(), own_code(change), how, *([defaults] if defaults.exists() else []))
+    made_of = fingerprint(data.fingerprint(), own_code(change), own_code(write_data), how, *([defaults] if defaults.exists() else []))
     folder = runs_dir() / "derived" / made_of / name
     if not (folder / "interactions.csv").exists():
         with locked(folder, f"making {name}"):
