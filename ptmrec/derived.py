@@ -199,7 +199,8 @@ def derive(
     data, defaults = load_data(source, **read or {}), source / "defaults.toml"
     words = [source.name, name, *map(str, how.values())]
     name = "-".join(re.sub(r"[^\w.]+", "_", word).strip("_") for word in words)
-    made_of = fingerprint(data.fingerprint(), own_code(change), own_code(write_data), how, *([defaults] if defaults.exists() else []))
+    made_of = fingerprint(data.fingerprint(), own_code(change), own_code(write_data), how,
+                          *([defaults] if defaults.exists() else []))
     folder = runs_dir() / "derived" / made_of / name
     if not (folder / "interactions.csv").exists():
         with locked(folder, f"making {name}"):

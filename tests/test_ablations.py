@@ -504,6 +504,14 @@ def test_derived_data_sets_change_one_thing(shop, tmp_path):
         assert load_data(write_data(each, tmp_path / name)).fingerprint() == each.fingerprint(), name
 
 
+def test_an_item_without_a_picture_finds_no_other(tmp_path):
+    "Items are numbered as pictures are, so that an item could find the picture of another by its own number."
+    half = without(load_data("sample"), "image", 0.5)
+    again = load_data(write_data(half, tmp_path / "half"))
+    assert [path is None for path in again.images] == [path is None for path in half.images]
+    assert again.fingerprint() == half.fingerprint()
+
+
 def test_ready_made_features_are_derived_too(shop, tmp_path):
     data = random_features(load_data(shop), {"image": 8, "text": 4})
     again = load_data(write_data(data, tmp_path / "random"))
