@@ -130,9 +130,9 @@ def miniature(data: RecData, n_users: int = 40) -> RecData:
 
 # %% ../nbs/04d_derived.ipynb #5f0c2a71
 def _link_images(images, folder):
-    "Put pictures into `folder`/pictures, as hard links where the disk allows; returns their names, None where there is none."
+    "Put pictures into `folder`/pictures, as hard links if the disk allows; returns their names, None where there is none."
     if any(images):
-        (folder / "pictures").mkdir(exist_ok=True)  # in images/, an item without a name finds the picture that has its id
+        (folder / "pictures").mkdir(exist_ok=True)  # in images/, an item without one would find its number's
     names = [None if path is None else f"pictures/{n}{Path(path).suffix}" for n, path in enumerate(images)]
     for path, name in zip(images, names):
         if name and not (folder / name).exists():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORM', 'IN_MODELS', 'IN_TRAINING', 'DEVIATIONS', 'Deviation', 'in_place_of', 'DefaultStart', 'DefaultFREEDOM',
            'DefaultMGCN', 'DefaultSMORE', 'WideVBPR', 'NormalBPRMF', 'SetBatch', 'SetBatchMGCN', 'MeanInGraph',
-           'MeanInGraphFREEDOM', 'MeanInGraphMGCN', 'MeanInGraphSMORE', 'half_the_pictures', 'learnt_tables', 'started',
+           'InGraphFREEDOM', 'InGraphMGCN', 'InGraphSMORE', 'half_the_pictures', 'learnt_tables', 'started',
            'pictureless', 'warm_negatives', 'later_end', 'runs_of', 'rows_of', 'scored_trials', 'chosen_by']
 
 # %% ../nbs/04e_deviations.ipynb #d84c1895
@@ -115,15 +115,15 @@ class MeanInGraph:
         super().set_features(features, {m: F.normalize(f, dim=1) for m, f in (graph_features or features).items()})
 
 
-class MeanInGraphFREEDOM(MeanInGraph, FREEDOM):
+class InGraphFREEDOM(MeanInGraph, FREEDOM):
     "FREEDOM with them."
 
 
-class MeanInGraphMGCN(MeanInGraph, MGCN):
+class InGraphMGCN(MeanInGraph, MGCN):
     "MGCN with them."
 
 
-class MeanInGraphSMORE(MeanInGraph, SMORE):
+class InGraphSMORE(MeanInGraph, SMORE):
     "SMORE with them."
 
 
@@ -174,8 +174,7 @@ IN_MODELS = [
               variant=WideVBPR),
     Deviation("bpr", "start of tables", "Xavier-uniform", "Xavier-normal", "paper", variant=NormalBPRMF),
     Deviation("mgcn", "last batch", "L2 loss per triple", "per triple of a full batch", "paper", variant=SetBatchMGCN),
-    *[pictureless(*pair) for pair in (
-        ("freedom", MeanInGraphFREEDOM), ("mgcn", MeanInGraphMGCN), ("smore", MeanInGraphSMORE))]]
+    *[pictureless(*pair) for pair in (("freedom", InGraphFREEDOM), ("mgcn", InGraphMGCN), ("smore", InGraphSMORE))]]
 IN_TRAINING = [
     *[warm_negatives(backbone) for backbone in ("vbpr", "freedom")],
     *[later_end(backbone) for backbone in ("vbpr", "freedom", "mgcn", "smore")],

@@ -239,14 +239,14 @@ def knn_graph(
     k: int,  # neighbours per item, itself included
     weighted: bool = False,  # normalised similarities (MGCN, Eq. 4-5) instead of 1/k (FREEDOM, Eq. 2-4)
 ) -> Graph:
-    """Item graph (I, I): the `k` nearest items by cosine; items `without_content` have no neighbour and are nobody's.
+    """Item graph (I, I): the `k` nearest items by cosine; items `without_content` have no link.
 
     Raises `DataError` for fewer than `k` items.
     """
     if k > len(features):
         raise DataError(f"An item graph of {k} neighbours needs as many items, and there are {len(features)}. Lower knn_k "
                         "(SMORE's knn_k_image and knn_k_text).")
-    if (lost := without_content(features)).any() and not lost.all():
+    if (lost := without_content(features)).any():  # never all of them
         return _among(features, (~lost).nonzero().flatten(), k, weighted)
     value, item = _nearest(F.normalize(features.float(), dim=1), k)
     value = value.clamp(min=0)  # among hardly more than k items, the last ones point the other way
