@@ -132,7 +132,7 @@ def miniature(data: RecData, n_users: int = 40) -> RecData:
 def _link_images(images, folder):
     "Put pictures into `folder`/pictures, as hard links if the disk allows; returns their names, None where there is none."
     if any(images):
-        (folder / "pictures").mkdir(exist_ok=True)  # in images/, an item without one would find its number's
+        (folder / "pictures").mkdir(exist_ok=True)  # in images/, a blank cell finds the file named as its id
     names = [None if path is None else f"pictures/{n}{Path(path).suffix}" for n, path in enumerate(images)]
     for path, name in zip(images, names):
         if name and not (folder / name).exists():

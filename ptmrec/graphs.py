@@ -246,7 +246,7 @@ def knn_graph(
     if k > len(features):
         raise DataError(f"An item graph of {k} neighbours needs as many items, and there are {len(features)}. Lower knn_k "
                         "(SMORE's knn_k_image and knn_k_text).")
-    if (lost := without_content(features)).any():  # never all of them
+    if (lost := without_content(features)).any():  # never all: some item is farthest from the mean
         return _among(features, (~lost).nonzero().flatten(), k, weighted)
     value, item = _nearest(F.normalize(features.float(), dim=1), k)
     value = value.clamp(min=0)  # among hardly more than k items, the last ones point the other way
