@@ -11,7 +11,7 @@ __all__ = ['WEIGHTS', 'USUAL', 'SAMPLE', 'PACKAGED', 'EXTRA', 'POSITIONS', 'PREC
            'encode_text', 'HuggingFaceBlock', 'hugging_face_tower', 'positions_before', 'read_config', 'package_file',
            'packaged_config', 'build_clip', 'read_weights', 'load_tower', 'tower_files', 'towers_of',
            'packaged_weights', 'load_towers', 'token_map', 'cut_texts', 'warn_of_cut_texts', 'ItemContent',
-           'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features', 'clip_features']
+           'length_groups', 'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features', 'clip_features']
 
 # %% ../nbs/01_clip_prompting.ipynb #54375e45
 import importlib.util
@@ -844,6 +844,7 @@ class ItemContent(nn.Module):
                 self.modalities += ["image"] if self.seen.any() else []
             if "text" in modalities and any(data.texts):
                 self.tokens = token_map(clip, data.texts)
+                self.padding = int(clip.tokenize([""])[0, -1])
                 self.modalities += ["text"]
         if not self.modalities:
             why = "none of its images can be read, and it has no texts" if any(data.images) else "it has no images or texts"
@@ -857,6 +858,14 @@ class ItemContent(nn.Module):
     def words(self, items: Tensor) -> Tensor:
         "Token ids (n, L) of `items` (n,), on the CLIP's device."
         return torch.from_numpy(self.tokens[items.numpy()]).long().to(self.device)
+
+# %% ../nbs/01_clip_prompting.ipynb #82f8f953
+def length_groups(
+    tokens: Tensor,  # (n, L) ids
+    padding: int,  # the id after a text's end
+) -> Tensor:
+    "A group (n,) for each text: up to 1 token, 2, 3 or 4, 5 to 8, 9 to 16, ..."
+    return (tokens != padding).sum(1).clamp(min=1).log2().ceil().long()
 
 # %% ../nbs/01_clip_prompting.ipynb #3d0d3ab0
 PRECISIONS = ("float32", "bf16")
@@ -891,7 +900,13 @@ class BatchEncoder(ItemContent):
         "Features of item numbers `items` (n,); a missing image gets `fallback`."
         items = items.cpu()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return {m: self._with_missing(items) if m == "image" else self.encode(m, items) for m in self.modalities}
+            return {m: self._with_missing(items) if m == "image" else self._by_length(items) for m in self.modalities}
+
+    def _by_length(self, items):
+        group = length_groups(self.words(items), self.padding).cpu()
+        rows = [(group == n).nonzero().flatten() for n in group.unique()]
+        found = torch.cat([self.encode("text", items[r]) for r in rows])
+        return found[torch.cat(rows).argsort().to(self.device)]
 
     def _with_missing(self, items):
         seen = torch.from_numpy(self.seen[items.numpy()])

@@ -8,11 +8,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from small import SHORT, TEXT, hugging_face_clips, make_shop, small_clips
+from small import N_ITEMS, SHORT, TEXT, hugging_face_clips, make_shop, small_clips
 from torch.profiler import ProfilerActivity, profile
 
 import ptmrec.memory
 import ptmrec.stage2
+from ptmrec import clip_prompting
 from ptmrec.benchmarks import measure_fresh
 from ptmrec.clip_prompting import Clip, ItemEncoder, frozen_features, image_tower, load_clip
 from ptmrec.data import DataError, load_data
@@ -145,6 +146,27 @@ def test_prefix_changes_neither_features_nor_gradients(data, name, method):
         assert len(blocks) == n > met  # everybody is known by now
 
 
+@pytest.mark.parametrize("name", CLIPS)
+def test_texts_in_groups_of_similar_length_have_the_same_features_and_gradients(data, name, monkeypatch):
+    "As those of the whole batch, each as long as its longest."
+    clip, results, sizes = small_clip(name), [], []
+    with attach(clip, "lora", towers=["text"]) as tuning:
+        for q in tuning.parameters():
+            q.data += 0.05 * torch.randn_like(q)
+        encoder = ItemEncoder(clip, data, tuning, modalities=["text"])
+        encode = encoder.encode
+        monkeypatch.setattr(encoder, "encode", lambda modality, items: sizes.append(len(items)) or encode(modality, items))
+        for group in (clip_prompting.length_groups, lambda tokens, padding: torch.zeros(len(tokens))):
+            monkeypatch.setattr(clip_prompting, "length_groups", group)
+            features = encoder(torch.arange(N_ITEMS).flip(0))["text"]
+            tuning.zero_grad()
+            features[:, ::3].sum().backward()
+            results.append([features, *(q.grad.clone() for q in tuning.parameters())])
+    *groups, together = sizes
+    assert sum(groups) == together == N_ITEMS and len(groups) > 2
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*results))
+
+
 def test_prefix_is_the_same_in_bf16(data):
     clip = load_clip()
     with attach(clip, "prompt", prompt_position="last", prompt_depth=1) as tuning, torch.no_grad():
@@ -188,7 +210,8 @@ def allocated_bytes(run):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_are_those_of_the_allocator(data, method):
+def test_bytes_are_those_of_the_allocator(data, method, monkeypatch):
+    monkeypatch.setattr(clip_prompting, "length_groups", lambda tokens, padding: torch.zeros(len(tokens)))  # all are long
     model = stage2(data, method)
     user, pos = torch.arange(40), torch.arange(40) % 19 + 18  # the longest text among them
 
