@@ -903,7 +903,7 @@ class BatchEncoder(ItemContent):
             return {m: self._with_missing(items) if m == "image" else self._by_length(items) for m in self.modalities}
 
     def _by_length(self, items):
-        group = length_groups(self.words(items), self.padding).cpu()
+        group = length_groups(torch.from_numpy(self.tokens[items.numpy()]), self.padding)
         rows = [(group == n).nonzero().flatten() for n in group.unique()]
         found = torch.cat([self.encode("text", items[r]) for r in rows])
         return found[torch.cat(rows).argsort().to(self.device)]
