@@ -7,9 +7,9 @@ __all__ = ['WEIGHTS', 'USUAL', 'SAMPLE', 'PACKAGED', 'EXTRA', 'POSITIONS', 'PREC
            'hub_answers', 'check_download', 'weights_file', 'find_weights', 'check_text_tower', 'as_clip', 'load_clip',
            'Tower', 'no_prompts', 'image_tower', 'text_module', 'by_hugging_face', 'text_pooling', 'pool_text',
            'text_tower', 'prompt_width', 'check_n_ctx', 'DeepPrompts', 'make_room', 'run_blocks', 'image_features',
-           'encode_image', 'pooled', 'trim', 'cut_at', 'cut_tokens', 'TextTokens', 'embed_text', 'text_features',
-           'encode_text', 'HuggingFaceBlock', 'hugging_face_tower', 'positions_before', 'read_config', 'package_file',
-           'packaged_config', 'build_clip', 'read_weights', 'load_tower', 'tower_files', 'towers_of',
+           'encode_image', 'pooled', 'trim', 'cut_at', 'cuts_padding', 'cut_tokens', 'TextTokens', 'embed_text',
+           'text_features', 'encode_text', 'HuggingFaceBlock', 'hugging_face_tower', 'positions_before', 'read_config',
+           'package_file', 'packaged_config', 'build_clip', 'read_weights', 'load_tower', 'tower_files', 'towers_of',
            'packaged_weights', 'load_towers', 'token_map', 'cut_texts', 'warn_of_cut_texts', 'ItemContent',
            'length_groups', 'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features', 'clip_features']
 
@@ -515,6 +515,14 @@ def cut_at(
         end = end.clamp(max=limit - 1)
     return tokens[:, : int(end.max()) + 1 if shorten else limit]
 
+# %% ../nbs/01_clip_prompting.ipynb #5d25eba5
+def cuts_padding(text: nn.Module) -> bool:
+    "Whether the features of a text tower are the same without the padding after a text."
+    if by_hugging_face(text):  # it masks what comes after the last token
+        return True
+    causal = text.attn_mask is not None and getattr(text, "cls_emb", None) is None
+    return causal and text_pooling(text)[0] in ("argmax", "eos")
+
 # %% ../nbs/01_clip_prompting.ipynb #db8b8b74
 def cut_tokens(
     text: nn.Module,  # the text tower
@@ -522,14 +530,14 @@ def cut_tokens(
     limit: int,  # tokens that fit
 ) -> Tensor:
     "Token ids (B, L) as short as the text tower allows, at most `limit`."
-    if by_hugging_face(text):  # it masks what comes after the last token
+    shorten = cuts_padding(text)
+    if by_hugging_face(text):
         last = (tokens != text.config.pad_token_id).long() * torch.arange(tokens.shape[1], device=tokens.device)
-        return cut_at(tokens, last.amax(1), limit)
+        return cut_at(tokens, last.amax(1), limit, shorten)
     pool, eos_id = text_pooling(text)
     if pool not in ("argmax", "eos"):
         return tokens[:, :limit]
-    causal = text.attn_mask is not None and getattr(text, "cls_emb", None) is None
-    return trim(tokens, limit, eos_id if pool == "eos" else None, shorten=causal)
+    return trim(tokens, limit, eos_id if pool == "eos" else None, shorten)
 
 # %% ../nbs/01_clip_prompting.ipynb #d3dc5d6a
 @dataclass
@@ -902,8 +910,14 @@ class BatchEncoder(ItemContent):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return {m: self._with_missing(items) if m == "image" else self._by_length(items) for m in self.modalities}
 
+    def text_groups(self, items: Tensor) -> Tensor:
+        "Of each of `items` (n,) the group (n,) whose texts are encoded together; there is one if padding is not cut."
+        if not cuts_padding(text_module(self.clip)):
+            return torch.zeros(len(items), dtype=torch.long)
+        return length_groups(torch.from_numpy(self.tokens[items.numpy()]), self.padding)
+
     def _by_length(self, items):
-        group = length_groups(torch.from_numpy(self.tokens[items.numpy()]), self.padding)
+        group = self.text_groups(items)
         rows = [(group == n).nonzero().flatten() for n in group.unique()]
         found = torch.cat([self.encode("text", items[r]) for r in rows])
         return found[torch.cat(rows).argsort().to(self.device)]

@@ -102,7 +102,8 @@ def encoding_bytes(
     finally:
         for hook in hooks:
             hook.remove()
-    return max(0, 2 * one - two), two - one
+    groups = len(encoder.text_groups(torch.arange(len(encoder.tokens))).unique()) if "text" in encoder.modalities else 1
+    return groups * max(0, 2 * one - two), two - one
 
 # %% ../nbs/03e_memory.ipynb #3869661e
 GAPS = 1.35  # memory that a batch takes of the allocator, relative to its tensors

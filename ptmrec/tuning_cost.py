@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'BABY_SHAPE', 'write_items', 'drawn_data', 'drawn_clip', 'SharedItems', 'SharedItemEncoder',
-           'SharedPrefixEncoder', 'DecodedImages', 'uncut_texts', 'MeasuredStage2', 'measured_encoder',
+           'SharedPrefixEncoder', 'DecodedImages', 'uncut_texts', 'one_group', 'MeasuredStage2', 'measured_encoder',
            'measured_stage2', 'seconds_now', 'memory_mb', 'reset_most', 'joules', 'tuning_update', 'encoded_items',
            'tuning_batches', 'encodings_per_epoch', 'timed_updates', 'estimated_memory', 'tuning_cost', 'recall_table']
 
@@ -109,10 +109,13 @@ class DecodedImages:
 
 # %% ../nbs/08a_tuning_cost.ipynb #6b4e8fa2
 def uncut_texts() -> AbstractContextManager:
-    "A `with` block in which texts are as long as CLIP's context."
-    trim = clip_prompting.trim
-    return mock.patch.object(clip_prompting, "trim", lambda tokens, limit, eos_id=None, shorten=True:
-                             trim(tokens, limit, eos_id, False))
+    "A `with` block in which texts keep their padding."
+    return mock.patch.object(clip_prompting, "cuts_padding", lambda text: False)
+
+
+def one_group() -> AbstractContextManager:
+    "A `with` block in which all texts of a batch are encoded together, as long as the longest."
+    return mock.patch.object(clip_prompting, "length_groups", lambda tokens, padding: torch.zeros(len(tokens)))
 
 # %% ../nbs/08a_tuning_cost.ipynb #1e124fe9
 class MeasuredStage2(Stage2):

@@ -1,6 +1,7 @@
 """Less memory, less time, and the same results."""
 
 import platform
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 
@@ -8,21 +9,20 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from small import N_ITEMS, SHORT, TEXT, hugging_face_clips, make_shop, small_clips
+from small import N_ITEMS, SHORT, TEXT, VISION, hugging_face_clips, make_shop, small_clips
 from torch.profiler import ProfilerActivity, profile
 
 import ptmrec.memory
 import ptmrec.stage2
-from ptmrec import clip_prompting
 from ptmrec.benchmarks import measure_fresh
 from ptmrec.clip_prompting import Clip, ItemEncoder, frozen_features, image_tower, load_clip
 from ptmrec.data import DataError, load_data
-from ptmrec.memory import memory_need, peak_bytes
+from ptmrec.memory import encoding_bytes, memory_need, peak_bytes
 from ptmrec.peft import attach
 from ptmrec.prefix import PrefixEncoder
 from ptmrec.stage1 import build_backbone
 from ptmrec.stage2 import Stage2, need_of, run_stage2
-from ptmrec.tuning_cost import write_items
+from ptmrec.tuning_cost import one_group, write_items
 
 CLIPS = small_clips(vocab_size=49408) | {
     name: make for name, make in hugging_face_clips(vocab_size=49408).items() if name in ("bert", "xlm-roberta")} | {
@@ -156,14 +156,15 @@ def test_texts_in_groups_of_similar_length_have_the_same_features_and_gradients(
         encoder = ItemEncoder(clip, data, tuning, modalities=["text"])
         encode = encoder.encode
         monkeypatch.setattr(encoder, "encode", lambda modality, items: sizes.append(len(items)) or encode(modality, items))
-        for group in (clip_prompting.length_groups, lambda tokens, padding: torch.zeros(len(tokens))):
-            monkeypatch.setattr(clip_prompting, "length_groups", group)
-            features = encoder(torch.arange(N_ITEMS).flip(0))["text"]
+        for how in (nullcontext, one_group):
+            with how():
+                features = encoder(torch.arange(N_ITEMS).flip(0))["text"]
             tuning.zero_grad()
             features[:, ::3].sum().backward()
             results.append([features, *(q.grad.clone() for q in tuning.parameters())])
     *groups, together = sizes
-    assert sum(groups) == together == N_ITEMS and len(groups) > 2
+    assert sum(groups) == together == N_ITEMS
+    assert len(groups) == 1 if name == "coca" else len(groups) > 2  # it takes all padding
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*results))
 
 
@@ -210,9 +211,27 @@ def allocated_bytes(run):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_are_those_of_the_allocator(data, method, monkeypatch):
-    monkeypatch.setattr(clip_prompting, "length_groups", lambda tokens, padding: torch.zeros(len(tokens)))  # all are long
-    model = stage2(data, method)
+def test_bytes_are_those_of_the_allocator(data, method):
+    with one_group():  # as if all texts were long
+        check_bytes(stage2(data, method))
+
+
+def test_groups_of_texts_take_no_more_than_is_foreseen(data):
+    "LoRA's changed weights are large beside a short text's layers, and each group has its own."
+    torch.manual_seed(0)
+    model = open_clip.CLIP(16, VISION, TEXT | {"vocab_size": 49408, "width": 256}).eval().requires_grad_(False)
+    clip = Clip("wide", model, open_clip.SimpleTokenizer(context_length=20), 32, torch.zeros(3), torch.ones(3))
+    with attach(clip, "lora", towers=["text"]) as tuning:
+        encoder = ItemEncoder(clip, data, tuning, modalities=["text"])
+        group = encoder.text_groups(torch.arange(N_ITEMS))
+        items = torch.stack([(group == n).nonzero()[0, 0] for n in group.unique()])  # one of each group
+        assert len(items) > 2
+        a, b = encoding_bytes(encoder)
+        used = allocated_bytes(lambda: encoder(items)["text"].sum().backward())
+        assert a / len(items) + len(items) * b < used < a + len(items) * b
+
+
+def check_bytes(model):
     user, pos = torch.arange(40), torch.arange(40) % 19 + 18  # the longest text among them
 
     def step():
@@ -239,10 +258,11 @@ def test_bytes_are_those_of_the_allocator(data, method, monkeypatch):
 def test_bytes_of_other_towers_are_foreseen(data, method, name):
     model = stage2(data, method, small_clip(name))
     user, pos = torch.arange(40), torch.arange(40) % 19 + 18
-    used = allocated_bytes(lambda: sum(model.losses(user, pos, (pos + 7) % 37).values()).backward())
-    model.zero_grad()
-    gradients = 4 * sum(q.numel() for q in model.parameters() if q.requires_grad)
-    assert used < 1.03 * (memory_need(model, user, pos).step() + gradients) < 1.2 * used + gradients
+    with one_group():
+        used = allocated_bytes(lambda: sum(model.losses(user, pos, (pos + 7) % 37).values()).backward())
+        model.zero_grad()
+        gradients = 4 * sum(q.numel() for q in model.parameters() if q.requires_grad)
+        assert used < 1.03 * (memory_need(model, user, pos).step() + gradients) < 1.2 * used + gradients
 
 
 def test_encoding_all_items_counts_where_it_takes_more(data):
