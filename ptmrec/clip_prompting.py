@@ -877,7 +877,6 @@ def length_groups(
 
 # %% ../nbs/01_clip_prompting.ipynb #3d0d3ab0
 PRECISIONS = ("float32", "bf16")
-ENCODE_BATCH = 256  # items encoded at a time, without gradients
 
 # %% ../nbs/01_clip_prompting.ipynb #3de686e3
 class BatchEncoder(ItemContent):
@@ -929,6 +928,9 @@ class BatchEncoder(ItemContent):
         return features.index_copy(0, seen.nonzero().flatten().to(self.device), found[: int(seen.sum())])
 
 # %% ../nbs/01_clip_prompting.ipynb #6a3a2a08
+ENCODE_BATCH = 256  # items encoded at a time, without gradients
+
+
 class ItemEncoder(BatchEncoder):
     "Features of a batch of items, and of all of them: see `BatchEncoder`."
 
