@@ -211,27 +211,9 @@ def allocated_bytes(run):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@one_group()  # as if all texts were about as long
 def test_bytes_are_those_of_the_allocator(data, method):
-    with one_group():  # as if all texts were long
-        check_bytes(stage2(data, method))
-
-
-def test_groups_of_texts_take_no_more_than_is_foreseen(data):
-    "LoRA's changed weights are large beside a short text's layers, and each group has its own."
-    torch.manual_seed(0)
-    model = open_clip.CLIP(16, VISION, TEXT | {"vocab_size": 49408, "width": 256}).eval().requires_grad_(False)
-    clip = Clip("wide", model, open_clip.SimpleTokenizer(context_length=20), 32, torch.zeros(3), torch.ones(3))
-    with attach(clip, "lora", towers=["text"]) as tuning:
-        encoder = ItemEncoder(clip, data, tuning, modalities=["text"])
-        group = encoder.text_groups(torch.arange(N_ITEMS))
-        items = torch.stack([(group == n).nonzero()[0, 0] for n in group.unique()])  # one of each group
-        assert len(items) > 2
-        a, b = encoding_bytes(encoder)
-        used = allocated_bytes(lambda: encoder(items)["text"].sum().backward())
-        assert a / len(items) + len(items) * b < used < a + len(items) * b
-
-
-def check_bytes(model):
+    model = stage2(data, method)
     user, pos = torch.arange(40), torch.arange(40) % 19 + 18  # the longest text among them
 
     def step():
@@ -254,15 +236,30 @@ def check_bytes(model):
         assert used < 1.03 * (need.step(micro_batch) + gradients) < 1.1 * used + gradients
 
 
+def test_groups_of_texts_take_no_more_than_is_foreseen(data):
+    "LoRA's changed weights are large beside a short text's layers, and each group has its own."
+    torch.manual_seed(0)
+    model = open_clip.CLIP(16, VISION, TEXT | {"vocab_size": 49408, "width": 256}).eval().requires_grad_(False)
+    clip = Clip("wide", model, open_clip.SimpleTokenizer(context_length=20), 32, torch.zeros(3), torch.ones(3))
+    with attach(clip, "lora", towers=["text"]) as tuning:
+        encoder = ItemEncoder(clip, data, tuning, modalities=["text"])
+        group = encoder.text_groups(torch.arange(N_ITEMS))
+        items = torch.stack([(group == n).nonzero()[0, 0] for n in group.unique()])  # one of each group
+        assert len(items) > 2
+        a, b = encoding_bytes(encoder)
+        used = allocated_bytes(lambda: encoder(items)["text"].sum().backward())
+        assert a / len(items) + len(items) * b < used < a + len(items) * b
+
+
 @pytest.mark.parametrize("method, name", [("prompt", "bert"), ("lora", "bert"), ("adapter", "efficientnet")])
+@one_group()
 def test_bytes_of_other_towers_are_foreseen(data, method, name):
     model = stage2(data, method, small_clip(name))
     user, pos = torch.arange(40), torch.arange(40) % 19 + 18
-    with one_group():
-        used = allocated_bytes(lambda: sum(model.losses(user, pos, (pos + 7) % 37).values()).backward())
-        model.zero_grad()
-        gradients = 4 * sum(q.numel() for q in model.parameters() if q.requires_grad)
-        assert used < 1.03 * (memory_need(model, user, pos).step() + gradients) < 1.2 * used + gradients
+    used = allocated_bytes(lambda: sum(model.losses(user, pos, (pos + 7) % 37).values()).backward())
+    model.zero_grad()
+    gradients = 4 * sum(q.numel() for q in model.parameters() if q.requires_grad)
+    assert used < 1.03 * (memory_need(model, user, pos).step() + gradients) < 1.2 * used + gradients
 
 
 def test_encoding_all_items_counts_where_it_takes_more(data):

@@ -163,11 +163,11 @@ def test_losses_and_gradients_are_those_of_the_joint_batch(two, batch, settings)
         assert all(one["gradients"][name].abs().max() > 1e-4 for name in tuned), tuned
         assert one["terms"]["kt_image"] > 0.01
     # a share of a batch is another matrix product, and rounds differently; features of a random BERT are alike and cancel
-    rounding = {"bf16": 400, "bert": 5}.get(settings, 1)  # a number in bf16 has 8 bits: the bank's are off by 4e-3 at most
+    rounding = {"bf16": 300, "bert": 5}.get(settings, 1)
     for mine in both:
         assert mine["terms"] == pytest.approx(one["terms"], rel=rounding * 1e-4, abs=1e-6)
         close(one["gradients"], mine["gradients"], rounding * 1e-4)
-        close(one["bank"], mine["bank"], rounding * 1e-5)
+        close(one["bank"], mine["bank"], 2**-8 if settings == "bf16" else rounding * 1e-5)  # one step of a number in bf16
     same(both[0]["gradients"], both[1]["gradients"])  # so all take the same step
 
 
