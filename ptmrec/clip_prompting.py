@@ -10,8 +10,9 @@ __all__ = ['WEIGHTS', 'USUAL', 'SAMPLE', 'PACKAGED', 'EXTRA', 'POSITIONS', 'PREC
            'encode_image', 'pooled', 'trim', 'cut_at', 'cuts_padding', 'cut_tokens', 'TextTokens', 'embed_text',
            'text_features', 'encode_text', 'HuggingFaceBlock', 'hugging_face_tower', 'positions_before', 'read_config',
            'package_file', 'packaged_config', 'build_clip', 'read_weights', 'load_tower', 'tower_files', 'towers_of',
-           'packaged_weights', 'load_towers', 'token_map', 'cut_texts', 'warn_of_cut_texts', 'ItemContent',
-           'length_groups', 'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features', 'clip_features']
+           'packaged_weights', 'load_towers', 'token_map', 'padding_id', 'cut_texts', 'warn_of_cut_texts',
+           'ItemContent', 'length_groups', 'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features',
+           'clip_features']
 
 # %% ../nbs/01_clip_prompting.ipynb #54375e45
 import importlib.util
@@ -816,11 +817,16 @@ def token_map(
     key = fingerprint("tokens", open_clip.__version__, clip.name, length, texts, *words)
     return np.load(cached(f"tokens-{key}.npy", tokenize_all), mmap_mode="r")
 
+# %% ../nbs/01_clip_prompting.ipynb #c69aef5e
+def padding_id(clip: Clip) -> int:
+    "The token id that fills what a text leaves of the context."
+    return int(clip.tokenize([""])[0, -1])
+
 # %% ../nbs/01_clip_prompting.ipynb #a5ae2eeb
 def cut_texts(clip: Clip, texts: list[str]) -> np.ndarray:
     "The numbers (n,) of the texts that are longer than the context of a CLIP."
     tokens, length = token_map(clip, texts), clip.context_length
-    padding = int(clip.tokenize([""])[0, -1])
+    padding = padding_id(clip)
     full = np.flatnonzero(tokens[:, -2] != padding)
     if not len(full):
         return full
@@ -852,7 +858,7 @@ class ItemContent(nn.Module):
                 self.modalities += ["image"] if self.seen.any() else []
             if "text" in modalities and any(data.texts):
                 self.tokens = token_map(clip, data.texts)
-                self.padding = int(clip.tokenize([""])[0, -1])
+                self.padding = padding_id(clip)
                 self.modalities += ["text"]
         if not self.modalities:
             why = "none of its images can be read, and it has no texts" if any(data.images) else "it has no images or texts"

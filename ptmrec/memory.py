@@ -77,7 +77,7 @@ def longest_item(encoder: ItemEncoder) -> Tensor:
     items = torch.from_numpy(seen.nonzero()[0])
     if "text" in encoder.modalities:
         tokens = torch.from_numpy(encoder.tokens[items.numpy()])
-        items = items[(tokens != tokens[:, -1:]).sum(1).argsort(descending=True)]
+        items = items[(tokens != encoder.padding).sum(1).argsort(descending=True)]
     return items[:1]
 
 # %% ../nbs/03e_memory.ipynb #f6bb1a47
