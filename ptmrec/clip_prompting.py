@@ -844,22 +844,21 @@ def warn_of_cut_texts(clip: Clip, data: RecData) -> None:
 class ItemContent(nn.Module):
     """A data set's images and texts in the form that a CLIP takes.
 
-    `modalities`: "image", "text", or both; what no item of `data` has, in readable form, is left out. `seen` (I,): which
-    items have an image. Raises `DataError` if there is nothing to encode.
+    `modalities`: "image", "text", or both; what no item of `data` has, in readable form, is left out. `seen`: which items
+    have it, {modality: (I,)}. Raises `DataError` if there is nothing to encode.
     """
 
     def __init__(self, clip: Clip, data: RecData, modalities: Iterable[str] = ("image", "text")):
         super().__init__()
         self.clip, self.data_name, self.n_items, self.device = clip, data.name, data.inter.n_items, clip.mean.device
-        self.modalities = []
+        self.seen = {}
         with main_first():
             if "image" in modalities and any(data.images):
-                self.pixels, self.seen = image_map(data, clip.image_size, clip.resize_mode, clip.interpolation)
-                self.modalities += ["image"] if self.seen.any() else []
+                self.pixels, self.seen["image"] = image_map(data, clip.image_size, clip.resize_mode, clip.interpolation)
             if "text" in modalities and any(data.texts):
-                self.tokens = token_map(clip, data.texts)
-                self.padding = padding_id(clip)
-                self.modalities += ["text"]
+                self.tokens, self.padding = token_map(clip, data.texts), padding_id(clip)
+                self.seen["text"] = np.array([bool(text) for text in data.texts])
+        self.modalities = [m for m, seen in self.seen.items() if seen.any()]
         if not self.modalities:
             why = "none of its images can be read, and it has no texts" if any(data.images) else "it has no images or texts"
             raise DataError(f"Data set '{data.name}': {why}, so a CLIP has nothing to encode. Put image files into its "
@@ -895,7 +894,7 @@ class BatchEncoder(ItemContent):
     def __init__(self, clip: Clip, data: RecData, tuning=None, precision: str = "float32",
                  modalities: Iterable[str] = ("image", "text")):
         super().__init__(clip, data, modalities)
-        self.tuning, self.precision, self.fallback = tuning, precision, 0.0
+        self.tuning, self.precision, self.fallback = tuning, precision, {}
 
     @property
     def prompts(self) -> DeepPrompts | None:
@@ -910,10 +909,10 @@ class BatchEncoder(ItemContent):
         return F.normalize(found.float(), dim=1)
 
     def forward(self, items: Tensor) -> dict[str, Tensor]:
-        "Features of item numbers `items` (n,); a missing image gets `fallback`."
+        "Features of item numbers `items` (n,); a missing image or text gets the `fallback` of its modality, or 0."
         items = items.cpu()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return {m: self._with_missing(items) if m == "image" else self._by_length(items) for m in self.modalities}
+            return {m: self._with_missing(m, items) for m in self.modalities}
 
     def text_groups(self, items: Tensor) -> Tensor:
         "Of each of `items` (n,) the group (n,) whose texts are encoded together; there is one if padding is not cut."
@@ -927,10 +926,11 @@ class BatchEncoder(ItemContent):
         found = torch.cat([self.encode("text", items[r]) for r in rows])
         return found[torch.cat(rows).argsort().to(self.device)]
 
-    def _with_missing(self, items):
-        seen = torch.from_numpy(self.seen[items.numpy()])
-        found = self.encode("image", items[seen] if seen.any() else items[:1])  # no tower takes an empty batch
-        features = found.new_zeros(len(items), found.shape[1]) + self.fallback
+    def _with_missing(self, modality, items):
+        seen = torch.from_numpy(self.seen[modality][items.numpy()])
+        there = items[seen] if seen.any() else items[:1]  # no tower takes an empty batch
+        found = self._by_length(there) if modality == "text" else self.encode(modality, there)
+        features = found.new_zeros(len(items), found.shape[1]) + self.fallback.get(modality, 0)
         return features.index_copy(0, seen.nonzero().flatten().to(self.device), found[: int(seen.sum())])
 
 # %% ../nbs/01_clip_prompting.ipynb #6a3a2a08
@@ -954,11 +954,11 @@ class ItemEncoder(BatchEncoder):
         return self.fill_missing(split_work(encode, torch.arange(self.n_items)))
 
     def fill_missing(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        "Give missing images the mean of those seen, in `features` of all items and in batches from now on."
-        if "image" in features:
-            seen = torch.from_numpy(self.seen).to(self.device)
-            self.fallback = features["image"][seen].mean(0)
-            features["image"][~seen] = self.fallback
+        "Give a missing image or text the mean of those seen, in `features` of all items and in batches from now on."
+        for m, found in features.items():
+            seen = torch.from_numpy(self.seen[m]).to(self.device)
+            self.fallback[m] = found[seen].mean(0)
+            found[~seen] = self.fallback[m]
         return features
 
 # %% ../nbs/01_clip_prompting.ipynb #eda87d5d
@@ -1019,8 +1019,8 @@ def clip_features(
     device: torch.device | str = "cpu",  # where the tables go
 ) -> dict[str, Tensor]:
     "Image and text features of the stock `clip`, {modality: (I, d_m)}, cached."
-    key = fingerprint("features", FEATURES, PIXELS, clip.fingerprint(), data.texts, [p is not None for p in data.images],
-                      *[p for p in data.images if p])
+    key = fingerprint("features", FEATURES, PIXELS, clip.fingerprint(), [text or None for text in data.texts],
+                      [p is not None for p in data.images], *[p for p in data.images if p])
     name = f"features-{key}.safetensors"
     if not _all_find(name):
         alone = nullcontext() if rank() else locked(cache_dir() / f"features-{key}", f"features of '{data.name}'")

@@ -222,7 +222,7 @@ def _nearest(unit, k):
 
 # %% ../nbs/00e_graphs.ipynb #e4cfac4f
 def without_content(features: Tensor) -> Tensor:
-    "Which of the items (I,) have the mean of all features (I, d), as those without a picture do."
+    "Which of the items (I,) have the mean of all features (I, d), as those without a picture or a text do."
     away = (features.float() - features.float().mean(0)).norm(dim=1)
     return away < 1e-4 * away.mean()
 

@@ -73,7 +73,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 # %% ../nbs/03e_memory.ipynb #334e0ac9
 def longest_item(encoder: ItemEncoder) -> Tensor:
     "The number (1,) of the item with the longest text, among those with an image where there are images."
-    seen = encoder.seen if "image" in encoder.modalities else np.ones(encoder.n_items)
+    seen = encoder.seen["image"] if "image" in encoder.modalities else np.ones(encoder.n_items)
     items = torch.from_numpy(seen.nonzero()[0])
     if "text" in encoder.modalities:
         tokens = torch.from_numpy(encoder.tokens[items.numpy()])
@@ -102,7 +102,9 @@ def encoding_bytes(
     finally:
         for hook in hooks:
             hook.remove()
-    groups = len(encoder.text_groups(torch.arange(len(encoder.tokens))).unique()) if "text" in encoder.modalities else 1
+    groups = 1
+    if "text" in encoder.modalities:
+        groups = len(encoder.text_groups(torch.from_numpy(encoder.seen["text"].nonzero()[0])).unique())
     return groups * max(0, 2 * one - two), two - one
 
 # %% ../nbs/03e_memory.ipynb #3869661e

@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_NAMES', 'TransferSettings',
            'Stage2TrainingSettings', 'Stage2Settings', 'check_stage2', 'joint_values', 'check_joint', 'run_stage2',
            'item_batches', 'interaction_batches', 'make_batches', 'teacher', 'attach_tuning', 'Stage2',
-           'transfer_terms', 'with_features', 'MissingImages', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned',
+           'transfer_terms', 'with_features', 'MissingContent', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned',
            'tune', 'variants', 'joint_settings', 'parameter_table', 'chosen_towers', 'find_stage2_run', 'make_encoder',
            'check_encoder', 'stage1_of', 'train_stage2', 'tune_and_try', 'need_of', 'new_model', 'tune_with',
            'tune_and_keep', 'keep_variants', 'score_variants', 'without_tuning', 'controls_of', 'metrics_of',
@@ -267,19 +267,19 @@ def with_features(
     return backbone
 
 
-class MissingImages(Callback):
-    "Keeps the mean feature, which missing images get when all items are encoded, in the checkpoint."
+class MissingContent(Callback):
+    "Keeps the mean features, which a missing image or text gets when all items are encoded, in the checkpoint."
 
     def __init__(self, encoder):
         self.encoder = encoder
 
     @property
-    def state(self) -> torch.Tensor | float:
+    def state(self) -> dict[str, torch.Tensor]:
         return self.encoder.fallback
 
     @state.setter
-    def state(self, fallback: torch.Tensor | float) -> None:
-        self.encoder.fallback = torch.as_tensor(fallback, device=self.encoder.device)
+    def state(self, fallback: dict[str, torch.Tensor]) -> None:
+        self.encoder.fallback = {m: mean.to(self.encoder.device) for m, mean in fallback.items()}
 
 # %% ../nbs/05_stage2.ipynb #ae9e7b0b
 def tune_one_epoch(
@@ -359,7 +359,7 @@ def tune(
 
     best = f"valid {metric}"
     callbacks = [watch(name, {c: label(c) for c in ("loss", best)}), Health("loss", remedy),
-                 KeepBest(best, patience or epochs), MissingImages(model.encoder), rate,
+                 KeepBest(best, patience or epochs), MissingContent(model.encoder), rate,
                  *([Checkpoint(checkpoint, seconds=0)] if checkpoint else [])]
     loop = Loop(model, optimiser, train_epoch, validate_epoch, callbacks)
     history = loop.run(epochs)

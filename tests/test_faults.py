@@ -15,6 +15,7 @@ from small import SHORT, make_shop
 
 from ptmrec.clip_prompting import ItemEncoder, frozen_features, load_clip
 from ptmrec.data import DataError, cache_dir, image_map, load_data
+from ptmrec.graphs import without_content
 from ptmrec.memory import container_free
 from ptmrec.settings import resolve
 from ptmrec.stage1 import run_stage1
@@ -23,7 +24,7 @@ from ptmrec.stage2 import run_stage2
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    "A shop of 12 users and 12 items in a data folder of its own; one image is missing and one is no image."
+    "A shop of 12 users and 12 items in a data folder of its own; one image and text are missing, one image is none."
     monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
     folder = tmp_path / "shop"
     (folder / "images").mkdir(parents=True)
@@ -43,11 +44,12 @@ def test_missing_and_broken_content_is_counted(shop):
         pixels, seen = image_map(data, clip.image_size)
     assert seen.tolist() == [True] * 10 + [False] * 2
     features = frozen_features(data, clip)
-    for missing in (10, 11):
-        assert torch.allclose(features["image"][missing], features["image"][:10].mean(0), atol=1e-6)
     encoder = ItemEncoder(clip, data)
     everything = encoder.encode_all()
-    assert torch.allclose(encoder(torch.arange(12))["image"], everything["image"], atol=1e-6)
+    for m, n in {"image": 10, "text": 11}.items():  # the last item has no text either
+        assert torch.allclose(features[m][n:], features[m][:n].mean(0), atol=1e-6)
+        assert torch.allclose(encoder(torch.arange(12))[m], everything[m], atol=1e-6)
+        assert torch.equal(without_content(features[m]), torch.arange(12) >= n)
 
 
 def test_replaced_content_never_meets_an_old_cache(shop):
@@ -61,7 +63,8 @@ def test_replaced_content_never_meets_an_old_cache(shop):
     items = shop / "items.csv"
     items.write_text(items.read_text().replace("thing 0", "red mug"))  # as long, so it is encoded beside the same others
     renamed = frozen_features(load_data("shop"), clip)
-    assert not torch.allclose(after["text"][0], renamed["text"][0]) and torch.equal(after["text"][1:], renamed["text"][1:])
+    assert not torch.allclose(after["text"][0], renamed["text"][0])
+    assert torch.equal(after["text"][1:11], renamed["text"][1:11])  # the last has the mean
     assert not [p for p in cache_dir().iterdir() if p.name.startswith(".")]
 
 
