@@ -910,9 +910,8 @@ class BatchEncoder(ItemContent):
 
     def forward(self, items: Tensor) -> dict[str, Tensor]:
         "Features of item numbers `items` (n,); a missing image or text gets the `fallback` of its modality, or 0."
-        items = items.cpu()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return {m: self._with_missing(m, items) for m in self.modalities}
+            return {m: self._with_missing(m, items.cpu()) for m in self.modalities}
 
     def text_groups(self, items: Tensor) -> Tensor:
         "Of each of `items` (n,) the group (n,) whose texts are encoded together; there is one if padding is not cut."
@@ -992,14 +991,16 @@ def _all_find(name):
     return bool(broadcast({"there": find_cached(name) is not None})["there"])
 
 
+def _blocks(name):
+    return (cache_dir() / name).with_suffix(".blocks")
+
+
 def _encode_and_keep(encoder, name):
     "Encode all items and keep the features as the cached file `name`; goes on from the blocks of a killed process."
-    blocks = (cache_dir() / name).with_suffix(".blocks")
-    features = {m: f.cpu().contiguous() for m, f in encode_in_blocks(encoder, blocks).items()}
+    features = {m: f.cpu().contiguous() for m, f in encode_in_blocks(encoder, _blocks(name)).items()}
     barrier()  # until all have read the blocks
     if not rank():
         cached(name, lambda path: save_file(features, path))
-        shutil.rmtree(blocks, ignore_errors=True)
     barrier()
 
 
@@ -1027,4 +1028,6 @@ def clip_features(
         with alone:
             if not _all_find(name):  # another process may have made them meanwhile
                 _encode_and_keep(ItemEncoder(clip, data), name)
+    if not rank():
+        shutil.rmtree(_blocks(name), ignore_errors=True)  # also what a process left that was killed at its very end
     return {m: f.to(device) for m, f in load_file(find_cached(name)).items()}

@@ -135,9 +135,10 @@ class Notebook:
     def stderr(self) -> str:
         "What the kernel sent to stderr, errors of a widget's handlers too, and warnings that server and kernel logged."
         logged = self.log.read_text()[self.logged:].splitlines()
+        lines = [x for text in self.page.evaluate("() => window.heard") for x in text.splitlines()]
+        lines += [x for x in logged if not re.match(r"\[[ID] ", x)]
         # a page asks a busy kernel for its widgets, and takes the question back after four seconds
-        logged = [line for line in logged if not line.startswith("No such comm")]
-        return "\n".join([*self.page.evaluate("() => window.heard"), *(x for x in logged if not re.match(r"\[[ID] ", x))])
+        return "\n".join(x for x in lines if x.strip() and not x.startswith("No such comm"))
 
     def complaints(self) -> str:
         "All that should not be there: errors in the browser's console, and stderr; \"\" where all is well."

@@ -117,7 +117,8 @@ def test_progress_and_result_reach_a_terminal_and_nothing_is_said_of_the_sample(
 
 def test_real_posters(runs, tmp_path, movielens):
     "Both stages on MovieLens posters, from the folder as it is."
-    result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=movielens, min_rating=4, core=5, **SHORT)
+    result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=movielens, min_rating=4, core=5,
+                       **SHORT | {"stage2_batch_size": 128})
     assert result.returncode == 0, result.stderr[-3000:]
     (_, metrics), = tuned_runs(runs, "movielens-posters")
     popular_by_chance = 10 / 2500
