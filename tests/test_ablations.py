@@ -155,7 +155,7 @@ def test_two_cells_that_are_one_run_keep_what_it_cost(shop, runs, here):
 def test_a_cluster_whose_worker_dies(shop, runs):
     "Two worker processes; one is killed with its first run, and all runs are there at the end."
     distributed = pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
-    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 200, "patience": 200}
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 600, "patience": 600}
     with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, \
             distributed.Client(cluster) as client, ThreadPoolExecutor(1) as pool:
         table = pool.submit(grid, "04_stage1", base, {"emb_size": [8, 16, 32]}, [0], "cluster", client=client)

@@ -88,10 +88,9 @@ def test_what_goes_wrong_is_heard(lab):
 
 
 def complaints(notebook):
-    """All that should not be there, but for the warnings that the tiny CLIP has not seen the pictures of a data set, and had
-    nothing to learn there, and for frames that a busy map leaves out."""
-    expected = ("Warning: The tiny CLIP and the tiny CoCa", "Warning: CLIP had nothing to learn here",
-                "error: Ignoring draw call as the previous")
+    """All that should not be there, but for the warning that the tiny CLIP has not seen the pictures of a data set, and for
+    frames that a busy map leaves out."""
+    expected = ("Warning: The tiny CLIP and the tiny CoCa", "error: Ignoring draw call as the previous")
     return [line for line in notebook.complaints().splitlines() if not line.startswith(expected)]
 
 
@@ -99,6 +98,7 @@ def complaints(notebook):
 def test_experiments_run_in_the_page(lab, name):
     "From the first cell to the last, on a small data set."
     settings = {k: v for k, v in SHORT.items() if name == "05_stage2" or k in ("epochs", "n_seeds", "device")}
+    settings["seed"] = 1  # with others CLIP learns nothing, and the page says so
     path = copy_notebook(name, lab.folder, dataset=str(lab.folder.parent / "shop"), **settings)
     with lab.open(path) as notebook:
         notebook.run_all()
