@@ -359,13 +359,12 @@ SAMPLERS = ("random", "optuna")
 
 def check_study(
     experiment: str,  # a name of `STUDIES`
-    dataset: str,  # a name or a folder
     metric: str,  # of the figure
     sampler: str = "random",  # how trials are drawn, of `SAMPLERS`
     base: dict | None = None,  # settings of every run
     at_once: int | None = None,  # runs at a time
 ) -> Study:
-    "The `Study` of a name; raises `SettingError` or `DataError` for what is wrong, before anything is made."
+    "The `Study` of a name; raises `SettingError` for what is wrong, before any data are looked for."
     if experiment not in STUDIES:
         raise SettingError(f"experiment='{experiment}' is not known.{did_you_mean(experiment, STUDIES)} Allowed: "
                            f"{', '.join(STUDIES)}.")
@@ -376,7 +375,6 @@ def check_study(
     check_count("at_once", 1 if at_once is None else at_once)
     if STUDIES[experiment].split:
         check_listed(metric)
-    find_dataset(dataset)
     check_base(base or {})
     return STUDIES[experiment]
 
@@ -547,7 +545,7 @@ def run_study(
     **how,  # of `grid`: at_once, threads, client, papermill
 ) -> StudyResult:
     "Run all that a study asks for; what is there is used, so a study that was stopped goes on."
-    it, seeds = check_study(experiment, dataset, metric, sampler, base, how.get("at_once")), seed_list(seeds)
+    it, seeds = check_study(experiment, metric, sampler, base, how.get("at_once")), seed_list(seeds)
     base, folder = base or {}, find_dataset(dataset)
     place = f"{experiment}-{folder.name}"
     tables, trials = [], None

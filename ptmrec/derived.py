@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import MODALITIES, DataError, RecData, find_dataset, load_data, runs_dir, write_atomically
+from .data import (MODALITIES, DataError, RecData, find_dataset, has_interactions, load_data, runs_dir,
+                         write_atomically)
 from .files import fingerprint, locked, writing
 from .runs import own_code
 from .settings import SettingError
@@ -135,7 +136,7 @@ def _link_images(images, folder):
         (folder / "pictures").mkdir(exist_ok=True)  # in images/, a blank cell finds the file named as its id
     names = [None if path is None else f"pictures/{n}{Path(path).suffix}" for n, path in enumerate(images)]
     for path, name in zip(images, names):
-        if name and not (folder / name).exists():
+        if name:
             try:
                 os.link(path, folder / name)
             except OSError:  # another disk
@@ -160,14 +161,22 @@ def _feature_rows(features, ids, name):
 # %% ../nbs/04d_derived.ipynb #9e6f113e
 def write_data(
     data: RecData,  # of a folder, or of tables in memory
-    folder: str | Path,  # made if need be
+    folder: str | Path,  # a new one, or an empty one
     defaults: Path | None = None,  # a file that becomes its `defaults.toml`, if it is there
 ) -> Path:
-    "Write a data set into `folder`; returns the folder, which every experiment takes as its `dataset`."
+    """Write a data set into `folder`; returns the folder, which every experiment takes as its `dataset`.
+
+    Raises `DataError` if other files are there. A folder that has the same data already stays as it is.
+    """
     inter, folder = data.inter, Path(folder)
     if data.files:
         raise DataError(f"'{data.name}' has files of {', '.join(data.files)}, which cannot be carried over yet. Put "
                         f"ready-made features beside them: {', '.join(MODALITIES[m].feature_file for m in data.files)}.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if has_interactions(folder) and load_data(folder).fingerprint() == data.fingerprint():
+            return folder
+        raise DataError(f"{folder} is not empty, and has other files than those of '{data.name}'. Give a new folder, or "
+                        "empty this one.")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for modality, features in data.features.items():
@@ -205,5 +214,6 @@ def derive(
     if not (folder / "interactions.csv").exists():
         with locked(folder, f"making {name}"):
             if not (folder / "interactions.csv").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a process left that was killed
                 write_data(change(data, **how), folder, defaults)
     return folder

@@ -2,6 +2,7 @@
 
 import platform
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -250,6 +251,19 @@ def test_groups_of_texts_take_no_more_than_is_foreseen(data):
         a, b = encoding_bytes(encoder)
         used = allocated_bytes(lambda: encoder(items)["text"].sum().backward())
         assert a / len(items) + len(items) * b < used < a + len(items) * b
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_pictures_and_texts_of_different_items_are_foreseen(data, both):
+    "Where the longest text has no picture, a batch may have such texts and pictures: neither is left out."
+    kept = {"texts": ["a red mug"] * 19 + [""] * 18, "images": [None] * 19 + data.images[-18:]}
+    if both:
+        kept["texts"] = [f"{text} " * 5 for text in kept["texts"][:19]] + ["mug"] * 18
+    model = stage2(replace(data, **kept))
+    items = torch.tensor([0, 20]).repeat(10)
+    need = memory_need(model, items, items)
+    used = allocated_bytes(lambda: sum(f.sum() for f in model.encoder(items).values()).backward())
+    assert used < 1.03 * (need.training[0] + 10 * need.training[1]) < 1.5 * used
 
 
 @pytest.mark.parametrize("method, name", [("prompt", "bert"), ("lora", "bert"), ("adapter", "efficientnet")])
