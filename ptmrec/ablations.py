@@ -131,10 +131,10 @@ def knowledge_transfer(dataset: str, base: dict) -> dict:
 
 @study("Which knowledge, and how sharp?", reference="defaults")
 def transfer_settings(dataset: str, base: dict) -> dict:
-    "Source of P_id, KL direction, similarity, tau and lambda, one at a time; lambda counts beside a task loss alone."
+    "Source of P_id, KL direction, similarity, tau, lambda and feature space; lambda counts beside a task loss alone."
     changes = {"defaults": {}, "the backbone's output teaches": {"kt_source": "output"},
                "KL in reverse": {"kl_direction": "reverse"},
-               "dot product, tau 1": {"similarity": "dot", "tau": 1.0}}
+               "dot product, tau 1": {"similarity": "dot", "tau": 1.0}, "raw feature space": {"feature_space": "raw"}}
     changes |= {f"tau {tau}": {"tau": tau} for tau in (0.02, 0.1, 0.2)}
     changes |= {f"lambda {w}, with task loss": {"kt_weight": w, "task_weight": 1.0} for w in (0.1, 1.0, 10.0)}
     return {"05_stage2": {"change": changes}}
