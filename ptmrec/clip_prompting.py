@@ -68,6 +68,12 @@ class Clip:
         "Tokens to which `tokenize` pads a text."
         return getattr(self.tokenize, "context_length", None) or self.model.context_length
 
+    @property
+    def words(self) -> list:
+        "What a Hugging Face tokenizer makes of texts depends on: its length and tokens; empty for open_clip's own."
+        theirs = getattr(self.tokenize, "tokenizer", None)
+        return [self.context_length, sorted(theirs.get_vocab().items())] if theirs else []
+
     def normalise(self, pixels: Tensor) -> Tensor:
         "(n, h, w, 3) uint8 to the (n, 3, h, w) floats that the image tower takes."
         return ((pixels / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
@@ -79,10 +85,11 @@ class Clip:
         return self
 
     def fingerprint(self) -> str:
-        "Key of name, weights, layers (an activation has no weights) and image preparation; features are cached under it."
+        "Key of name, weights, layers (an activation has none), tokenizer and image preparation; caches are kept under it."
         weights = [w.detach().float().cpu().numpy() for w in self.model.state_dict().values()]
         return fingerprint(self.name, repr(self.model), self.image_size, self.resize_mode, self.interpolation,
-                           self.mean.tolist(), self.std.tolist(), *weights)
+                           self.mean.tolist(), self.std.tolist(), *self.words, *weights)
+
 
 # %% ../nbs/01_clip_prompting.ipynb #cc06f871
 def hub_answers() -> bool:
@@ -294,8 +301,8 @@ def no_prompts(
     needed: str,  # a tower that takes prompts, in words
 ) -> DataError:
     "The error for a tower that takes no prompts."
-    return DataError(f"{clip.name}: its {tower} tower is a {type(module).__name__}; prompts need {needed}. This one can be "
-                     "tuned with tuning = lora, adapter or full.")
+    return DataError(f"{clip.name}: its {tower} tower is of type {type(module).__name__}; prompts need {needed}. This one "
+                     "can be tuned with tuning = lora, adapter or full.")
 
 # %% ../nbs/01_clip_prompting.ipynb #b4134d7a
 def image_tower(clip: Clip) -> Tower:
@@ -806,7 +813,6 @@ def token_map(
     import open_clip
 
     length = clip.context_length
-    words = [sorted(clip.tokenize.tokenizer.get_vocab().items())] if hasattr(clip.tokenize, "tokenizer") else []
 
     def tokenize_all(path):
         tokens = new_array(path, np.int32, (len(texts), length))
@@ -814,7 +820,7 @@ def token_map(
             tokens[start : start + block] = clip.tokenize(texts[start : start + block]).numpy()
         tokens.flush()
 
-    key = fingerprint("tokens", open_clip.__version__, clip.name, length, texts, *words)
+    key = fingerprint("tokens", open_clip.__version__, clip.name, length, texts, *clip.words)
     return np.load(cached(f"tokens-{key}.npy", tokenize_all), mmap_mode="r")
 
 # %% ../nbs/01_clip_prompting.ipynb #c69aef5e

@@ -77,7 +77,8 @@ def diagnosis_in_words(found: dict) -> str:
     told = (f"Of an item's {found['k']} nearest by ID embedding, {found['before']:.1%} are among its nearest by frozen "
             f"features, and {found['after']:.1%} by features that were taught the ID embeddings of other items ("
             f"{found['chance']:.1%} by chance; {p})")
-    if found["p"] < 0.01 and found["difference"] > 0:
-        return f"Stage 2 is worth trying on this data. {told}."
-    finds = "fewer neighbours" if found["p"] < 0.01 else "no significantly larger share of neighbours"
-    return f"Stage 2 is unlikely to help on this data, because teaching finds {finds}. {told}."
+    sure, more = found["p"] < 0.01, found["difference"] > 0
+    finds = "no significantly larger share of" if not sure else "more" if more else "fewer"
+    advice = "worth trying" if sure and more else "unlikely to help"
+    return (f"Stage 2 is {advice} on this data, because teaching finds {finds} neighbours. {told}. This is a hint, which "
+            "was wrong before (03h_diagnosis).")

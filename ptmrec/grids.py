@@ -17,6 +17,7 @@ import queue
 import secrets
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ from .data import DataError, data_dir, find_dataset, fingerprint, load_data, rep
 from .files import sweep
 from .memory import free_bytes
 from .processes import run_notebook
-from .runs import (Run, alone, best_variant, heal, list_runs, open_run, pick_device, read_json, use_or_train,
-                         validation)
+from .runs import (Run, alone, best_variant, heal, list_runs, open_run, pick_device, read_json,
+                         stopped_by_hand, use_or_train, validation)
 from .settings import SettingError, Settings, check_count, did_you_mean, resolve, shown
 from .stage1 import (Inputs, find_stage1_run, load_inputs, new_backbone, run_stage1, stage1_parameters,
                            train_stage1)
@@ -317,7 +318,7 @@ class Watch:
 # %% ../nbs/05c_grids.ipynb #d76567d9
 def run_row(run: Run, variant: str | None = None) -> dict:
     "A run as one flat row: identity, settings, metrics of a variant (None: its best on validation), cost."
-    row = {k: run.about[k] for k in ("experiment", "dataset")} | {"key": run.key, "state": run.state}
+    row = {k: run.about[k] for k in ("experiment", "dataset")} | {"key": run.key, "state": run.state, "by_hand": run.by_hand}
     row |= {k: v for k, v in run.params.items() if k not in row}
     if not (run.finished or run.trained):
         return row
@@ -530,4 +531,6 @@ def grid(
         at_once = sum(client.nthreads().values()) if client else how_many(notebook, left, threads)
     watch = Watch(cells, at_once or 1, cells[0].settings.metric)
     run_left(notebook, cells, left, folder, watch, threads, client, papermill and test, test)
+    if told := stopped_by_hand({cell.run.key: cell.run for cell in cells if cell.run}.values()):
+        warnings.warn(f"Runs of this grid were stopped by hand, and may fall short; rerun=True makes them anew:\n{told}")
     return pd.read_parquet(folder / "table.parquet")

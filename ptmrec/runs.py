@@ -109,14 +109,18 @@ PACKAGE = Path(inspect.getfile(fingerprint)).parent
 
 @functools.cache
 def definitions(module: str) -> tuple[dict, dict]:
-    "A module's top-level definitions {name: syntax tree}, and what it imports from the package {name: (module, name)}."
+    """A module's top-level definitions {name: syntax trees}, and what it imports from the package {name: (module, name)}.
+
+    A class has its methods that are assigned later, too, as in `Loop.steps = _steps`.
+    """
     tree = WithoutRemarks().visit(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
     defined, imported = {}, {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            defined[node.name] = node
+            defined.setdefault(node.name, []).append(node)
         elif isinstance(node, ast.Assign):
-            defined |= {name.id: node for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            for name in {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}:
+                defined.setdefault(name, []).append(node)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level == 1 or node.module.startswith("ptmrec.")):
             source = node.module.removeprefix("ptmrec.")
@@ -141,8 +145,8 @@ def code_of(*roots: str) -> dict[str, str]:
         if name in imported:
             left.append(imported[name])
         elif name in defined and f"{module}.{name}" not in found.keys() | NO_EFFECT and module != "settings":
-            found[f"{module}.{name}"] = fingerprint(ast.dump(defined[name]))
-            left += [(module, used.id) for used in ast.walk(defined[name]) if isinstance(used, ast.Name)]
+            found[f"{module}.{name}"] = fingerprint(*map(ast.dump, defined[name]))
+            left += [(module, used.id) for tree in defined[name] for used in ast.walk(tree) if isinstance(used, ast.Name)]
     return dict(sorted(found.items()))
 
 # %% ../nbs/03c_runs.ipynb #e664ad2e
@@ -485,6 +489,7 @@ def _begin(run) -> Run:
     run.about |= {name: before.get(name, value) for name, value in created.items()}
     run.about |= {name: {} if run.finished else before.get(name, {}) for name in ("files", "ended")}
     run.about |= {"seconds": 0 if run.finished else before.get("seconds", 0)}
+    run.start = time.time()
     if run.finished and not rank():
         (run.folder / "metrics.json").unlink()
     if run.about != before:
@@ -992,11 +997,13 @@ def option_parser(function: Callable) -> argparse.ArgumentParser:
     "Options for the arguments of an experiment, in groups by topic."
     parser = OptionParser(description=inspect.getdoc(function), allow_abbrev=False, argument_default=argparse.SUPPRESS,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    texts = {name for name, field in function.experiment.own.model_fields.items() if field.annotation is str}
     for topic, rows in described(function).items():
         group = parser.add_argument_group(topic or "First of all")
         for name, (default, about) in rows.items():
             about = f"{about} [{default}]".replace("%", "%%")
-            group.add_argument(f"--{name}", type=_literal, metavar="", help=about, action=Once)
+            read = str if name in texts else _literal
+            group.add_argument(f"--{name}", type=read, metavar="", help=about, action=Once)
     return parser
 
 # %% ../nbs/03c_runs.ipynb #d09fb361

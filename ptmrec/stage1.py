@@ -145,9 +145,8 @@ def _warn_of_unused(settings, data):
     if unused and not data.needs_clip:
         warnings.warn(f"Data set '{data.name}' brings ready-made features ({', '.join(data.features)}), and only they are "
                       f"used, not its own {' and '.join(unused)}. Move the .npy files away to encode these with a CLIP.")
-    drawings = settings.pretrained == "sample"
-    if own["image"] and data.needs_clip and drawings and find_dataset(settings.dataset) != SAMPLE:
-        warnings.warn("The tiny CLIP and the tiny CoCa have only seen drawings such as the sample's. For photographs use "
+    if data.needs_clip and settings.clip_model in ("tiny", "tiny_coca") and find_dataset(settings.dataset) != SAMPLE:
+        warnings.warn("The tiny CLIP and the tiny CoCa have only seen the sample's drawings and captions. For real data use "
                       "one that has seen some: clip_model ViT-B-32, pretrained openai; or, without a model hub, clip_model "
                       "minilm-efficientnet.")
 
@@ -453,6 +452,8 @@ def train_stage1(
             earlier = trained_stage1(settings.replace(rounds=settings.rounds - 1), inputs, test)
             load_parameters(backbone, earlier.load_weights("backbone"), f"{earlier.folder}/backbone.safetensors")
             set_seed(settings.seed, inputs.device)
+            run.note_ended(earlier.ended)
+            run.start = time.time()  # the round before has a time of its own
         name = "Stage 1" if settings.rounds == 1 else f"Stage 1, round {settings.rounds}"
         history = train_with(settings, backbone, evaluator, name, run.checkpoint)
         run.note_ended({name: history.attrs["ended"]})

@@ -109,6 +109,9 @@ def check_stage2(settings: Settings) -> None:
     if not BACKBONES[settings.backbone].uses_features:
         raise SettingError(f"backbone='{settings.backbone}' uses no features, so there is nothing to tune. Take one of "
                            f"{', '.join(name for name, cls in BACKBONES.items() if cls.uses_features)}.")
+    if settings.train_features:
+        raise SettingError("train_features=True is for Stage 1 alone: in Stage 2, CLIP makes the feature tables. Leave it "
+                           "out.")
     if settings.training == "two_stage" and not settings.kt_weight and not settings.task_weight:
         raise SettingError("kt_weight=0 and task_weight=0 leave no loss to train by. Set one of them above 0.")
     if settings.training == "two_stage" and settings.tune_backbone and not settings.task_weight:

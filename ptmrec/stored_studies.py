@@ -8,13 +8,14 @@ __all__ = ['TABLES', 'study_tables', 'whole_or_short', 'store_studies', 'verdict
 # %% ../nbs/06b_sample_studies.ipynb #bf542e42
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from IPython.display import display
 
 from .ablations import SHOWN, STUDIES, compared, cost_table, plot_values, run_study, study_values
-from .data import DataError, progress
+from .data import DataError, progress, write_atomically
 from .significance import result_text
 from .stage1 import label
 
@@ -68,9 +69,10 @@ def store_studies(
         raise DataError(f"None of the studies could run, for the reasons above; {stem}*.csv are as they were.")
     for ending, tables in zip(TABLES, zip(*made)):
         path, table = Path(f"{stem}{ending}.csv"), pd.concat(tables)
-        path.unlink(missing_ok=True)  # an earlier call may have had rows
         if len(table):
-            table.to_csv(path, index=False, float_format=whole_or_short)
+            write_atomically(path, partial(table.to_csv, index=False, float_format=whole_or_short))
+        else:
+            path.unlink(missing_ok=True)  # an earlier call may have had rows
 
 # %% ../nbs/06b_sample_studies.ipynb #841070ea
 def verdict(row: pd.Series) -> str:

@@ -810,7 +810,7 @@ def cost_against_quality(
     name: str,  # what it is called
     unit: str = "",  # of the cost
 ) -> Figure:
-    "Quality over cost, a dot per row; the Pareto front is filled and named, the rest is open."
+    "Quality over cost, a dot per row; all are named, and the Pareto front is filled."
     front = on_front(table[cost], table[quality])
     figure, ax = plt.subplots(figsize=(COLUMN, 2.4), layout="constrained")
     best = table[front].sort_values(cost)

@@ -86,7 +86,7 @@ def test_a_text_that_leaves_no_room_for_prompts_keeps_its_end():
     prompts = DeepPrompts(clip, 4, 1, towers=["text"])
     cut = torch.cat([long[:, :19], long[:, -1:]], 1)
     assert torch.equal(encode_text(clip, long, prompts), encode_text(clip, cut, prompts))
-    with pytest.raises(DataError, match="its text tower is a MT5Stack; prompts need .*tuning = lora, adapter or"):
+    with pytest.raises(DataError, match="its text tower is of type MT5Stack; prompts need .*tuning = lora, adapter or"):
         DeepPrompts(make("mt5"), 4, 1, towers=["text"])
 
 
@@ -148,6 +148,17 @@ def test_two_towers_in_a_folder_or_by_path(mine, tmp_path, monkeypatch):
     whole = load_clip("mine.json", str(tmp_path))  # a folder with one file
     for other in (by_path, whole):
         assert all(torch.equal(w, clip.model.state_dict()[n]) for n, w in other.model.state_dict().items() if "." in n)
+
+
+def test_a_clip_that_reads_texts_otherwise_is_another_one(mine):
+    swapped = (mine / "vocab.txt").read_text().replace("red", "_").replace("mug", "red").replace("_", "mug")
+    (mine / "swapped.txt").write_text(swapped)
+    from transformers import BertTokenizer
+
+    BertTokenizer(str(mine / "swapped.txt")).save_pretrained(mine / "swapped")
+    others = [load(mine, {"text_cfg": SMALL["text_cfg"] | change})
+              for change in ({}, {"context_length": 12}, {"hf_tokenizer_name": "swapped"})]
+    assert len({clip.name for clip in others}) == 1 and len({clip.fingerprint() for clip in others}) == 3
 
 
 @pytest.mark.parametrize("config, message", [
@@ -282,5 +293,5 @@ def test_tuned_by_name_and_given_back(packaged):
             assert not torch.equal(encode_text(packaged, tokens), stock[1])
     assert torch.equal(encode_image(packaged, images), stock[0]) and torch.equal(encode_text(packaged, tokens), stock[1])
     assert packaged.fingerprint() == keys == copy.deepcopy(packaged).fingerprint()
-    with pytest.raises(DataError, match="minilm-efficientnet: its image tower is a EfficientNet; prompts need"):
+    with pytest.raises(DataError, match="minilm-efficientnet: its image tower is of type EfficientNet; prompts need"):
         attach(packaged, "prompt")

@@ -12,6 +12,7 @@ from small import SHORT, make_shop
 import ptmrec.monitor as monitor
 import ptmrec.stage1 as stage1
 import ptmrec.stage2 as stage2
+from ptmrec.grids import grid
 from ptmrec.monitor import Monitor, curves, patience_ends, summary, watch
 from ptmrec.runs import list_runs, open_run, stopped_by_hand
 from ptmrec.search import search
@@ -222,6 +223,20 @@ def test_a_run_stopped_by_hand_is_finished_and_says_so(small, monkeypatch, capsy
     monkeypatch.setattr(stage1, "watch", Progress)
     anew, = run_stage1("shop", **STAGE1, rerun=True)
     assert anew.by_hand == "" and len(anew.load_table("history.csv")) == len(history)
+
+
+def test_a_second_round_and_a_grid_say_that_stage_1_was_stopped_by_hand(small, monkeypatch, recwarn):
+    with monkeypatch.context() as patch:
+        patch.setattr(stage1, "watch", Clicked)
+        run_stage1("shop", **STAGE1)
+    again, = run_stage1("shop", **STAGE1, rounds=2)
+    assert again.by_hand.startswith("Stage 1 stopped by hand at epoch 2") and "Stage 1, round 2" in again.ended
+    how = {"dataset": "shop"} | {k: v for k, v in STAGE1.items() if k != "n_seeds"}
+    recwarn.clear()
+    table = grid("04_stage1", how, {}, [0], papermill=False)
+    assert table.reused.all() and table.by_hand[0].startswith("Stage 1 stopped by hand")
+    assert f"Runs of this grid were stopped by hand, and may fall short; rerun=True makes them anew:\nvbpr, seed 0: " \
+           f"{table.by_hand[0]}." in [str(w.message) for w in recwarn]
 
 
 def test_every_training_of_stage_2_is_named(small, monkeypatch):

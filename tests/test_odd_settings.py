@@ -18,7 +18,7 @@ from ptmrec.backbones import BACKBONES, BPRMF, Backbone
 from ptmrec.clip_prompting import find_weights
 from ptmrec.data import DataError
 from ptmrec.peft import TUNINGS
-from ptmrec.runs import command_line
+from ptmrec.runs import command_line, option_parser
 from ptmrec.search import search
 from ptmrec.settings import LIMIT_NAMES, SettingError, Settings, resolve, setting, shown
 from ptmrec.stage1 import check_tables, load_inputs, run_stage1
@@ -136,6 +136,7 @@ def test_devices(device):
     ({"training": "joint", "kt_source": "output"}, "does not use kt_source"),
     ({"training": "joint", "similarity": "dot"}, "does not use similarity"),
     ({"tune_backbone": True}, "task_weight=0 leaves that out"),
+    ({"train_features": True}, "train_features=True is for Stage 1 alone"),
     ({"candidates": "cold"}, "candidates='cold' ranks the cold items alone, and eval_items='all' counts others. Set both"),
     ({"candidates": "cold", "eval_items": "warm"}, "eval_items='warm' counts others"),
 ])
@@ -230,6 +231,11 @@ def test_odd_options_of_the_program(capsys, text, message):
         command_line(run_stage2, text.split())
     said = capsys.readouterr().err
     assert end.value.code == 2 and message in said and said.count("\n") == 1, said
+
+
+def test_the_name_of_a_data_set_is_text():
+    given = vars(option_parser(run_stage1).parse_args(["--dataset", "007", "--epochs", "07", "--core", "None"]))
+    assert given == {"dataset": "007", "epochs": 7, "core": None}
 
 
 def test_a_training_that_diverges_ends_the_program_with_one_sentence(small, capsys, monkeypatch):

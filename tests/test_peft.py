@@ -211,7 +211,7 @@ def test_configurations_as_open_clip_has_them(name, method):
 @pytest.mark.parametrize("name", NO_PROMPTS)
 def test_towers_without_room_for_prompts_are_refused_by_name(name):
     for method in ("prompt", "coupled_prompt"):
-        message = f"{name}: its image tower is a {NO_PROMPTS[name]}.*tuning = lora, adapter or full"
+        message = f"{name}: its image tower is of type {NO_PROMPTS[name]}.*tuning = lora, adapter or full"
         with pytest.raises(DataError, match=message):
             attach(make(name)[0], method)
     clip, batch = make(name)

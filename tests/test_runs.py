@@ -13,13 +13,14 @@ import torch
 from conftest import ROOT
 from small import SHORT, make_shop
 
+import ptmrec.runs
 import ptmrec.stage1 as stage1
 import ptmrec.stage2 as stage2
 import ptmrec.training as training
-from ptmrec.data import DataError
+from ptmrec.data import DataError, load_data
 from ptmrec.ranking import paired_test
-from ptmrec.runs import compare, list_runs, new_run, open_run, per_user_values
-from ptmrec.settings import SettingError
+from ptmrec.runs import code_of, compare, list_runs, new_run, open_run, per_user_values
+from ptmrec.settings import SettingError, resolve
 from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import run_stage2
 
@@ -122,6 +123,46 @@ def test_remarks_change_no_key_and_a_changed_loss_does_and_says_why(tmp_path):
         file.write("0,1,0\n")
     said, after = in_copy(tmp_path)
     assert len(after) == 3 and "is not used: its data changed" in said
+
+
+@pytest.mark.parametrize("clip_model, warned", [("tiny", True), ("minilm-efficientnet", False)])
+def test_only_the_tiny_clips_are_said_to_have_seen_nothing_but_drawings(small, clip_model, warned, recwarn):
+    shutil.rmtree(small / "images")  # texts alone
+    settings = resolve(run_stage1.experiment, {"dataset": "shop", "clip_model": clip_model})
+    stage1._warn_of_unused(settings, load_data("shop"))
+    assert any("have only seen the sample's drawings" in str(w.message) for w in recwarn) == warned
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    "A copy of the package whose code is read in place of the package's."
+    shutil.copytree(ROOT / "ptmrec", tmp_path / "ptmrec", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(ptmrec.runs, "PACKAGE", tmp_path / "ptmrec")
+    for cache in (ptmrec.runs.definitions, ptmrec.runs.code_of):
+        cache.cache_clear()
+    yield tmp_path / "ptmrec"
+    for cache in (ptmrec.runs.definitions, ptmrec.runs.code_of):
+        cache.cache_clear()
+
+
+def test_the_key_has_the_code_of_a_class_and_of_the_methods_assigned_to_it_later(copied):
+    before = code_of("stage1.train_stage1")
+    training = copied / "training.py"
+    text = training.read_text()
+    for old, new in (("while len(self.history) < self.epochs", "while len(self.history) + 0 < self.epochs"),
+                     ("if step and loop.asked:", "if loop.asked and step:")):
+        assert text.count(old) == 1, old
+        training.write_text(text.replace(old, new))
+        ptmrec.runs.definitions.cache_clear(), code_of.cache_clear()
+        after = code_of("stage1.train_stage1")
+        assert {name for name in before if before[name] != after[name]} & {"training.Loop", "training._steps"}
+
+
+def test_the_seconds_of_a_run_are_its_own(small):
+    run = new_run("stage1", "shop", {"seed": 1})
+    run.start -= 1000  # it waited for the seed before it
+    run.begin().seal()
+    assert run.on_disk()["seconds"] < 500
 
 
 @pytest.mark.parametrize("backbone", KNN)
