@@ -14,6 +14,7 @@ __all__ = ['SHORT', 'STUDIES', 'BEST_YARDSTICK', 'LR', 'METHODS', 'LISTED', 'SAM
 
 # %% ../nbs/06_ablations.ipynb #08c090bf
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -510,11 +511,17 @@ def _same_seeds(a, b, metric):
 
 # %% ../nbs/06_ablations.ipynb #b7d4c4a0
 def yardstick_rows(dataset: str, base: dict) -> dict[str, Row]:
-    "A row per yardstick, with the settings of `base` about data, encoder, evaluation and device."
+    "A row per yardstick that fits into memory, with the settings of `base` about data, encoder, evaluation and device."
     used = DataSettings.model_fields | EncoderSettings.model_fields | EvaluationSettings.model_fields
     how = {k: v for k, v in base.items() if k in used or k == "device"}
     able = ["feature_knn"] if how.get("candidates") == "cold" else YARDSTICKS  # the others know training interactions alone
-    return {YARDSTICK_NAMES[name]: Row([run_yardstick(name, dataset=dataset, **how)], "") for name in able}
+    rows = {}
+    for name in able:
+        try:
+            rows[YARDSTICK_NAMES[name]] = Row([run_yardstick(name, dataset=dataset, **how)], "")
+        except DataError as error:  # too large
+            warnings.warn(f"{YARDSTICK_NAMES[name]} is no row of this study: {error}")
+    return rows
 
 # %% ../nbs/06_ablations.ipynb #7848907e
 @dataclass

@@ -865,6 +865,15 @@ def test_a_study_of_stage1_with_yardsticks(shop, runs, here, monkeypatch):
     assert {"result.md", "result.tex", "result.csv", "runs.parquet", "comparisons.csv"} <= written
 
 
+def test_a_yardstick_that_does_not_fit_into_memory_is_no_row_and_says_so(shop, runs, monkeypatch):
+    monkeypatch.setattr(yardsticks, "free_bytes", lambda device: 1000.0)
+    with pytest.warns(UserWarning) as said:
+        assert list(ablations.yardstick_rows(shop, QUICK)) == ["most popular"]
+    words = [str(w.message) for w in said if "is no row of this study" in str(w.message)]
+    assert len(words) == 3 and words[-1].startswith("EASE is no row of this study: EASE takes up to 0 GB for ")
+    assert set(runs_table("yardstick").backbone) == {"popular"}
+
+
 def test_stage2_through_papermill_in_a_study(shop, runs, monkeypatch):
     "The whole way: the notebook of Stage 2, its table, comparison with Stage 1, and figure."
     monkeypatch.setitem(STUDIES, "one", ablations.Study("One?", lambda dataset, base: {"05_stage2": {"n_ctx": [2]}}))
