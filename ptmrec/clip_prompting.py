@@ -725,8 +725,10 @@ def load_tower(
     prefix = next((n[: -len(first)] for n in weights if n == first or n.endswith(f".{first}")), "")
     found = {n: weights[prefix + n] for n, w in mine.items() if getattr(weights.get(prefix + n), "shape", None) == w.shape}
     if lacking := [n for n in mine if n not in found]:
+        token = "fc_norm.weight" in lacking  # the norm of a ViT that takes the mean of its tokens, open_clip's default
         raise DataError(f"{what} do not fit a {type(tower).__name__} as configured: {len(lacking)} of its {len(mine)} "
-                        f"weights are not there, or of another size ({', '.join(lacking[:3])}).")
+                        f"weights are not there, or of another size ({', '.join(lacking[:3])})." +
+                        ' A ViT that is read at its class token has "timm_pool": "token" in vision_cfg.' * token)
     tower.load_state_dict(found, strict=False)
     if left := [n for n in weights if n.removeprefix(prefix) not in tower.state_dict()]:
         warnings.warn(f"{what}: left out what belongs to no part of this tower, {len(left)} ({', '.join(left[:3])}).")

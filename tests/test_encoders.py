@@ -238,6 +238,33 @@ def test_both_stages_with_two_towers(mine, tmp_path, monkeypatch, settings):
         assert not np.allclose(tuned[modality].to_numpy(), features.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("tower, pool, size", [("convnext_atto", "avg", 32), ("vit_small_patch14_dinov2", "token", 518)])
+@torch.no_grad()
+def test_image_towers_of_timm_are_loaded_and_tuned(mine, tower, pool, size):
+    import timm
+
+    from ptmrec.peft import attach
+
+    own = timm.create_model(tower, num_classes=0).eval()
+    torch.save(own.state_dict(), mine / f"{tower}.pth")
+    config = SMALL | {"vision_cfg": {"timm_model_name": tower, "timm_proj": "none", "timm_pool": pool, "image_size": size}}
+    (mine / "other.json").write_text(json.dumps(config))
+    clip = load_clip(str(mine / "other.json"), f"image={mine / tower}.pth,text={mine / 'towers' / 'text'}")
+    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    stock = encode_image(clip, image)
+    assert torch.allclose(stock, own(image), atol=1e-5)
+    with attach(clip, "lora", ["image"]) as tuning:
+        for q in tuning.parameters():
+            q += 0.05
+        assert not torch.equal(encode_image(clip, image), stock)
+    assert torch.equal(encode_image(clip, image), stock)
+    if pool == "token":  # open_clip's default is the mean of all tokens
+        config["vision_cfg"].pop("timm_pool")
+        (mine / "other.json").write_text(json.dumps(config))
+        with pytest.raises(DataError, match='has "timm_pool": "token" in vision_cfg.$'):
+            load_clip(str(mine / "other.json"), f"image={mine / tower}.pth,text={mine / 'towers' / 'text'}")
+
+
 # MiniLM and EfficientNet, with their weights
 
 
