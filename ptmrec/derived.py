@@ -115,10 +115,11 @@ def random_features(
     sizes: dict,  # {modality: d_m}
     seed: int = 0,
 ) -> RecData:
-    "The data set with random features of `sizes` {modality: d} in place of its content."
+    "The data set with random features of `sizes` {modality: d} in place of its content; items are numbered from 0."
     rng, n = np.random.default_rng(seed), data.inter.n_items
+    inter = replace(data.inter, item_ids=np.arange(n))
     features = {m: rng.normal(size=(n, d)).astype(np.float32) for m, d in sizes.items()}
-    return replace(data, texts=[""] * n, images=[None] * n, features=features)
+    return replace(data, inter=inter, texts=[""] * n, images=[None] * n, features=features)
 
 # %% ../nbs/04d_derived.ipynb #d1caf603
 def miniature(data: RecData, n_users: int = 40) -> RecData:

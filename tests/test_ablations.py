@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -543,6 +544,20 @@ def test_ready_made_features_are_derived_too(shop, tmp_path):
     assert not np.array_equal(null.features["text"], data.features["text"])
     changed = (gone.features["image"] != data.features["image"]).any(1)
     assert changed.sum() == round(0.5 * data.inter.n_items) and len(np.unique(gone.features["image"][changed], axis=0)) == 1
+
+
+def test_controls_run_on_items_whose_ids_are_text(shop, runs):
+    "Ready-made features have a row per item number, and an Amazon item has none."
+    for name in ("interactions", "items"):
+        table = pd.read_csv(f"{shop}/{name}.csv")
+        table.assign(item="B" + table.item.astype(str)).to_csv(f"{shop}/{name}.csv", index=False)
+    for picture in list(Path(shop, "images").iterdir()):
+        picture.rename(picture.with_name(f"B{picture.name}"))
+    control = STUDIES["controls"].axes(shop, QUICK)["04_stage1"]["control"]["Stage 1, random features"]
+    before, after = load_data(shop).inter, load_data(control["dataset"]).inter
+    assert before.item_ids[0] == "B0" and after.item_ids.tolist() == list(range(37))
+    assert all(np.array_equal(getattr(before, part), getattr(after, part)) for part in ("user", "item", "split", "user_ids"))
+    assert run_stage1(backbone="vbpr", **QUICK | control)[0].finished
 
 
 def test_studies_derive_from_the_data_as_the_runs_read_it(shop):
