@@ -139,7 +139,7 @@ def _link_images(images, folder):
     for path, name in zip(images, names):
         if name:
             try:
-                os.link(path, folder / name)
+                os.link(os.path.realpath(path), folder / name)  # a link would point elsewhere from here
             except OSError:  # another disk
                 shutil.copy(path, folder / name)
     return names

@@ -513,6 +513,17 @@ def test_an_item_without_a_picture_finds_no_other(tmp_path):
     assert again.fingerprint() == half.fingerprint()
 
 
+@pytest.mark.parametrize("target", [lambda path: os.path.join("..", "photos", path.name), Path.absolute])
+def test_pictures_that_are_links_are_kept(shop, tmp_path, target):
+    Path(shop, "images").rename(Path(shop, "photos"))
+    Path(shop, "images").mkdir()
+    for picture in Path(shop, "photos").iterdir():
+        Path(shop, "images", picture.name).symlink_to(target(picture))
+    data = load_data(shop)
+    again = load_data(write_data(data, tmp_path / "again"))
+    assert sum(p is not None for p in again.images) == 36 and again.fingerprint() == data.fingerprint()
+
+
 def test_data_are_written_to_a_folder_of_their_own(tmp_path):
     "Once more is no harm, other data would mix: a picture of theirs would be taken for one of these."
     data = miniature(load_data("sample"), 20)
