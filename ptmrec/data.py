@@ -788,10 +788,20 @@ def _read_features(path, item_ids):
     return features
 
 # %% ../nbs/00_data.ipynb #22719ff8
+def _fill_zeros(path, features):
+    "Rows of zeros become the mean of the others, which item graphs leave out; a warning counts them."
+    empty = ~features.any(1)
+    if empty.any() and not empty.all():
+        warnings.warn(f"{path}: {int(empty.sum()):,} of {len(features):,} items have a row of zeros, and count as items "
+                      "without content: they get the mean of the others, and no link in an item graph.")
+        features[empty] = features[~empty].mean(0, dtype=np.float64)
+    return features
+
+
 def _item_features(folder, item_ids):
     "{modality: (I, d_m)} of the ready-made feature files in a folder."
     files = {name: folder / modality.feature_file for name, modality in MODALITIES.items()}
-    return {name: _read_features(path, item_ids) for name, path in files.items() if path.exists()}
+    return {name: _fill_zeros(path, _read_features(path, item_ids)) for name, path in files.items() if path.exists()}
 
 
 def _item_files(folder, table, features):

@@ -30,6 +30,7 @@ from ptmrec.data import (
     show_items,
     show_statistics,
 )
+from ptmrec.graphs import knn_graph
 from ptmrec.ranking import CUTOFFS, Evaluator
 from ptmrec.stage1 import build_backbone
 
@@ -157,6 +158,20 @@ def test_mmrec_folder_row_is_item_id(home):
     folder_of(home, interactions__inter="userID\titemID\tx_label\n0\t5\t0\n0\t2\t1\n0\t0\t2\n", image_feat__npy=features)
     data = load_data("shop")
     assert np.array_equal(data.features["image"], features[[0, 2, 5]]) and not data.has_content
+
+
+def test_a_row_of_zeros_is_an_item_without_content(home):
+    features = np.random.default_rng(0).random((40, 16)).astype(np.float32)
+    features[[5, 12]] = 0
+    folder_of(home, interactions__csv="user,item\n" + "".join(f"{i % 8},{i}\n" for i in range(40)), image_feat__npy=features)
+    with pytest.warns(UserWarning, match="image_feat.npy: 2 of 40 items have a row of zeros"):
+        data = load_data("shop")
+    table = torch.from_numpy(data.features["image"])
+    for graph in (knn_graph(table, 5), knn_graph(torch.nn.Linear(16, 8)(table).detach(), 5)):
+        linked = graph.to_dense().any(1)
+        assert not linked[[5, 12]].any() and linked.sum() == 38 and torch.equal(linked, graph.to_dense().any(0))
+    others = np.delete(np.arange(40), [5, 12])
+    assert len(data.notes) == 1 and np.array_equal(data.features["image"][others], features[others])
 
 
 # Splits
