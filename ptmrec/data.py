@@ -317,9 +317,10 @@ def _drop_repeated(path, table):
     repeated, leaked = _repeated(table)
     if not repeated.any():
         return table, {"repeated pairs": 0}
-    n, first = int(repeated.sum()), location(path, int(np.flatnonzero(repeated)[0]))
+    n, first = int(repeated.sum()), location(path, int(table.index[repeated][0]))
     among = f", {int(leaked.sum()):,} of them in two splits" if leaked.any() else ""
-    warnings.warn(f"{path}: {n:,} repeated user-item pairs (first in {first}){among}; each pair is kept once.")
+    kept = "its first row" + ", in training where it has one" * bool(among)
+    warnings.warn(f"{path}: {n:,} repeated user-item pairs (first in {first}){among}; each pair is kept once: {kept}.")
     counts = {"repeated pairs": n - int(leaked.sum())} | ({"pairs in two splits": int(leaked.sum())} if among else {})
     return table[~repeated].reset_index(drop=True), counts
 
@@ -870,18 +871,20 @@ def noting(notes: list) -> Iterator[None]:
 # %% ../nbs/00_data.ipynb #a174dcf9
 def _filter_interactions(path, table, min_rating, core):
     "The interactions that are kept, and {reason: how many were left out}."
-    table, left_out = _drop_repeated(path, table)
-    steps = {"": table}
+    left_out = {}
     if min_rating is not None:
         if "rating" not in table:
             raise DataError(f"min_rating={min_rating} needs a rating column, and {path} has none.")
-        steps[f"rated under {min_rating:g}"] = table = table[table.rating >= min_rating]
+        good = table.rating >= min_rating
+        table, left_out[f"rated under {min_rating:g}"] = table[good], int((~good).sum())
     elif "rating" in table and table.rating.min() < 3 < table.rating.max():
         warnings.warn(f"All ratings from {table.rating.min():g} to {table.rating.max():g} count as positive; "
                       "set min_rating to keep only the good ones.")
-    if core:
-        steps[f"outside the {core}-core"] = table = k_core(table, core)
-    return table, left_out | dict(zip(list(steps)[1:], -np.diff([len(step) for step in steps.values()])))
+    table, repeated = _drop_repeated(path, table)
+    if not core:
+        return table, left_out | repeated
+    kept = k_core(table, core)
+    return kept, left_out | repeated | {f"outside the {core}-core": len(table) - len(kept)}
 
 # %% ../nbs/00_data.ipynb #28a96a5a
 def _check_parts(source, inter, own):

@@ -338,14 +338,24 @@ def test_repeated_rows_are_counted_once(home):
     folder_of(home, interactions__csv=GOOD + "0,0\n1,1\n", items__csv="item,title\n1,a\n1,b\n")
     with pytest.warns(UserWarning) as caught:
         data = load_data("shop")
-    assert [str(w.message).split(": ")[1] for w in caught] == [
-        "2 repeated user-item pairs (first in line 18); each pair is kept once.",
-        "1 of 4 items have a row (the first without",
+    assert [str(w.message).split(": ", 1)[1] for w in caught] == [
+        "2 repeated user-item pairs (first in line 18); each pair is kept once: its first row.",
+        "1 of 4 items have a row (the first without: 0).",
         "1 repeated items (first in line 3), 1 of them with several titles; the first row of each counts."]
     assert data.texts == ["", "a", "", ""] and data.left_out == {"repeated pairs": 2}
     assert data.notes[0].startswith("interactions.csv: 2 repeated") and len(data.notes) == 3
     assert " ".join(describe(data).loc["note 3":, "shop"]) == data.notes[2]
     assert describe(data).loc["left out: repeated pairs", "shop"] == "2"
+
+
+def test_a_pair_that_was_rated_again_counts_if_one_rating_is_good(home):
+    rows = [f"{u},{i},{rating}\n" for u in range(4) for i in range(4) for rating in (1, 5, 5)]
+    folder_of(home, interactions__csv="user,item,rating\n" + "".join(rows))
+    with pytest.warns(UserWarning, match="16 repeated user-item pairs .first in line 4.; each pair is kept once"):
+        data = load_data("shop", min_rating=4)
+    assert len(data.inter) == 16 and data.left_out == {"rated under 4": 16, "repeated pairs": 16}
+    with pytest.warns(UserWarning, match="All ratings from 1 to 5"):
+        assert len(load_data("shop").inter) == 16
 
 
 def test_pictures_survive_missing_and_unreadable_content(home):
