@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -735,6 +736,27 @@ def test_a_row_is_what_its_label_says_whatever_the_base(shop, runs, name, base, 
              for c in plan(notebook, (base if notebook == "05_stage2" else ablations.stage1_settings(base)) |
                            {"dataset": shop}, axes, [0])}
     assert {setting: getattr(found[cell], setting) for setting in settings} == settings
+
+
+@pytest.mark.parametrize("missing, names, gone, wrong", [
+    ("images", "pictures", "half of the texts gone", "the wrong texts"),
+    ("items.csv", "texts", "half of the pictures gone", "the wrong pictures")])
+def test_content_that_is_not_there_is_not_taken_away(shop, runs, missing, names, gone, wrong):
+    "Such a row has the same data as the row beside it, or none at all, and would be read as an answer."
+    path = Path(shop, missing)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name, row in (("missing_modality", gone), ("null_content", wrong)):
+        with pytest.warns(UserWarning, match=f"'shop' has no {names}, so rows that need some are left out: .*(all|wrong)"):
+            rows = STUDIES[name].axes(shop, {"core": 2})["05_stage2"]["content"]
+        assert list(rows) == ["as it is", row]
+
+
+def test_a_study_of_content_wants_some(shop, runs):
+    shutil.rmtree(f"{shop}/images")
+    os.remove(f"{shop}/items.csv")
+    for name in ("missing_modality", "null_content"):
+        with pytest.raises(DataError, match="'shop' has no pictures and no texts, so this study has no rows"):
+            STUDIES[name].axes(shop, {})
 
 
 def test_yardsticks_that_know_interactions_alone_are_left_out_where_cold_items_are_ranked(shop, runs):
