@@ -185,12 +185,12 @@ def write_data(
         content = {"title": [text or None for text in data.texts], "image": _link_images(data.images, folder)}
         if data.has_content:
             table = pd.DataFrame({"item": inter.item_ids} | content).dropna(axis=1, how="all")
-            table.to_csv(folder / "items.csv", index=False)
+            table.to_parquet(folder / "items.parquet", index=False)
         if defaults is not None and defaults.exists():
             shutil.copy(defaults, folder / "defaults.toml")
     table = pd.DataFrame({"user": inter.user_ids[inter.user], "item": inter.item_ids[inter.item], "x_label": inter.split})
     table = table if inter.time is None else table.assign(timestamp=inter.time)
-    write_atomically(folder / "interactions.csv", lambda path: table.to_csv(path, index=False))
+    write_atomically(folder / "interactions.parquet", lambda path: table.to_parquet(path, index=False))
     return folder
 
 # %% ../nbs/04d_derived.ipynb #f5a03c1f
@@ -212,9 +212,9 @@ def derive(
     made_of = fingerprint(data.fingerprint(), own_code(change), own_code(write_data), how,
                           *([defaults] if defaults.exists() else []))
     folder = runs_dir() / "derived" / made_of / name
-    if not (folder / "interactions.csv").exists():
+    if not (folder / "interactions.parquet").exists():
         with locked(folder, f"making {name}"):
-            if not (folder / "interactions.csv").exists():
+            if not (folder / "interactions.parquet").exists():
                 shutil.rmtree(folder, ignore_errors=True)  # what a process left that was killed
                 write_data(change(data, **how), folder, defaults)
     return folder

@@ -28,7 +28,7 @@ import ptmrec.yardsticks as yardsticks
 from ptmrec.ablations import (BEST_YARDSTICK, METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study,
                               tune_equally, verdicts, write_result)
 from ptmrec.clip_prompting import ItemEncoder
-from ptmrec.data import DataError, load_data
+from ptmrec.data import DataError, RecData, load_data
 from ptmrec.derived import derive, miniature, random_features, shuffled, thinned, with_cold_items, without, write_data
 from ptmrec.grids import Cell, Watch, grid, plan, run_cells, runs_table, time_left
 from ptmrec.processes import run_notebook
@@ -537,10 +537,22 @@ def test_data_are_written_to_a_folder_of_their_own(tmp_path):
     assert load_data(folder).fingerprint() == data.fingerprint()
 
 
+@pytest.mark.parametrize("kind", [str, int, "a{}".format])
+def test_ids_and_texts_are_written_as_they_are(tmp_path, kind):
+    "Numbers as text sort as text, so as numbers they would be other data; a title may look like nothing."
+    ids = [kind(n) for n in range(12)]
+    pairs = pd.MultiIndex.from_product([ids, ids], names=["user", "item"]).to_frame(index=False)
+    data = RecData.from_frames(pairs, pd.DataFrame({"item": ids[:3], "title": ["nan", " NaN", "007"]}))
+    folder = write_data(data, tmp_path / "mine")
+    again = load_data(folder)
+    assert again.texts == data.texts and again.inter.item_ids.tolist() == data.inter.item_ids.tolist()
+    assert again.fingerprint() == data.fingerprint() and write_data(data, folder) == folder
+
+
 def test_what_a_killed_process_left_of_a_derived_data_set_is_not_used(runs):
     folder = derive("sample", miniature, n_users=20)
     right, picture = load_data(folder).fingerprint(), next((folder / "pictures").iterdir())
-    (folder / "interactions.csv").unlink()  # the last file to be written
+    (folder / "interactions.parquet").unlink()  # the last file to be written
     picture.unlink()
     picture.write_bytes(b"of another item")
     assert derive("sample", miniature, n_users=20) == folder and load_data(folder).fingerprint() == right
