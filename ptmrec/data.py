@@ -39,7 +39,7 @@ from tqdm import tqdm
 from .files import (DataError, cache_dir, cached, data_dir, fingerprint, new_array, repo_root, runs_dir,  # noqa: F401
                           write_atomically)
 from .tables import (ENDINGS, SPELLINGS, TABLE_ENDINGS, TEXT_FIELDS, bare_ids, find_tables, integers_if_lossless,
-                           location, read_raw, read_table, standard_columns, standard_name, table_kind)
+                           joined_lists, location, read_raw, read_table, standard_columns, standard_name, table_kind)
 
 # %% ../nbs/00_data.ipynb #57d0b3f8
 def checked_path(path: str | Path) -> Path:
@@ -953,6 +953,7 @@ def _as_frame(table, what):
     names = set(map(standard_name, table.columns))
     ids = [n for n in table.index.names if standard_name(n) in ("user", "item") and standard_name(n) not in names]
     table = bare_ids(standard_columns((table.reset_index(ids) if ids else table).reset_index(drop=True), what), what)
+    table = joined_lists(table)
     return table.astype({c: t.categories.dtype for c, t in table.dtypes.items() if isinstance(t, pd.CategoricalDtype)})
 
 # %% ../nbs/00_data.ipynb #ee47e9ca

@@ -598,6 +598,26 @@ def test_values_of_json_that_no_table_can_hold(home):
     assert "\n".join(data.texts).encode() and data.fingerprint()
 
 
+@pytest.mark.parametrize("form", ["items.jsonl", "items.parquet", "frames"])
+def test_lists_of_texts_are_joined_in_every_form(home, form):
+    "In Parquet and frames they were read as Python writes them, brackets and all, and an empty one as []."
+    items = pd.DataFrame({"item": ["0000", "0001", "0002"], "title": ["Mug", "Hat", ["A", "shoe"]], "sizes": [[1], [], []],
+                          "genre": [["Home", "Kitchen"], None, []], "description": [[], [["Warm"] * 2, "Soft"], None]})
+    if form == "frames":
+        data = RecData.from_frames(TABLE, items)
+    else:
+        items = items.assign(title=["Mug", "Hat", "A shoe"], description=[[], ["Warm", "Warm", "Soft"], None])
+        content = items.to_json(orient="records", lines=True).encode() if form == "items.jsonl" else items
+        data, _ = load(folder_of(home, {"interactions.csv": text(TABLE, ","), form: content}))
+    assert data.texts == ["Mug. Home Kitchen", "Hat. Warm Soft", "A shoe", ""]
+
+
+def test_a_history_may_be_a_list(home):
+    table = pd.DataFrame({"user_id": [1, 1, 2], "item_id_list": [["a", "b"], ["a", "b"], []], "item_id": list("cda")})
+    inter = load(folder_of(home, {"interactions.parquet": table}))[0].inter
+    assert inter.item_ids.tolist() == ["a", "b", "c", "d"] and len(inter) == 5
+
+
 @pytest.mark.parametrize("write", [
     lambda t: t.to_json(), lambda t: t.to_json(orient="split"), lambda t: t.to_json(orient="index"),
     lambda t: t.to_json(orient="table"), lambda t: json.dumps(t.to_dict("list"))], ids=[
