@@ -125,10 +125,12 @@ def random_features(
 def miniature(data: RecData, n_users: int = 40) -> RecData:
     "The first `n_users` users with their items."
     inter = with_interactions(data, data.inter.user < n_users).inter
-    items, item = np.unique(inter.item, return_inverse=True)
-    small = replace(inter, item=item, user_ids=inter.user_ids[:n_users], item_ids=inter.item_ids[items])
-    return replace(data, inter=small, texts=[data.texts[i] for i in items], images=[data.images[i] for i in items],
-                   features={m: f[items] for m, f in data.features.items()})
+    kept, item = np.unique(inter.item, return_inverse=True)
+    small = replace(inter, item=item, user_ids=inter.user_ids[:n_users], item_ids=inter.item_ids[kept])
+    return replace(data, inter=small, texts=[data.texts[i] for i in kept], images=[data.images[i] for i in kept],
+                   features={m: f[kept] for m, f in data.features.items()},
+                   files={m: [paths[i] for i in kept] for m, paths in data.files.items()},
+                   items=data.items.iloc[kept] if len(data.items) else data.items)
 
 # %% ../nbs/04d_derived.ipynb #5f0c2a71
 def _link_images(images, folder):

@@ -28,7 +28,7 @@ import ptmrec.yardsticks as yardsticks
 from ptmrec.ablations import (BEST_YARDSTICK, METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study,
                               tune_equally, verdicts, write_result)
 from ptmrec.clip_prompting import ItemEncoder
-from ptmrec.data import DataError, RecData, load_data
+from ptmrec.data import MODALITIES, DataError, Modality, RecData, load_data
 from ptmrec.derived import derive, miniature, random_features, shuffled, thinned, with_cold_items, without, write_data
 from ptmrec.grids import Cell, Watch, grid, plan, run_cells, runs_table, time_left
 from ptmrec.processes import run_notebook
@@ -38,6 +38,7 @@ from ptmrec.settings import SettingError, resolve
 from ptmrec.significance import (bootstrap_interval, comparisons, in_words, result_text, save_figure, save_result,
                                  smallest_gain)
 from ptmrec.stage1 import run_stage1
+from ptmrec.visualisation import item_statistics
 from ptmrec.yardsticks import YARDSTICKS, as_embeddings, ease, feature_knn, item_knn, popular, run_yardstick, training_matrix
 
 QUICK = {"epochs": 2, "batch_size": 64, "device": "cpu"}
@@ -504,6 +505,20 @@ def test_derived_data_sets_change_one_thing(shop, tmp_path):
     assert not any(gone.texts) and gone.images == data.images
     for name, each in {"half": half, "cold": cold, "both": both, "gone": gone, "small": miniature(data, 20)}.items():
         assert load_data(write_data(each, tmp_path / name)).fingerprint() == each.fingerprint(), name
+
+
+def test_a_miniature_has_the_rows_of_its_own_items(shop, monkeypatch):
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "songs", endings=(".raw",), encode=len))
+    Path(shop, "audio").mkdir()
+    for item in range(0, 37, 2):
+        Path(shop, "audio", f"{item}.raw").touch()
+    data = load_data(shop)
+    small = miniature(data, 2)
+    ids = small.inter.item_ids
+    assert len(ids) < 37 and small.items.index.tolist() == [str(item) for item in ids]
+    assert [path and path.stem for path in small.files["audio"]] == [None if item % 2 else str(item) for item in ids]
+    titles = item_statistics(small).title
+    assert titles.str.strip().tolist() == [text.strip() for text in small.texts] and titles.str.strip().any()
 
 
 def test_an_item_without_a_picture_finds_no_other(tmp_path):
