@@ -22,6 +22,7 @@ import re
 import stat
 import sys
 import textwrap
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -682,7 +683,9 @@ def _files_by_name(folder, endings, table):
         return {}
     nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, names in _walk(folder)
                     for name in names if name.lower().endswith(endings) and name[0] != ".")
-    found = {os.path.splitext(name)[0]: path for _, name, path in sorted(nested, key=lambda entry: -entry[0])}
+    as_id = {unicodedata.normalize("NFC", item): item for item in table.index}  # macOS writes é as two characters
+    stems = ((os.path.splitext(name)[0], path) for _, name, path in sorted(nested, key=lambda entry: -entry[0]))
+    found = {as_id.get(unicodedata.normalize("NFC", stem), stem): path for stem, path in stems}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
         name = min(nested)[1]
         raise DataError(f"{folder}: none of its {len(found):,} files is named after an item (the first is {name}, "

@@ -1,5 +1,6 @@
 """Folders in every format, splits, what is wrong in them, and what is derived from them."""
 import os
+import unicodedata
 import warnings
 
 import numpy as np
@@ -151,6 +152,18 @@ def test_images_are_found_by_column_or_by_name(home):
     for file in ("pictures/x.png", "images/b.jpg"):
         Image.new("RGB", (8, 8)).save(folder / file)
     assert load_data("shop").images == [folder / "pictures/x.png", folder / "images/b.jpg", None]
+
+
+@pytest.mark.parametrize("of_id, of_file", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_picture_may_spell_its_accents_differently(home, of_id, of_file):
+    "macOS writes é as two characters, most tables as one."
+    ids = [unicodedata.normalize(of_id, item) for item in ("café", "crème", "mug")]
+    folder = folder_of(home, interactions__csv="user,item\n" + "".join(f"1,{item}\n" for item in ids))
+    (folder / "images").mkdir()
+    files = [folder / "images" / f"{unicodedata.normalize(of_file, item)}.png" for item in ids]
+    for file in files:
+        Image.new("RGB", (8, 8)).save(file)
+    assert load_data("shop").images == files
 
 
 def test_mmrec_folder_row_is_item_id(home):
