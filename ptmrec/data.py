@@ -181,14 +181,23 @@ def _raise_if_any(bad, path, table, column, problem):
                         f"({int(bad.sum()):,} such rows).")
 
 # %% ../nbs/00_data.ipynb #d752e731
+def _as_numbers(time):
+    "Times that are numbers, or numbers written as text; NaN for others."
+    if pd.api.types.is_numeric_dtype(time):
+        return time
+    return pd.to_numeric(time, errors="coerce") if pd.api.types.is_string_dtype(time) else pd.Series(np.nan, time.index)
+
+
 def _as_times(path, table):
     "The time column as numbers that grow with time: as given, or nanoseconds of ISO dates."
-    if pd.api.types.is_numeric_dtype(table.time):
-        finite = np.isfinite(table.time.to_numpy(np.float64, na_value=np.nan))
+    numbers = _as_numbers(table.time)
+    finite = np.isfinite(numbers.to_numpy(np.float64, na_value=np.nan))
+    if pd.api.types.is_numeric_dtype(table.time) or finite.all():
         _raise_if_any(~finite, path, table, "time", "is not a time")
-        return table.time
+        return numbers
     times = pd.to_datetime(table.time, errors="coerce", format="ISO8601", utc=True)
-    _raise_if_any(times.isna(), path, table, "time", "is neither a number nor a date such as 2014-07-23")
+    _raise_if_any(times.isna() & ~finite, path, table, "time", "is neither a number nor a date such as 2014-07-23")
+    _raise_if_any(times.isna(), path, table, "time", "is a number, and others are dates")
     return times.astype("datetime64[ns, UTC]").astype(np.int64)
 
 # %% ../nbs/00_data.ipynb #ae36aac5
@@ -824,8 +833,7 @@ UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # in seconds
 
 def _odd_times(time):
     "Odd values in a column of times, a sentence each."
-    if not pd.api.types.is_numeric_dtype(time):
-        return []
+    time = _as_numbers(time)
     negative, n = int((time < 0).sum()), len(time)
     notes = [f"{negative:,} of {n:,} times are negative."] if negative else []
     counts = np.bincount(np.searchsorted([1e11, 1e14, 1e17], time.abs().fillna(0)), minlength=4)

@@ -685,6 +685,27 @@ def test_a_gap_in_numbered_parts_is_said(home):
     assert len(data.inter) == 8 and any("none with the number 1" in note for note in said)
 
 
+@pytest.mark.parametrize("form", ["frames", "interactions.json", "interactions.parquet"])
+def test_times_may_be_numbers_as_text(home, form):
+    table = TABLE.assign(timestamp=(1_393_545_600 + TABLE.timestamp).astype(str))
+    content = table if "parquet" in form else table.to_json(orient="records")
+    data = RecData.from_frames(table, split="user_time") if form == "frames" else load(
+        folder_of(home, {form: content}), split="user_time")[0]
+    same = RecData.from_frames(TABLE, split="user_time").inter
+    assert np.array_equal(data.inter.time - 1_393_545_600, same.time) and np.array_equal(data.inter.split, same.split)
+    odd = RecData.from_frames(TABLE.assign(timestamp=["1400000000000"] * 8))
+    assert odd.inter.time is not None and any("All 8 times are in milliseconds" in note for note in odd.notes)
+
+
+@pytest.mark.parametrize("times, message", [
+    (["1393545600", "noon"], "row 2, column 'time': noon is neither a number nor a date"),
+    (["1393545600", "2014-07-23"], "row 1, column 'time': 1393545600 is a number, and others are dates"),
+    (["1393545600", "inf"], "row 2, column 'time': inf is neither a number nor a date")])
+def test_a_wrong_time_among_numbers_is_the_one_named(times, message):
+    with pytest.raises(DataError, match=message):
+        RecData.from_frames(TABLE.assign(timestamp=times * 4), split="user_time")
+
+
 def test_times_that_are_not_used_are_said(home):
     dates = TABLE.assign(timestamp=["31/12/2019"] * 8)
     data, said = load(folder_of(home, {"interactions.csv": text(dates, ",")}))
