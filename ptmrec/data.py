@@ -426,10 +426,12 @@ def make_split(
     time: np.ndarray | None = None,  # (n,), for the rules by time
     seed: int = 0,  # of the random rules
 ) -> np.ndarray:
-    "Labels (n,): 0 train, 1 validation, 2 test. Raises `DataError` for an unknown rule, or if too many times are equal."
+    "Labels (n,): 0 train, 1 validation, 2 test. Raises `DataError` for an unknown rule, no times, or too many equal ones."
     check_split(rule)
     if rule not in TIMED_RULES:
         return random_split(user, seed, "test" if rule == "random" else "valid")
+    if time is None:
+        raise DataError(f"split='{rule}' needs times, and there are none. Choose split=random, or add a timestamp column.")
     return _split_globally(time) if rule == "global_time" else _split_last(user, item, time, rule == "user_time")
 
 # %% ../nbs/00_data.ipynb #18b6d542

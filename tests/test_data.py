@@ -243,6 +243,12 @@ def test_global_time_never_divides_a_moment(movielens, home):
         make_split("global_time", time, time, time * 0)
 
 
+@pytest.mark.parametrize("rule", ["leave_last_out", "user_time", "global_time"])
+def test_a_split_by_time_wants_times(home, rule):
+    with pytest.raises(DataError, match=f"split='{rule}' needs times, and there are none. Choose split=random, or add"):
+        Interactions.from_table(pd.DataFrame({"user": [1] * 9, "item": range(9)}), split=rule)
+
+
 def test_splits_are_saved_and_found_again(home, monkeypatch):
     rows = [f"{u},{i},{i + 2 * u}\n" for u in range(6) for i in range(15)]
     folder_of(home, interactions__csv="user,item,timestamp\n" + "".join(rows))
