@@ -72,7 +72,8 @@ def with_cold_items(
 # %% ../nbs/04d_derived.ipynb #4a6660bd
 def _content(data, modality):
     "Where a data set has what a CLIP encodes as `modality`: (field, list)."
-    if modality not in MODALITIES or data.features and modality not in data.features:
+    ready = data.features.keys() & {"image", "text"}
+    if modality not in MODALITIES or ready and modality not in data.features:
         raise DataError(f"modality='{modality}' is not one of {', '.join(data.features or ('image', 'text'))}.")
     return ("images", data.images) if modality == "image" else ("texts", data.texts)
 
@@ -87,7 +88,7 @@ def without(
     _check_share(share)
     field, content = _content(data, modality)
     gone = np.random.default_rng(seed).permutation(len(content))[: round(share * len(content))]
-    if data.features:
+    if modality in data.features:
         table = data.features[modality].copy()
         table[gone] = np.delete(table, gone, 0).mean(0) if len(gone) < len(table) else 0
         return replace(data, features=data.features | {modality: table})
@@ -104,10 +105,10 @@ def shuffled(
 ) -> RecData:
     "Images and texts dealt out among the items at random, those of one item together."
     order = np.random.default_rng(seed).permutation(data.inter.n_items)
-    if data.features:
-        return replace(data, features={m: f[order] if m in modalities else f for m, f in data.features.items()})
-    dealt = {field: [content[i] for i in order] for field, content in (_content(data, m) for m in modalities)}
-    return replace(data, **dealt)
+    features = {m: f[order] if m in modalities else f for m, f in data.features.items()}
+    encoded = [m for m in modalities if m not in features] if data.needs_clip else []
+    dealt = {field: [content[i] for i in order] for field, content in (_content(data, m) for m in encoded)}
+    return replace(data, features=features, **dealt)
 
 # %% ../nbs/04d_derived.ipynb #2e659c05
 def random_features(
@@ -119,7 +120,7 @@ def random_features(
     rng, n = np.random.default_rng(seed), data.inter.n_items
     inter = replace(data.inter, item_ids=np.arange(n))
     features = {m: rng.normal(size=(n, d)).astype(np.float32) for m, d in sizes.items()}
-    return replace(data, inter=inter, texts=[""] * n, images=[None] * n, features=features)
+    return replace(data, inter=inter, texts=[""] * n, images=[None] * n, features=features, files={})
 
 # %% ../nbs/04d_derived.ipynb #d1caf603
 def miniature(data: RecData, n_users: int = 40) -> RecData:

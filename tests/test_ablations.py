@@ -585,6 +585,26 @@ def test_ready_made_features_are_derived_too(shop, tmp_path):
     assert changed.sum() == round(0.5 * data.inter.n_items) and len(np.unique(gone.features["image"][changed], axis=0)) == 1
 
 
+def test_pictures_beside_features_of_a_third_modality_are_derived(shop, monkeypatch):
+    "Such features do not put them aside in training either."
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "songs"))
+    np.save(f"{shop}/audio_feat.npy", np.random.default_rng(0).normal(size=(37, 4)).astype(np.float32))
+    data = load_data(shop)
+    null, gone = shuffled(data, ("image",)), without(data, "image")
+    assert null.images != data.images and set(null.images) == set(data.images) and null.texts == data.texts
+    assert not any(gone.images) and all(np.array_equal(d.features["audio"], data.features["audio"]) for d in (null, gone))
+    songs = shuffled(data, ("audio",))
+    assert songs.texts == data.texts and not np.array_equal(songs.features["audio"], data.features["audio"])
+
+
+def test_random_features_take_the_place_of_files(shop, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "songs", endings=(".raw",), encode=len))
+    Path(shop, "audio").mkdir()
+    Path(shop, "audio", "0.raw").touch()
+    data = random_features(load_data(shop), {"image": 4, "audio": 4})
+    assert load_data(write_data(data, tmp_path / "random")).fingerprint() == data.fingerprint()
+
+
 def test_controls_run_on_items_whose_ids_are_text(shop, runs):
     "Ready-made features have a row per item number, and an Amazon item has none."
     for name in ("interactions", "items"):
