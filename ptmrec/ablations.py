@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 
 from .clip_prompting import SAMPLE
-from .data import DataError, Interactions, find_dataset, runs_dir, write_atomically
+from .data import DataError, Interactions, find_dataset, load_data, runs_dir, write_atomically
 from .derived import derive, miniature, random_features, shuffled, thinned, with_cold_items, without
 from .grids import as_table, grid, seed_list
 from .ranking import METRICS, check_metric
@@ -167,6 +167,10 @@ def batch_size(dataset: str, base: dict) -> dict:
     return {"05_stage2": {"batch": changes}}
 
 # %% ../nbs/06_ablations.ipynb #26655243
+def _how_read(base):
+    return {name: base[name] for name in ("min_rating", "core", "split", "split_seed") if name in base}
+
+
 def derived(
     dataset: str,  # a name or a folder
     base: dict,  # settings of the runs; min_rating, core, split and split_seed are used
@@ -174,7 +178,7 @@ def derived(
     **how,  # of `change`
 ) -> dict:
     "The settings that put a derived data set in place of `dataset`, which is read by the settings of `base`."
-    read = {name: base[name] for name in ("min_rating", "core", "split", "split_seed") if name in base}
+    read = _how_read(base)
     done = {name: DataSettings.model_fields[name].default for name in read}  # the derived one has it done already
     return done | {"dataset": str(derive(dataset, change, read, **how))}
 
@@ -195,21 +199,36 @@ def cold_items(dataset: str, base: dict) -> dict:
     return {"05_stage2": {"recommender": backbone_axis("vbpr", "freedom", **cold)}}
 
 # %% ../nbs/06_ablations.ipynb #6b890c7d
+def _that_have(dataset, base, rows):
+    "Those of `rows` {row: modalities that it needs} whose modalities the data set has; a warning names the others."
+    data = load_data(find_dataset(dataset), **_how_read(base))
+    there = {m for m, content in (("image", data.images), ("text", data.texts)) if any(content)}
+    if not there:
+        raise DataError(f"'{data.name}' has no pictures and no texts, so this study has no rows. Choose another one.")
+    if lost := [row for row, needed in rows.items() if not there.issuperset(needed)]:
+        names = "pictures" if "text" in there else "texts"
+        warnings.warn(f"'{data.name}' has no {names}, so rows that need some are left out: {', '.join(lost)}.")
+    return [row for row in rows if row not in lost]
+
+
 @study("Does the gain need the content?")
 def null_content(dataset: str, base: dict) -> dict:
     "Images and texts shuffled among items: what is gained then is not gained from the content."
     wrong = {"the wrong pictures and texts": ("image", "text"), "the wrong pictures": ("image",),
              "the wrong texts": ("text",)}
-    changes = {name: derived(dataset, base, shuffled, modalities=m, seed=0) for name, m in wrong.items()}
+    changes = {name: derived(dataset, base, shuffled, modalities=wrong[name], seed=0)
+               for name in _that_have(dataset, base, wrong)}
     return {"05_stage2": {"content": {"as it is": {}} | changes}}
 
 
 @study("What if pictures or texts are missing?")
 def missing_modality(dataset: str, base: dict) -> dict:
     "Half or all of the images or texts removed."
-    gone = {f"{amount} {what} gone": (m, share) for m, what in (("image", "pictures"), ("text", "texts"))
+    gone = {f"{amount} {names} gone": {"modality": m, "share": share}
+            for m, names in (("image", "pictures"), ("text", "texts"))
             for amount, share in (("half of the", 0.5), ("all", 1.0))}
-    changes = {name: derived(dataset, base, without, modality=m, share=share, seed=0) for name, (m, share) in gone.items()}
+    needed = {name: ("image", "text") if how["share"] == 1 else (how["modality"],) for name, how in gone.items()}
+    changes = {name: derived(dataset, base, without, **gone[name], seed=0) for name in _that_have(dataset, base, needed)}
     return {"05_stage2": {"content": {"as it is": {}} | changes}}
 
 # %% ../nbs/06_ablations.ipynb #bd50a6aa

@@ -22,6 +22,7 @@ import re
 import stat
 import sys
 import textwrap
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ from tqdm import tqdm
 from .files import (DataError, cache_dir, cached, data_dir, fingerprint, new_array, repo_root, runs_dir,  # noqa: F401
                           write_atomically)
 from .tables import (ENDINGS, SPELLINGS, TABLE_ENDINGS, TEXT_FIELDS, bare_ids, find_tables, integers_if_lossless,
-                           location, read_raw, read_table, standard_columns, standard_name, table_kind)
+                           joined_lists, location, read_raw, read_table, standard_columns, standard_name, table_kind)
 
 # %% ../nbs/00_data.ipynb #57d0b3f8
 def checked_path(path: str | Path) -> Path:
@@ -180,14 +181,23 @@ def _raise_if_any(bad, path, table, column, problem):
                         f"({int(bad.sum()):,} such rows).")
 
 # %% ../nbs/00_data.ipynb #d752e731
+def _as_numbers(time):
+    "Times that are numbers, or numbers written as text; NaN for others."
+    if pd.api.types.is_numeric_dtype(time):
+        return time
+    return pd.to_numeric(time, errors="coerce") if pd.api.types.is_string_dtype(time) else pd.Series(np.nan, time.index)
+
+
 def _as_times(path, table):
     "The time column as numbers that grow with time: as given, or nanoseconds of ISO dates."
-    if pd.api.types.is_numeric_dtype(table.time):
-        finite = np.isfinite(table.time.to_numpy(np.float64, na_value=np.nan))
+    numbers = _as_numbers(table.time)
+    finite = np.isfinite(numbers.to_numpy(np.float64, na_value=np.nan))
+    if pd.api.types.is_numeric_dtype(table.time) or finite.all():
         _raise_if_any(~finite, path, table, "time", "is not a time")
-        return table.time
+        return numbers
     times = pd.to_datetime(table.time, errors="coerce", format="ISO8601", utc=True)
-    _raise_if_any(times.isna(), path, table, "time", "is neither a number nor a date such as 2014-07-23")
+    _raise_if_any(times.isna() & ~finite, path, table, "time", "is neither a number nor a date such as 2014-07-23")
+    _raise_if_any(times.isna(), path, table, "time", "is a number, and others are dates")
     return times.astype("datetime64[ns, UTC]").astype(np.int64)
 
 # %% ../nbs/00_data.ipynb #ae36aac5
@@ -317,9 +327,10 @@ def _drop_repeated(path, table):
     repeated, leaked = _repeated(table)
     if not repeated.any():
         return table, {"repeated pairs": 0}
-    n, first = int(repeated.sum()), location(path, int(np.flatnonzero(repeated)[0]))
+    n, first = int(repeated.sum()), location(path, int(table.index[repeated][0]))
     among = f", {int(leaked.sum()):,} of them in two splits" if leaked.any() else ""
-    warnings.warn(f"{path}: {n:,} repeated user-item pairs (first in {first}){among}; each pair is kept once.")
+    kept = "its first row" + ", in training where it has one" * bool(among)
+    warnings.warn(f"{path}: {n:,} repeated user-item pairs (first in {first}){among}; each pair is kept once: {kept}.")
     counts = {"repeated pairs": n - int(leaked.sum())} | ({"pairs in two splits": int(leaked.sum())} if among else {})
     return table[~repeated].reset_index(drop=True), counts
 
@@ -415,10 +426,12 @@ def make_split(
     time: np.ndarray | None = None,  # (n,), for the rules by time
     seed: int = 0,  # of the random rules
 ) -> np.ndarray:
-    "Labels (n,): 0 train, 1 validation, 2 test. Raises `DataError` for an unknown rule, or if too many times are equal."
+    "Labels (n,): 0 train, 1 validation, 2 test. Raises `DataError` for an unknown rule, no times, or too many equal ones."
     check_split(rule)
     if rule not in TIMED_RULES:
         return random_split(user, seed, "test" if rule == "random" else "valid")
+    if time is None:
+        raise DataError(f"split='{rule}' needs times, and there are none. Choose split=random, or add a timestamp column.")
     return _split_globally(time) if rule == "global_time" else _split_last(user, item, time, rule == "user_time")
 
 # %% ../nbs/00_data.ipynb #18b6d542
@@ -681,7 +694,9 @@ def _files_by_name(folder, endings, table):
         return {}
     nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, names in _walk(folder)
                     for name in names if name.lower().endswith(endings) and name[0] != ".")
-    found = {os.path.splitext(name)[0]: path for _, name, path in sorted(nested, key=lambda entry: -entry[0])}
+    as_id = {unicodedata.normalize("NFC", item): item for item in table.index}  # macOS writes é as two characters
+    stems = ((os.path.splitext(name)[0], path) for _, name, path in sorted(nested, key=lambda entry: -entry[0]))
+    found = {as_id.get(unicodedata.normalize("NFC", stem), stem): path for stem, path in stems}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
         name = min(nested)[1]
         raise DataError(f"{folder}: none of its {len(found):,} files is named after an item (the first is {name}, "
@@ -788,10 +803,20 @@ def _read_features(path, item_ids):
     return features
 
 # %% ../nbs/00_data.ipynb #22719ff8
+def _fill_zeros(path, features):
+    "Rows of zeros become the mean of the others, which item graphs leave out; a warning counts them."
+    empty = ~features.any(1)
+    if empty.any() and not empty.all():
+        warnings.warn(f"{path}: {int(empty.sum()):,} of {len(features):,} items have a row of zeros, and count as items "
+                      "without content: they get the mean of the others, and no link in an item graph.")
+        features[empty] = features[~empty].mean(0, dtype=np.float64)
+    return features
+
+
 def _item_features(folder, item_ids):
     "{modality: (I, d_m)} of the ready-made feature files in a folder."
     files = {name: folder / modality.feature_file for name, modality in MODALITIES.items()}
-    return {name: _read_features(path, item_ids) for name, path in files.items() if path.exists()}
+    return {name: _fill_zeros(path, _read_features(path, item_ids)) for name, path in files.items() if path.exists()}
 
 
 def _item_files(folder, table, features):
@@ -810,8 +835,7 @@ UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")  # in seconds
 
 def _odd_times(time):
     "Odd values in a column of times, a sentence each."
-    if not pd.api.types.is_numeric_dtype(time):
-        return []
+    time = _as_numbers(time)
     negative, n = int((time < 0).sum()), len(time)
     notes = [f"{negative:,} of {n:,} times are negative."] if negative else []
     counts = np.bincount(np.searchsorted([1e11, 1e14, 1e17], time.abs().fillna(0)), minlength=4)
@@ -860,18 +884,20 @@ def noting(notes: list) -> Iterator[None]:
 # %% ../nbs/00_data.ipynb #a174dcf9
 def _filter_interactions(path, table, min_rating, core):
     "The interactions that are kept, and {reason: how many were left out}."
-    table, left_out = _drop_repeated(path, table)
-    steps = {"": table}
+    left_out = {}
     if min_rating is not None:
         if "rating" not in table:
             raise DataError(f"min_rating={min_rating} needs a rating column, and {path} has none.")
-        steps[f"rated under {min_rating:g}"] = table = table[table.rating >= min_rating]
+        good = table.rating >= min_rating
+        table, left_out[f"rated under {min_rating:g}"] = table[good], int((~good).sum())
     elif "rating" in table and table.rating.min() < 3 < table.rating.max():
         warnings.warn(f"All ratings from {table.rating.min():g} to {table.rating.max():g} count as positive; "
                       "set min_rating to keep only the good ones.")
-    if core:
-        steps[f"outside the {core}-core"] = table = k_core(table, core)
-    return table, left_out | dict(zip(list(steps)[1:], -np.diff([len(step) for step in steps.values()])))
+    table, repeated = _drop_repeated(path, table)
+    if not core:
+        return table, left_out | repeated
+    kept = k_core(table, core)
+    return kept, left_out | repeated | {f"outside the {core}-core": len(table) - len(kept)}
 
 # %% ../nbs/00_data.ipynb #28a96a5a
 def _check_parts(source, inter, own):
@@ -940,6 +966,7 @@ def _as_frame(table, what):
     names = set(map(standard_name, table.columns))
     ids = [n for n in table.index.names if standard_name(n) in ("user", "item") and standard_name(n) not in names]
     table = bare_ids(standard_columns((table.reset_index(ids) if ids else table).reset_index(drop=True), what), what)
+    table = joined_lists(table)
     return table.astype({c: t.categories.dtype for c, t in table.dtypes.items() if isinstance(t, pd.CategoricalDtype)})
 
 # %% ../nbs/00_data.ipynb #ee47e9ca

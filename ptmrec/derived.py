@@ -72,7 +72,8 @@ def with_cold_items(
 # %% ../nbs/04d_derived.ipynb #4a6660bd
 def _content(data, modality):
     "Where a data set has what a CLIP encodes as `modality`: (field, list)."
-    if modality not in MODALITIES or data.features and modality not in data.features:
+    ready = data.features.keys() & {"image", "text"}
+    if modality not in MODALITIES or ready and modality not in data.features:
         raise DataError(f"modality='{modality}' is not one of {', '.join(data.features or ('image', 'text'))}.")
     return ("images", data.images) if modality == "image" else ("texts", data.texts)
 
@@ -87,7 +88,7 @@ def without(
     _check_share(share)
     field, content = _content(data, modality)
     gone = np.random.default_rng(seed).permutation(len(content))[: round(share * len(content))]
-    if data.features:
+    if modality in data.features:
         table = data.features[modality].copy()
         table[gone] = np.delete(table, gone, 0).mean(0) if len(gone) < len(table) else 0
         return replace(data, features=data.features | {modality: table})
@@ -104,10 +105,10 @@ def shuffled(
 ) -> RecData:
     "Images and texts dealt out among the items at random, those of one item together."
     order = np.random.default_rng(seed).permutation(data.inter.n_items)
-    if data.features:
-        return replace(data, features={m: f[order] if m in modalities else f for m, f in data.features.items()})
-    dealt = {field: [content[i] for i in order] for field, content in (_content(data, m) for m in modalities)}
-    return replace(data, **dealt)
+    features = {m: f[order] if m in modalities else f for m, f in data.features.items()}
+    encoded = [m for m in modalities if m not in features] if data.needs_clip else []
+    dealt = {field: [content[i] for i in order] for field, content in (_content(data, m) for m in encoded)}
+    return replace(data, features=features, **dealt)
 
 # %% ../nbs/04d_derived.ipynb #2e659c05
 def random_features(
@@ -115,19 +116,22 @@ def random_features(
     sizes: dict,  # {modality: d_m}
     seed: int = 0,
 ) -> RecData:
-    "The data set with random features of `sizes` {modality: d} in place of its content."
+    "The data set with random features of `sizes` {modality: d} in place of its content; items are numbered from 0."
     rng, n = np.random.default_rng(seed), data.inter.n_items
+    inter = replace(data.inter, item_ids=np.arange(n))
     features = {m: rng.normal(size=(n, d)).astype(np.float32) for m, d in sizes.items()}
-    return replace(data, texts=[""] * n, images=[None] * n, features=features)
+    return replace(data, inter=inter, texts=[""] * n, images=[None] * n, features=features, files={})
 
 # %% ../nbs/04d_derived.ipynb #d1caf603
 def miniature(data: RecData, n_users: int = 40) -> RecData:
     "The first `n_users` users with their items."
     inter = with_interactions(data, data.inter.user < n_users).inter
-    items, item = np.unique(inter.item, return_inverse=True)
-    small = replace(inter, item=item, user_ids=inter.user_ids[:n_users], item_ids=inter.item_ids[items])
-    return replace(data, inter=small, texts=[data.texts[i] for i in items], images=[data.images[i] for i in items],
-                   features={m: f[items] for m, f in data.features.items()})
+    kept, item = np.unique(inter.item, return_inverse=True)
+    small = replace(inter, item=item, user_ids=inter.user_ids[:n_users], item_ids=inter.item_ids[kept])
+    return replace(data, inter=small, texts=[data.texts[i] for i in kept], images=[data.images[i] for i in kept],
+                   features={m: f[kept] for m, f in data.features.items()},
+                   files={m: [paths[i] for i in kept] for m, paths in data.files.items()},
+                   items=data.items.iloc[kept] if len(data.items) else data.items)
 
 # %% ../nbs/04d_derived.ipynb #5f0c2a71
 def _link_images(images, folder):
@@ -138,7 +142,7 @@ def _link_images(images, folder):
     for path, name in zip(images, names):
         if name:
             try:
-                os.link(path, folder / name)
+                os.link(os.path.realpath(path), folder / name)  # a link would point elsewhere from here
             except OSError:  # another disk
                 shutil.copy(path, folder / name)
     return names
@@ -184,12 +188,12 @@ def write_data(
         content = {"title": [text or None for text in data.texts], "image": _link_images(data.images, folder)}
         if data.has_content:
             table = pd.DataFrame({"item": inter.item_ids} | content).dropna(axis=1, how="all")
-            table.to_csv(folder / "items.csv", index=False)
+            table.to_parquet(folder / "items.parquet", index=False)
         if defaults is not None and defaults.exists():
             shutil.copy(defaults, folder / "defaults.toml")
     table = pd.DataFrame({"user": inter.user_ids[inter.user], "item": inter.item_ids[inter.item], "x_label": inter.split})
     table = table if inter.time is None else table.assign(timestamp=inter.time)
-    write_atomically(folder / "interactions.csv", lambda path: table.to_csv(path, index=False))
+    write_atomically(folder / "interactions.parquet", lambda path: table.to_parquet(path, index=False))
     return folder
 
 # %% ../nbs/04d_derived.ipynb #f5a03c1f
@@ -211,9 +215,9 @@ def derive(
     made_of = fingerprint(data.fingerprint(), own_code(change), own_code(write_data), how,
                           *([defaults] if defaults.exists() else []))
     folder = runs_dir() / "derived" / made_of / name
-    if not (folder / "interactions.csv").exists():
+    if not (folder / "interactions.parquet").exists():
         with locked(folder, f"making {name}"):
-            if not (folder / "interactions.csv").exists():
+            if not (folder / "interactions.parquet").exists():
                 shutil.rmtree(folder, ignore_errors=True)  # what a process left that was killed
                 write_data(change(data, **how), folder, defaults)
     return folder

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPELLINGS', 'OTHER_SPELLINGS', 'STANDARD_NAMES', 'TEXT_FIELDS', 'READ_AS_TEXT', 'TEXT_HEADERS', 'BLANKS',
-           'LINE_BYTES', 'SEPARATORS', 'HEADERLESS', 'READERS', 'ENDINGS', 'TABLE_ENDINGS', 'standard_name',
+           'LINE_BYTES', 'SEPARATORS', 'HEADERLESS', 'LISTS', 'READERS', 'ENDINGS', 'TABLE_ENDINGS', 'standard_name',
            'standard_columns', 'integers_if_lossless', 'bare_ids', 'find_encoding', 'table_kind', 'open_unpacked',
-           'check_size', 'pieces', 'file_encoding', 'open_text', 'find_separator', 'storable', 'plain_text', 'reading',
-           'read_raw', 'read_table', 'location', 'column_names', 'find_tables']
+           'check_size', 'pieces', 'file_encoding', 'open_text', 'find_separator', 'storable', 'plain_text', 'joined',
+           'joined_lists', 'reading', 'read_raw', 'read_table', 'location', 'column_names', 'find_tables']
 
 # %% ../nbs/00f_tables.ipynb #5fb35742
 import codecs
@@ -22,6 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, TextIO
@@ -310,14 +311,28 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+LISTS = (list, tuple, np.ndarray)
+
+
 def _leaves(value):
-    return [leaf for v in value for leaf in _leaves(v)] if isinstance(value, (list, tuple)) else [value]
+    return [leaf for v in value for leaf in _leaves(v)] if isinstance(value, LISTS) else [value]
 
 # %% ../nbs/00f_tables.ipynb #cc50bd04
 def plain_text(value: object, separator: str = " ") -> str | None:
     "One line of text from a string or nested lists of strings, entities resolved, repetitions dropped; None if empty."
     parts = [" ".join(storable(html.unescape(str(v))).split()) for v in _leaves(value) if v is not None]
     return separator.join(dict.fromkeys(p for p in parts if p)) or None
+
+# %% ../nbs/00f_tables.ipynb #a973a3f5
+def joined(column: str, value: object) -> object:
+    "The text of a list in a column of that standard name, categories with | between them; other values as they are."
+    return plain_text(value, "|" if column == "categories" else " ") if isinstance(value, LISTS) else value
+
+
+def joined_lists(table: pd.DataFrame) -> pd.DataFrame:
+    "A table with standard column names, its lists of texts joined."
+    texts = [c for c in table if c in READ_AS_TEXT - {"user", "item"} and table[c].dtype == object]
+    return table.assign(**{c: table[c].map(partial(joined, c)) for c in texts})
 
 # %% ../nbs/00f_tables.ipynb #c09a23db
 def _object_records(whole):
@@ -359,9 +374,7 @@ def _json_value(name, value):
     "A value of a record as a table can hold it; lists of texts are joined, lists of ids are an error."
     if isinstance(value, list) and standard_name(name) in ("user", "item"):
         raise ValueError(f"'{name}' is a list; write a record for each of its ids")
-    if isinstance(value, list):
-        return plain_text(value, "|" if standard_name(name) == "categories" else " ")
-    return storable(value) if isinstance(value, str) else value
+    return storable(value) if isinstance(value, str) else joined(standard_name(name), value)
 
 
 def _read_json(path):
@@ -438,7 +451,8 @@ def read_raw(path: str | Path) -> pd.DataFrame:
     "A table with standard column names, ids as they are written. Raises `DataError`."
     path = Path(path)
     with reading(path):
-        table = bare_ids(standard_columns(READERS.get(table_kind(path), _read_text_table)(path), path), path)
+        table = READERS.get(table_kind(path), _read_text_table)(path)
+        table = joined_lists(bare_ids(standard_columns(table, path), path))
         if table_kind(path) not in READERS:
             _warn_of_swallowed(path, table)
     return table

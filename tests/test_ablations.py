@@ -2,12 +2,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +28,7 @@ import ptmrec.yardsticks as yardsticks
 from ptmrec.ablations import (BEST_YARDSTICK, METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study,
                               tune_equally, verdicts, write_result)
 from ptmrec.clip_prompting import ItemEncoder
-from ptmrec.data import DataError, load_data
+from ptmrec.data import MODALITIES, DataError, Modality, RecData, load_data
 from ptmrec.derived import derive, miniature, random_features, shuffled, thinned, with_cold_items, without, write_data
 from ptmrec.grids import Cell, Watch, grid, plan, run_cells, runs_table, time_left
 from ptmrec.processes import run_notebook
@@ -36,6 +38,7 @@ from ptmrec.settings import SettingError, resolve
 from ptmrec.significance import (bootstrap_interval, comparisons, in_words, result_text, save_figure, save_result,
                                  smallest_gain)
 from ptmrec.stage1 import run_stage1
+from ptmrec.visualisation import item_statistics
 from ptmrec.yardsticks import YARDSTICKS, as_embeddings, ease, feature_knn, item_knn, popular, run_yardstick, training_matrix
 
 QUICK = {"epochs": 2, "batch_size": 64, "device": "cpu"}
@@ -504,12 +507,37 @@ def test_derived_data_sets_change_one_thing(shop, tmp_path):
         assert load_data(write_data(each, tmp_path / name)).fingerprint() == each.fingerprint(), name
 
 
+def test_a_miniature_has_the_rows_of_its_own_items(shop, monkeypatch):
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "songs", endings=(".raw",), encode=len))
+    Path(shop, "audio").mkdir()
+    for item in range(0, 37, 2):
+        Path(shop, "audio", f"{item}.raw").touch()
+    data = load_data(shop)
+    small = miniature(data, 2)
+    ids = small.inter.item_ids
+    assert len(ids) < 37 and small.items.index.tolist() == [str(item) for item in ids]
+    assert [path and path.stem for path in small.files["audio"]] == [None if item % 2 else str(item) for item in ids]
+    titles = item_statistics(small).title
+    assert titles.str.strip().tolist() == [text.strip() for text in small.texts] and titles.str.strip().any()
+
+
 def test_an_item_without_a_picture_finds_no_other(tmp_path):
     "Items are numbered as pictures are, so that an item could find the picture of another by its own number."
     half = without(load_data("sample"), "image", 0.5)
     again = load_data(write_data(half, tmp_path / "half"))
     assert [path is None for path in again.images] == [path is None for path in half.images]
     assert again.fingerprint() == half.fingerprint()
+
+
+@pytest.mark.parametrize("target", [lambda path: os.path.join("..", "photos", path.name), Path.absolute])
+def test_pictures_that_are_links_are_kept(shop, tmp_path, target):
+    Path(shop, "images").rename(Path(shop, "photos"))
+    Path(shop, "images").mkdir()
+    for picture in Path(shop, "photos").iterdir():
+        Path(shop, "images", picture.name).symlink_to(target(picture))
+    data = load_data(shop)
+    again = load_data(write_data(data, tmp_path / "again"))
+    assert sum(p is not None for p in again.images) == 36 and again.fingerprint() == data.fingerprint()
 
 
 def test_data_are_written_to_a_folder_of_their_own(tmp_path):
@@ -524,10 +552,22 @@ def test_data_are_written_to_a_folder_of_their_own(tmp_path):
     assert load_data(folder).fingerprint() == data.fingerprint()
 
 
+@pytest.mark.parametrize("kind", [str, int, "a{}".format])
+def test_ids_and_texts_are_written_as_they_are(tmp_path, kind):
+    "Numbers as text sort as text, so as numbers they would be other data; a title may look like nothing."
+    ids = [kind(n) for n in range(12)]
+    pairs = pd.MultiIndex.from_product([ids, ids], names=["user", "item"]).to_frame(index=False)
+    data = RecData.from_frames(pairs, pd.DataFrame({"item": ids[:3], "title": ["nan", " NaN", "007"]}))
+    folder = write_data(data, tmp_path / "mine")
+    again = load_data(folder)
+    assert again.texts == data.texts and again.inter.item_ids.tolist() == data.inter.item_ids.tolist()
+    assert again.fingerprint() == data.fingerprint() and write_data(data, folder) == folder
+
+
 def test_what_a_killed_process_left_of_a_derived_data_set_is_not_used(runs):
     folder = derive("sample", miniature, n_users=20)
     right, picture = load_data(folder).fingerprint(), next((folder / "pictures").iterdir())
-    (folder / "interactions.csv").unlink()  # the last file to be written
+    (folder / "interactions.parquet").unlink()  # the last file to be written
     picture.unlink()
     picture.write_bytes(b"of another item")
     assert derive("sample", miniature, n_users=20) == folder and load_data(folder).fingerprint() == right
@@ -543,6 +583,40 @@ def test_ready_made_features_are_derived_too(shop, tmp_path):
     assert not np.array_equal(null.features["text"], data.features["text"])
     changed = (gone.features["image"] != data.features["image"]).any(1)
     assert changed.sum() == round(0.5 * data.inter.n_items) and len(np.unique(gone.features["image"][changed], axis=0)) == 1
+
+
+def test_pictures_beside_features_of_a_third_modality_are_derived(shop, monkeypatch):
+    "Such features do not put them aside in training either."
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "songs"))
+    np.save(f"{shop}/audio_feat.npy", np.random.default_rng(0).normal(size=(37, 4)).astype(np.float32))
+    data = load_data(shop)
+    null, gone = shuffled(data, ("image",)), without(data, "image")
+    assert null.images != data.images and set(null.images) == set(data.images) and null.texts == data.texts
+    assert not any(gone.images) and all(np.array_equal(d.features["audio"], data.features["audio"]) for d in (null, gone))
+    songs = shuffled(data, ("audio",))
+    assert songs.texts == data.texts and not np.array_equal(songs.features["audio"], data.features["audio"])
+
+
+def test_random_features_take_the_place_of_files(shop, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "songs", endings=(".raw",), encode=len))
+    Path(shop, "audio").mkdir()
+    Path(shop, "audio", "0.raw").touch()
+    data = random_features(load_data(shop), {"image": 4, "audio": 4})
+    assert load_data(write_data(data, tmp_path / "random")).fingerprint() == data.fingerprint()
+
+
+def test_controls_run_on_items_whose_ids_are_text(shop, runs):
+    "Ready-made features have a row per item number, and an Amazon item has none."
+    for name in ("interactions", "items"):
+        table = pd.read_csv(f"{shop}/{name}.csv")
+        table.assign(item="B" + table.item.astype(str)).to_csv(f"{shop}/{name}.csv", index=False)
+    for picture in list(Path(shop, "images").iterdir()):
+        picture.rename(picture.with_name(f"B{picture.name}"))
+    control = STUDIES["controls"].axes(shop, QUICK)["04_stage1"]["control"]["Stage 1, random features"]
+    before, after = load_data(shop).inter, load_data(control["dataset"]).inter
+    assert before.item_ids[0] == "B0" and after.item_ids.tolist() == list(range(37))
+    assert all(np.array_equal(getattr(before, part), getattr(after, part)) for part in ("user", "item", "split", "user_ids"))
+    assert run_stage1(backbone="vbpr", **QUICK | control)[0].finished
 
 
 def test_studies_derive_from_the_data_as_the_runs_read_it(shop):
@@ -709,6 +783,27 @@ def test_a_row_is_what_its_label_says_whatever_the_base(shop, runs, name, base, 
              for c in plan(notebook, (base if notebook == "05_stage2" else ablations.stage1_settings(base)) |
                            {"dataset": shop}, axes, [0])}
     assert {setting: getattr(found[cell], setting) for setting in settings} == settings
+
+
+@pytest.mark.parametrize("missing, names, gone, wrong", [
+    ("images", "pictures", "half of the texts gone", "the wrong texts"),
+    ("items.csv", "texts", "half of the pictures gone", "the wrong pictures")])
+def test_content_that_is_not_there_is_not_taken_away(shop, runs, missing, names, gone, wrong):
+    "Such a row has the same data as the row beside it, or none at all, and would be read as an answer."
+    path = Path(shop, missing)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name, row in (("missing_modality", gone), ("null_content", wrong)):
+        with pytest.warns(UserWarning, match=f"'shop' has no {names}, so rows that need some are left out: .*(all|wrong)"):
+            rows = STUDIES[name].axes(shop, {"core": 2})["05_stage2"]["content"]
+        assert list(rows) == ["as it is", row]
+
+
+def test_a_study_of_content_wants_some(shop, runs):
+    shutil.rmtree(f"{shop}/images")
+    os.remove(f"{shop}/items.csv")
+    for name in ("missing_modality", "null_content"):
+        with pytest.raises(DataError, match="'shop' has no pictures and no texts, so this study has no rows"):
+            STUDIES[name].axes(shop, {})
 
 
 def test_yardsticks_that_know_interactions_alone_are_left_out_where_cold_items_are_ranked(shop, runs):

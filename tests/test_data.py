@@ -1,5 +1,6 @@
 """Folders in every format, splits, what is wrong in them, and what is derived from them."""
 import os
+import unicodedata
 import warnings
 
 import numpy as np
@@ -30,6 +31,7 @@ from ptmrec.data import (
     show_items,
     show_statistics,
 )
+from ptmrec.graphs import knn_graph
 from ptmrec.ranking import CUTOFFS, Evaluator
 from ptmrec.stage1 import build_backbone
 
@@ -152,11 +154,37 @@ def test_images_are_found_by_column_or_by_name(home):
     assert load_data("shop").images == [folder / "pictures/x.png", folder / "images/b.jpg", None]
 
 
+@pytest.mark.parametrize("of_id, of_file", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_picture_may_spell_its_accents_differently(home, of_id, of_file):
+    "macOS writes é as two characters, most tables as one."
+    ids = [unicodedata.normalize(of_id, item) for item in ("café", "crème", "mug")]
+    folder = folder_of(home, interactions__csv="user,item\n" + "".join(f"1,{item}\n" for item in ids))
+    (folder / "images").mkdir()
+    files = [folder / "images" / f"{unicodedata.normalize(of_file, item)}.png" for item in ids]
+    for file in files:
+        Image.new("RGB", (8, 8)).save(file)
+    assert load_data("shop").images == files
+
+
 def test_mmrec_folder_row_is_item_id(home):
     features = np.arange(12, dtype=np.float32).reshape(6, 2)
     folder_of(home, interactions__inter="userID\titemID\tx_label\n0\t5\t0\n0\t2\t1\n0\t0\t2\n", image_feat__npy=features)
     data = load_data("shop")
     assert np.array_equal(data.features["image"], features[[0, 2, 5]]) and not data.has_content
+
+
+def test_a_row_of_zeros_is_an_item_without_content(home):
+    features = np.random.default_rng(0).random((40, 16)).astype(np.float32)
+    features[[5, 12]] = 0
+    folder_of(home, interactions__csv="user,item\n" + "".join(f"{i % 8},{i}\n" for i in range(40)), image_feat__npy=features)
+    with pytest.warns(UserWarning, match="image_feat.npy: 2 of 40 items have a row of zeros"):
+        data = load_data("shop")
+    table = torch.from_numpy(data.features["image"])
+    for graph in (knn_graph(table, 5), knn_graph(torch.nn.Linear(16, 8)(table).detach(), 5)):
+        linked = graph.to_dense().any(1)
+        assert not linked[[5, 12]].any() and linked.sum() == 38 and torch.equal(linked, graph.to_dense().any(0))
+    others = np.delete(np.arange(40), [5, 12])
+    assert len(data.notes) == 1 and np.array_equal(data.features["image"][others], features[others])
 
 
 # Splits
@@ -213,6 +241,12 @@ def test_global_time_never_divides_a_moment(movielens, home):
     assert make_split("global_time", time, time, time).tolist() == [0] * 16 + [1] * 2 + [2] * 2
     with pytest.raises(DataError, match="same time"):
         make_split("global_time", time, time, time * 0)
+
+
+@pytest.mark.parametrize("rule", ["leave_last_out", "user_time", "global_time"])
+def test_a_split_by_time_wants_times(home, rule):
+    with pytest.raises(DataError, match=f"split='{rule}' needs times, and there are none. Choose split=random, or add"):
+        Interactions.from_table(pd.DataFrame({"user": [1] * 9, "item": range(9)}), split=rule)
 
 
 def test_splits_are_saved_and_found_again(home, monkeypatch):
@@ -323,14 +357,24 @@ def test_repeated_rows_are_counted_once(home):
     folder_of(home, interactions__csv=GOOD + "0,0\n1,1\n", items__csv="item,title\n1,a\n1,b\n")
     with pytest.warns(UserWarning) as caught:
         data = load_data("shop")
-    assert [str(w.message).split(": ")[1] for w in caught] == [
-        "2 repeated user-item pairs (first in line 18); each pair is kept once.",
-        "1 of 4 items have a row (the first without",
+    assert [str(w.message).split(": ", 1)[1] for w in caught] == [
+        "2 repeated user-item pairs (first in line 18); each pair is kept once: its first row.",
+        "1 of 4 items have a row (the first without: 0).",
         "1 repeated items (first in line 3), 1 of them with several titles; the first row of each counts."]
     assert data.texts == ["", "a", "", ""] and data.left_out == {"repeated pairs": 2}
     assert data.notes[0].startswith("interactions.csv: 2 repeated") and len(data.notes) == 3
     assert " ".join(describe(data).loc["note 3":, "shop"]) == data.notes[2]
     assert describe(data).loc["left out: repeated pairs", "shop"] == "2"
+
+
+def test_a_pair_that_was_rated_again_counts_if_one_rating_is_good(home):
+    rows = [f"{u},{i},{rating}\n" for u in range(4) for i in range(4) for rating in (1, 5, 5)]
+    folder_of(home, interactions__csv="user,item,rating\n" + "".join(rows))
+    with pytest.warns(UserWarning, match="16 repeated user-item pairs .first in line 4.; each pair is kept once"):
+        data = load_data("shop", min_rating=4)
+    assert len(data.inter) == 16 and data.left_out == {"rated under 4": 16, "repeated pairs": 16}
+    with pytest.warns(UserWarning, match="All ratings from 1 to 5"):
+        assert len(load_data("shop").inter) == 16
 
 
 def test_pictures_survive_missing_and_unreadable_content(home):

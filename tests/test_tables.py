@@ -598,6 +598,26 @@ def test_values_of_json_that_no_table_can_hold(home):
     assert "\n".join(data.texts).encode() and data.fingerprint()
 
 
+@pytest.mark.parametrize("form", ["items.jsonl", "items.parquet", "frames"])
+def test_lists_of_texts_are_joined_in_every_form(home, form):
+    "In Parquet and frames they were read as Python writes them, brackets and all, and an empty one as []."
+    items = pd.DataFrame({"item": ["0000", "0001", "0002"], "title": ["Mug", "Hat", ["A", "shoe"]], "sizes": [[1], [], []],
+                          "genre": [["Home", "Kitchen"], None, []], "description": [[], [["Warm"] * 2, "Soft"], None]})
+    if form == "frames":
+        data = RecData.from_frames(TABLE, items)
+    else:
+        items = items.assign(title=["Mug", "Hat", "A shoe"], description=[[], ["Warm", "Warm", "Soft"], None])
+        content = items.to_json(orient="records", lines=True).encode() if form == "items.jsonl" else items
+        data, _ = load(folder_of(home, {"interactions.csv": text(TABLE, ","), form: content}))
+    assert data.texts == ["Mug. Home Kitchen", "Hat. Warm Soft", "A shoe", ""]
+
+
+def test_a_history_may_be_a_list(home):
+    table = pd.DataFrame({"user_id": [1, 1, 2], "item_id_list": [["a", "b"], ["a", "b"], []], "item_id": list("cda")})
+    inter = load(folder_of(home, {"interactions.parquet": table}))[0].inter
+    assert inter.item_ids.tolist() == ["a", "b", "c", "d"] and len(inter) == 5
+
+
 @pytest.mark.parametrize("write", [
     lambda t: t.to_json(), lambda t: t.to_json(orient="split"), lambda t: t.to_json(orient="index"),
     lambda t: t.to_json(orient="table"), lambda t: json.dumps(t.to_dict("list"))], ids=[
@@ -663,6 +683,27 @@ def test_a_gap_in_numbered_parts_is_said(home):
     parts = {f"interactions_{n}.parquet": TABLE.iloc[4 * k:4 * k + 4] for k, n in enumerate((0, 2))}
     data, said = load(folder_of(home, parts))
     assert len(data.inter) == 8 and any("none with the number 1" in note for note in said)
+
+
+@pytest.mark.parametrize("form", ["frames", "interactions.json", "interactions.parquet"])
+def test_times_may_be_numbers_as_text(home, form):
+    table = TABLE.assign(timestamp=(1_393_545_600 + TABLE.timestamp).astype(str))
+    content = table if "parquet" in form else table.to_json(orient="records")
+    data = RecData.from_frames(table, split="user_time") if form == "frames" else load(
+        folder_of(home, {form: content}), split="user_time")[0]
+    same = RecData.from_frames(TABLE, split="user_time").inter
+    assert np.array_equal(data.inter.time - 1_393_545_600, same.time) and np.array_equal(data.inter.split, same.split)
+    odd = RecData.from_frames(TABLE.assign(timestamp=["1400000000000"] * 8))
+    assert odd.inter.time is not None and any("All 8 times are in milliseconds" in note for note in odd.notes)
+
+
+@pytest.mark.parametrize("times, message", [
+    (["1393545600", "noon"], "row 2, column 'time': noon is neither a number nor a date"),
+    (["1393545600", "2014-07-23"], "row 1, column 'time': 1393545600 is a number, and others are dates"),
+    (["1393545600", "inf"], "row 2, column 'time': inf is neither a number nor a date")])
+def test_a_wrong_time_among_numbers_is_the_one_named(times, message):
+    with pytest.raises(DataError, match=message):
+        RecData.from_frames(TABLE.assign(timestamp=times * 4), split="user_time")
 
 
 def test_times_that_are_not_used_are_said(home):
