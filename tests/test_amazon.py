@@ -406,11 +406,11 @@ def test_release_features(home):
     toys(raw)
     order = [3, 0, 5, 1, 4]  # item 2 is not there, 5 is of no interest
     path = raw / "image_features_Toys.b"
-    path.write_bytes(b"".join(f"000000000{i}".encode() + np.full(4096, i, "<f4").tobytes() for i in order))
+    path.write_bytes(b"".join(f"000000000{i}".encode() + np.full(4096, i + 1, "<f4").tobytes() for i in order))
     prepare("Toys", images=False)
     data = load_data("Toys-release")
     assert data.inter.item_ids.tolist() == list(range(5))
-    assert data.features["image"][:, 7].tolist() == [0, 1, 2, 3, 4]  # 2 is the mean of 0, 1, 3 and 4
+    assert data.features["image"][:, 7].tolist() == [1, 2, 3, 4, 5]  # 2 has the mean of the others
     assert not list(home.rglob("Toys-release/.*"))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match="image_features_Toys.b has .* not a multiple of 16,394"):

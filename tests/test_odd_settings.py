@@ -313,16 +313,6 @@ def test_items_whose_features_are_zero_are_counted(small):
         check_tables(inputs.data, {"text": torch.from_numpy(table)})
 
 
-def test_photographs_are_not_mentioned_where_there_are_none(small, recwarn):
-    load_inputs(resolve(run_stage1.experiment, {"dataset": small}))
-    assert [w for w in recwarn if "For photographs use" in str(w.message)]
-    recwarn.clear()
-    for path in (small / "images").iterdir():
-        path.unlink()
-    load_inputs(resolve(run_stage1.experiment, {"dataset": small}))
-    assert not [w for w in recwarn if "For photographs use" in str(w.message)]
-
-
 def test_a_program_that_is_stopped_while_it_starts_says_one_line(tmp_path):
     "At several moments of its imports; later, the house's own line."
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PTMREC_RUNS": str(tmp_path)}

@@ -96,7 +96,7 @@ def test_what_is_done_is_not_done_again(shop, runs, trained):
 def test_a_second_round_goes_on_from_the_best_of_the_first(shop, runs, trained):
     first, = stage1.run_stage1(shop, backbone="bpr", epochs=3, n_seeds=1)
     second, = stage1.run_stage1(shop, backbone="bpr", epochs=3, n_seeds=1, rounds=2)
-    assert len(trained) == 2 and second.key != first.key and list(second.ended) == ["Stage 1, round 2"]
+    assert len(trained) == 2 and second.key != first.key and list(second.ended) == ["Stage 1", "Stage 1, round 2"]
     inputs = stage1.load_inputs(settings := resolve(stage1.run_stage1.experiment, dict(
         dataset=shop, backbone="bpr", epochs=3, n_seeds=1)))
     backbone = stage1.load_backbone(first, settings, inputs)
