@@ -587,7 +587,7 @@ def run_study(
     check_some(table)
     simple = yardstick_rows(dataset, base) if it.yardsticks else {}
     rows = simple | (it.split or dict)(rows_of(table))
-    if it.reference == BEST_YARDSTICK:
+    if it.reference == BEST_YARDSTICK and simple:
         it = replace(it, reference=max(simple, key=lambda name: validation(simple[name].runs[0])[""][metric]))
     return StudyResult(it, folder.name, runs_dir() / "grids" / place, table, rows, trials)
 

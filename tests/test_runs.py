@@ -146,16 +146,15 @@ def copied(tmp_path, monkeypatch):
 
 
 def test_the_key_has_the_code_of_a_class_and_of_the_methods_assigned_to_it_later(copied):
-    before = code_of("stage1.train_stage1")
-    training = copied / "training.py"
+    before, training = code_of("stage1.train_stage1"), copied / "training.py"
     text = training.read_text()
-    for old, new in (("while len(self.history) < self.epochs", "while len(self.history) + 0 < self.epochs"),
-                     ("if step and loop.asked:", "if loop.asked and step:")):
+    for old, new, changed in (("while len(self.history) < self.epochs", "while len(self.history) + 0 < self.epochs", "Loop"),
+                              ("if step and loop.asked:", "if loop.asked and step:", "_steps")):
         assert text.count(old) == 1, old
-        training.write_text(text.replace(old, new))
+        training.write_text(text.replace(old, new))  # one change at a time
         ptmrec.runs.definitions.cache_clear(), code_of.cache_clear()
         after = code_of("stage1.train_stage1")
-        assert {name for name in before if before[name] != after[name]} & {"training.Loop", "training._steps"}
+        assert [name for name in before if before[name] != after[name]] == [f"training.{changed}"]
 
 
 def test_the_seconds_of_a_run_are_its_own(small):
