@@ -940,7 +940,8 @@ def test_the_reference_is_the_yardstick_that_is_best_on_validation(shop, runs, h
     monkeypatch.setattr(ablations, "yardstick_rows", lambda *_: {})  # none fits into memory
     result = run_study("mine", shop, [0], QUICK, at_once=1)
     against = ablations.compared(result.rows, result.study.reference, "recall@10")
-    assert not len(against) and f"'{BEST_YARDSTICK}' has no finished run, so nothing is compared" in verdicts(result, against)
+    assert against.empty
+    assert f"'{BEST_YARDSTICK}' has no finished run, so nothing is compared" in verdicts(result, against)
 
 
 def test_at_once_is_checked_before_anything_is_made(shop, runs, here):
