@@ -105,8 +105,8 @@ def below(pid):
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc, as on Linux")
 def test_killed_and_called_again(shop, runs):
     "SIGKILL: program and kernel end by themselves; what is finished stays, the rest is run."
-    base = {"dataset": shop, "backbone": "bpr", **QUICK, "patience": 1500}
-    axes = {"epochs": [1, 1500]}  # the second is still at it when it is killed, however busy the machine
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "patience": 400}
+    axes = {"epochs": [1, 400]}  # the second is still at it when it is killed, however busy the machine
     code = f"from ptmrec.grids import grid; grid('04_stage1', {base}, {axes}, [0], 'killed', at_once=1)"
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     while len(list((runs / "stage1").glob("*/*/run.json"))) < 2:
@@ -158,7 +158,7 @@ def test_two_cells_that_are_one_run_keep_what_it_cost(shop, runs, here):
 def test_a_cluster_whose_worker_dies(shop, runs):
     "Two worker processes; one is killed with its first run, and all runs are there at the end."
     distributed = pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")
-    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 600, "patience": 600}
+    base = {"dataset": shop, "backbone": "bpr", **QUICK, "epochs": 300, "patience": 300}
     with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, \
             distributed.Client(cluster) as client, ThreadPoolExecutor(1) as pool:
         table = pool.submit(grid, "04_stage1", base, {"emb_size": [8, 16, 32]}, [0], "cluster", client=client)

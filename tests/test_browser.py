@@ -106,20 +106,17 @@ def test_experiments_run_in_the_page(lab, name):
         assert any("image/png" in output.get("data", {}) for output in notebook.outputs())
 
 
-AS_WRITTEN, FEW = "epochs=30, stage2_epochs=4, validate_every=2", "epochs=6, stage2_epochs=2, validate_every=2"
-
-
-def replaced(path, old, new, times):
-    "The notebook with something else in its source."
+def with_few_epochs(name, folder, times):
+    "A copy of a notebook on runs of few epochs; test_notebooks makes those of the notebook."
+    path, run = copy_notebook(name, folder), "run_stage2(n_seeds=1"
     source = path.read_text()
-    assert source.count(old) == times
-    path.write_text(source.replace(old, new))
+    assert source.count(run) == times
+    path.write_text(source.replace(run, f"{run}, epochs=6, stage2_epochs=2, validate_every=2"))
     return path
 
 
 def test_figures_run_in_the_page(lab):
-    "On a run of few epochs; test_notebooks makes that of the notebook."
-    with lab.open(replaced(copy_notebook("07_visualisation", lab.folder), AS_WRITTEN, FEW, times=2)) as notebook:
+    with lab.open(with_few_epochs("07_visualisation", lab.folder, times=2)) as notebook:
         notebook.run_all()
         assert complaints(notebook) == []
         assert sum("image/png" in output.get("data", {}) for output in notebook.outputs()) > 10
@@ -127,8 +124,7 @@ def test_figures_run_in_the_page(lab):
 
 def test_explorers_run_in_the_page(lab):
     "The whole notebook, with the run of 07."
-    run = "run_stage2(n_seeds=1"
-    with lab.open(replaced(copy_notebook("07a_explorers", lab.folder), run, f"{run}, {FEW}", times=1)) as notebook:
+    with lab.open(with_few_epochs("07a_explorers", lab.folder, times=1)) as notebook:
         notebook.run_all()
         assert complaints(notebook) == []
         widgets = [o for o in notebook.outputs() if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]

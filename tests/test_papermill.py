@@ -56,35 +56,11 @@ def test_a_study_whose_rows_are_parts_of_runs(runs, tmp_path, monkeypatch):
     assert {"result.md", "figure.png"} <= made and "costs.png" not in made
 
 
-def test_vbpr_and_the_papers_batches(runs, tmp_path):
-    "The other backbone with features, interactions in batches with accumulation, the task loss, and one tower tuned."
-    make_shop(tmp_path / "mine")
-    result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=tmp_path / "mine", backbone="vbpr",
-                       task_weight=1.0, tune_backbone=True, batch_by="interactions", accumulate=12, tuning="lora",
-                       last_layers=1, tuned_towers="text", cache_prefix=True, **SHORT)
-    assert result.returncode == 0, result.stderr[-3000:]
-    (folder, metrics), = tuned_runs(runs, "mine")
-    assert metrics["as_is"] != metrics["stage1"]
-    assert {"tuning.safetensors", "parameters.csv", "features.safetensors", "history.csv", "per_user.parquet",
-            "topk.parquet", "run.json"} <= {p.name for p in folder.iterdir()}
-    about = json.loads((folder / "run.json").read_text())
-    assert about["seed"] == 0 and about["parameters"]["accumulate"] == 12 and about["versions"]["torch"] and about["data"]
-
-
-def test_full_tuning(runs, tmp_path):
-    "Names of CLIP's weights, such as positional_embedding, are not taken for the recommender's embeddings."
-    make_shop(tmp_path / "mine")
-    result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=tmp_path / "mine", tuning="full", **SHORT)
-    assert result.returncode == 0, result.stderr[-3000:]
-    (_, metrics), = tuned_runs(runs, "mine")
-    assert metrics["as_is"] != metrics["stage1"]
-
-
 def test_joint_training_in_the_papers_words(runs, tmp_path):
     "Tuning and recommender from nothing, beside Stage 1, through the notebook as it is; with a CLIP that takes no prompts."
     make_shop(tmp_path / "mine")
     table = pd.read_csv(tmp_path / "mine" / "interactions.csv")
-    table[table.user < 24].to_csv(tmp_path / "mine" / "interactions.csv", index=False)  # the naive way encodes every pair
+    table[table.user < 12].to_csv(tmp_path / "mine" / "interactions.csv", index=False)  # the naive way encodes every pair
     result = papermill("nbs/05_stage2.ipynb", tmp_path / "out.ipynb", dataset=tmp_path / "mine", training="joint",
                        clip_model="minilm-efficientnet", tuning="lora", last_layers=1, knn_k=5, epochs=2, patience=5,
                        n_seeds=1)

@@ -24,6 +24,7 @@ from ptmrec.settings import SettingError, resolve
 from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import run_stage2
 
+QUICK = {"epochs": 3, "stage2_epochs": 1, "n_seeds": 1}
 KNN = {"freedom": {"knn_k": 5}, "mgcn": {"knn_k": 5}, "smore": {"knn_k_image": 5, "knn_k_text": 5}, "vbpr": {}}
 
 
@@ -32,6 +33,25 @@ def small(tmp_path, monkeypatch, runs):
     monkeypatch.setenv("PTMREC_DATA", str(tmp_path))
     make_shop(tmp_path / "shop")
     return tmp_path / "shop"
+
+
+def test_vbpr_and_the_papers_batches(small):
+    "The other backbone with features, interactions in batches with accumulation, the task loss, and one tower tuned."
+    run, = run_stage2("shop", backbone="vbpr", task_weight=1.0, tune_backbone=True, batch_by="interactions", accumulate=12,
+                      tuning="lora", last_layers=1, tuned_towers="text", cache_prefix=True, **QUICK)
+    metrics = run.metrics()
+    assert metrics["as_is"] != metrics["stage1"]
+    assert {"tuning.safetensors", "parameters.csv", "features.safetensors", "history.csv", "per_user.parquet",
+            "topk.parquet", "run.json"} <= {p.name for p in run.folder.iterdir()}
+    about = run.about
+    assert about["seed"] == 0 and about["parameters"]["accumulate"] == 12 and about["versions"]["torch"] and about["data"]
+
+
+def test_full_tuning(small):
+    "Names of CLIP's weights, such as positional_embedding, are not taken for the recommender's embeddings."
+    run, = run_stage2("shop", tuning="full", knn_k=5, **QUICK)
+    metrics = run.metrics()
+    assert metrics["as_is"] != metrics["stage1"]
 
 
 def test_runs_are_listed_by_a_name_with_brackets(runs):
