@@ -41,6 +41,7 @@ notebooks: .venv/installed  ## export, run, clean and stage all notebooks, so th
 	  --inplace nbs/*.ipynb
 	$(bin)/nbdev_clean
 	@mkdir -p nbs/images && cp "$$(ls -t runs/stage2/sample/*/results.png | head -n 1)" nbs/images/stage2_sample.png
+	@cp runs/real_gains.png nbs/images/
 	git -c filter.keep-outputs.clean= add --renormalize nbs
 
 sample: .venv/installed  ## draw the sample and pretrain its CLIP and its CoCa again (about half an hour)
