@@ -1,5 +1,6 @@
 """Notebooks and their explorers in JupyterLab, used with the mouse in a real browser."""
 import io
+import json
 import os
 import re
 
@@ -308,7 +309,7 @@ def test_run_explorer(opened):
 
 
 def test_real_posters(lab, movielens):
-    "The explorers of users, items and a data set on MovieLens posters: pictures come and change."
+    "Both stages on MovieLens posters, and the explorers of users, items and the data: pictures come and change."
     source = RUN.format(folder=str(movielens), short=SHORT | {"min_rating": 4, "core": 5, "stage2_batch_size": 128})
     cells = "explore(run)", "ItemExplorer(run)", "explore(run.data())", "EmbeddingMap(run, color='categories')"
     with lab.open(written(lab, "posters", source, *cells)) as notebook:
@@ -318,3 +319,7 @@ def test_real_posters(lab, movielens):
         changed(notebook, lambda: notebook.page.locator("select", has_text="by number").select_option("by number"))
         assert not notebook.page.locator(".widget-html b[style*='#D55E00']").count(), "a message of an error"
         assert [line for line in notebook.console if line.startswith("error")] == []
+    made = lab.folder.parent / "runs" / "stage2" / "movielens-posters"
+    metrics, = (json.loads(path.read_text()) for path in made.glob("*/metrics.json"))
+    popular_by_chance = 10 / 2500
+    assert metrics["fresh"]["test"]["recall@10"] > 3 * popular_by_chance
