@@ -152,7 +152,7 @@ VBPR_WEIGHTS = {"plain": [2, 1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5], "squared": [1e-1,
 
 @BACKBONES.register("vbpr")
 class VBPR(Backbone):
-    "VBPR (He & McAuley, AAAI 2016, Eq. 3) without biases: ID embeddings beside projected features; BPR, L2 on a batch."
+    "VBPR (He & McAuley, AAAI 2016, Eq. 4) without biases: ID embeddings beside projected features; BPR, L2 on a batch."
 
     class Settings(Settings):
         reg_norm: str = setting("plain", "L2 loss: plain norm of a batch as in the published code; paper: squared",

@@ -198,6 +198,7 @@ def _as_times(path, table):
     times = pd.to_datetime(table.time, errors="coerce", format="ISO8601", utc=True)
     _raise_if_any(times.isna() & ~finite, path, table, "time", "is neither a number nor a date such as 2014-07-23")
     _raise_if_any(times.isna(), path, table, "time", "is a number, and others are dates")
+    _raise_if_any(~times.dt.year.between(1678, 2261), path, table, "time", "is not in the years 1678 to 2261")
     return times.astype("datetime64[ns, UTC]").astype(np.int64)
 
 # %% ../nbs/00_data.ipynb #ae36aac5
@@ -259,6 +260,9 @@ def _check_interactions(path, table, timed):
     if timed and "time" not in table:
         raise DataError(f"{path} has no time column, which a split by time needs; its columns are {columns}. "
                         "Choose split=random, or add a timestamp column.")
+    if timed and "history" in table:
+        raise DataError(f"{path} has lists of earlier items, whose times are not known, and a split by time needs them. "
+                        "Choose split=random, or write a row with its time for each.")
     table = table.assign(time=_as_times(path, table)) if timed else table
     return table[[c for c in ("user", "item", "rating", "time", "split", "history") if c in table]]
 
@@ -274,12 +278,25 @@ def _with_history(table):
     return pd.concat([table.drop(columns="history"), past], ignore_index=True)
 
 # %% ../nbs/00_data.ipynb #f6a90025
+def _check_floats(folder, names, tables):
+    "Raise `DataError` if ids are floats in some tables (their `names`) and not in others: 7.0 and 7 would be two ids."
+    for column in ("user", "item"):
+        floats = [pd.api.types.is_float_dtype(table[column]) for table in tables]
+        if len(set(floats)) > 1:
+            first = [names[floats.index(kind)] for kind in (True, False)]
+            raise DataError(f"{folder}: the {column} ids of {first[0]} are floats (such as "
+                            f"{tables[floats.index(True)][column].iloc[0]}), those of {first[1]} are not. Save both as one "
+                            "type.")
+
+
 def _joined(tables, text):
-    "Tables below each other; ids of text files become integers if that loses nothing."
+    "Tables below each other; ids of text files, or of several types, become integers if that loses nothing, else text."
     table = _with_history(pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0])
-    ids = {c: table[c] for c in ("user", "item")} if text else {}
-    ids = {c: column.map(str).astype(str) if column.dtype == object else column for c, column in ids.items()}
-    return table.assign(**{c: integers_if_lossless(column) for c, column in ids.items()})
+    for column in ("user", "item"):
+        if text or table[column].dtype == object and table[column].map(type).nunique() > 1:
+            ids = table[column].map(str).astype(str) if table[column].dtype == object else table[column]
+            table = table.assign(**{column: integers_if_lossless(ids)})
+    return table
 
 # %% ../nbs/00_data.ipynb #e3f889d2
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".rar", ".7z")
@@ -298,13 +315,15 @@ def _read_checked(folder, timed):
         without = [path.name for (_, path), table in zip(files, tables) if column not in table]
         if 0 < len(without) < len(tables):
             warnings.warn(f"{folder}: {', '.join(without)} has no column '{column}', which the other tables have.")
+    _check_floats(folder, [path.name for _, path in files], tables)
     if not tables:
         found = [str(p.relative_to(folder)) for pattern in ("*.*", "*/*.*") for p in sorted(folder.glob(pattern))
                  if p.name.lower().endswith((*TABLE_ENDINGS, *ARCHIVES))] or ["no tables"]
         raise DataError(f"{folder} has no interactions file (it has {', '.join(found[:9])}). Name a table "
                         "with the columns user and item interactions.csv, ratings.csv or <name>.inter; allowed endings: "
                         f"{', '.join(ENDINGS)}, and packed .gz. Unpack other archives, and give the folder of the tables.")
-    return path if len(tables) == 1 else folder, _joined(tables, text=table_kind(path) != ".parquet")
+    text = any(table_kind(path) != ".parquet" for _, path in files)
+    return path if len(tables) == 1 else folder, _joined(tables, text)
 
 # %% ../nbs/00_data.ipynb #0ec857de
 def _repeated(table):
@@ -504,7 +523,7 @@ def _number_and_split(table, split_seed, split):
     return user, item, label, user_ids, item_ids, _times_if_readable(table)
 
 # %% ../nbs/00_data.ipynb #852b00c0
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 # %% ../nbs/00_data.ipynb #17b92cf9
 @dataclass(frozen=True)
@@ -746,7 +765,12 @@ def _images_by_column(folder, table):
     "The file that the `image` column names, per item, or None; it need not be there. Addresses on the web do not count."
     if "image" not in table:
         return [None] * len(table)
-    local = table.image.where(~table.image.astype(str).str.contains("://"))
+    inside = table.image.map(lambda value: isinstance(value, bytes | dict | list | np.ndarray))
+    if inside.any():
+        warnings.warn(f"{folder}: {int(inside.sum()):,} values of the column 'image' are not file names (the first is of "
+                      f"type {type(table.image[inside].iloc[0]).__name__}), and are not used. Save the pictures as files.")
+    names = table.image.mask(inside)
+    local = names.where(~names.astype(str).str.contains("://"))
     return [None if pd.isna(n) else folder / str(n) for n in local]
 
 # %% ../nbs/00_data.ipynb #282649bb
@@ -992,6 +1016,7 @@ def data_of_frames(
 
     with noting(notes):
         table = _check_interactions("interactions", _as_frame(interactions, "interactions"), timed=split in TIMED_RULES)
+        table = _joined([table], text=False)
         data = _rec_data(name, "interactions", table, content, **arguments)
     data.notes = notes
     return data

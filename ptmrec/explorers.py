@@ -256,7 +256,9 @@ def item_facts(catalogue: Catalogue, item: int) -> dict[str, str]:
              "users": ", ".join(map(str, inter.user_ids[who[:9]])) + ", ..." * (len(who) > 9)}
     shown = ["item", "title", "text", "interactions", "cold", "picture", *TEXT_FIELDS]
     own = row.drop(shown, errors="ignore")
-    return {name: str(value) for name, value in (facts | own.to_dict()).items() if not pd.isna(value)}
+    own = {name: ", ".join(map(str, value)) if isinstance(value, list | tuple | np.ndarray) else value
+           for name, value in own.to_dict().items()}
+    return {name: str(value) for name, value in (facts | own).items() if not pd.isna(value)}
 
 # %% ../nbs/07a_explorers.ipynb #1248a464
 def plain_table(rows: Iterable[Sequence]) -> str:
@@ -508,6 +510,9 @@ class UserExplorer(Explorer):
         "Compare the two lists for all users, and show the first."
         gains = self.lists.gains(self.before.value, self.after.value)
         self.picker.gain = (gains.after - gains.before).dropna()
+        if self.picker.gain.empty:
+            raise DataError(f"No user has a list in both, {self.before.value} and {self.after.value}. Choose two that rank "
+                            "for the same users.")
         self.picker.start()
 
     def draw(self, user: int) -> None:
@@ -916,7 +921,8 @@ class RunExplorer(Explorer):
     def draw(self) -> None:
         "Show what differs between the selected runs, and their curves."
         runs, self.answer.value = open_rows(self.table.iloc[self.rows.selected_rows]), ""
-        self.curves.value = figure_html(validation_curves(runs)) if runs else ""
+        trained = [run for run in runs if run.about["experiment"] != "yardstick"]
+        self.curves.value = figure_html(validation_curves(trained)) if trained else ""
         differ = different_parameters(runs) if len(runs) > 1 else pd.DataFrame()
         self.differences.value = plain_table([["", *differ.columns], *differ.itertuples()])
 

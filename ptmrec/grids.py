@@ -111,10 +111,14 @@ def plan(
     if notebook not in NOTEBOOKS:
         raise SettingError(f"notebook='{notebook}' cannot be run by a grid.{did_you_mean(notebook, NOTEBOOKS)} Allowed: "
                            f"{', '.join(NOTEBOOKS)}.")
-    if taken := base.keys() & {"seed", "n_seeds", "rerun"}:
-        raise SettingError(f"A grid sets {min(taken)} itself. Leave it out; the grid's seeds are its argument seeds.")
     if empty := [axis for axis, values in axes.items() if not len(values)]:
         raise SettingError(f"{empty[0]} has no values. Give it at least one.")
+    changed = [set().union(*labelled_changes(axis, values).values()) for axis, values in axes.items()]
+    if taken := {*base}.union(*changed) & {"seed", "n_seeds", "rerun"}:
+        raise SettingError(f"A grid sets {min(taken)} itself. Leave it out; the grid's seeds are its argument seeds.")
+    if twice := [name for n, names in enumerate(changed) for name in names if name in set().union(*changed[:n])]:
+        raise SettingError(f"Two axes change {min(twice)}. Put the combinations that you want into one axis: "
+                           "{name: {label: {setting: value}}}.")
     cells = []
     for (labels, changes), seed in itertools.product(combinations(axes), seed_list(seeds)):
         params = base | changes | {"seed": seed, "n_seeds": 1}
@@ -188,7 +192,7 @@ def claims(
 ) -> set[str]:
     "Names of the runs that a cell makes unless they are there: its own, Stage 1, and 05_stage2 with papermill its controls."
     settings, controls = cell.settings, papermill and notebook == "05_stage2"
-    rounds = (settings.replace(rounds=n) for n in range(1, (1 + controls) * settings.rounds + 1))
+    rounds = (settings.replace(rounds=n) for n in range(1, settings.rounds + controls + 1))
     names = {fingerprint("stage1", settings.dataset, stage1_parameters(each)) for each in rounds}
     if notebook == "05_stage2":
         names.add(fingerprint("stage2", settings.dataset, settings.key_parameters))

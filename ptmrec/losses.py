@@ -21,7 +21,7 @@ def bpr_loss(
 
 # %% ../nbs/03_losses.ipynb #fdf91a86
 def emb_loss(*embeddings: Tensor) -> Tensor:
-    "Half the squared norm of a batch's embeddings, each (B, d), per batch row (LightGCN, Eq. 12)."
+    "Half the squared norm of a batch's embeddings, each (B, d), per batch row (LightGCN, Eq. 15)."
     return sum(e.square().sum() for e in embeddings) / (2 * len(embeddings[0]))
 
 # %% ../nbs/03_losses.ipynb #5d547116

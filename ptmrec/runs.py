@@ -6,8 +6,8 @@
 __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 'NOT_CODE', 'RUN_FIELDS', 'CONTENT', 'TRAINED',
            'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
            'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
-           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'why_new', 'alone', 'train_alone', 'use_or_train',
-           'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant', 'check_variant',
+           'load_parameters', 'Run', 'new_run', 'settle', 'own_metrics', 'heal', 'why_new', 'alone', 'train_alone',
+           'use_or_train', 'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant', 'check_variant',
            'recommendation_table', 'evaluated_by', 'evaluator_of', 'RunEncoder', 'list_runs', 'per_user_values',
            'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser', 'command_line']
 
@@ -32,7 +32,7 @@ import textwrap
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -49,7 +49,7 @@ from .data import MODALITIES, DataError, Interactions, RecData, load_data, load_
 from .distributed import RankLost, broadcast, main_first, rank
 from .files import cached, fingerprint, locked, repo_root, runs_dir, sweep, write_atomically
 from .peft import attach
-from .ranking import Evaluator, paired_test, rank_items
+from .ranking import METRICS, Evaluator, paired_test, rank_items
 from .settings import SettingError, described, did_you_mean, resolve, shown
 from .training import exits_when_stopped
 
@@ -533,6 +533,7 @@ def settle(target: Path) -> None:
 def _finish(run, metrics: dict) -> Run:
     "Write metrics.json, which makes the run a finished one; a rerun then takes the place of the old run."
     run.seal()
+    run.about["metrics"] = own_metrics()
     text = json.dumps(metrics, indent=1) + "\n"
     run.about["files"]["metrics.json"] = hashlib.sha256(text.encode()).hexdigest()
     _write_about(run)
@@ -576,8 +577,23 @@ Run.ended, Run.by_hand, Run.note_ended, Run.__repr__ = property(_ended), propert
 TRAINED = ("backbone", "history", "valid", "tuning", "features", "embeddings_", "memory", "parameters")
 
 
+def own_metrics() -> dict[str, str]:
+    "{name: fingerprint of its code} of the metrics that were registered outside the package."
+    return {name: fingerprint(own_code(m)) for name, m in METRICS.items() if m.__module__ != "ptmrec.ranking"}
+
+
+def _keep_training(run, files):
+    "Make a run one that is not finished: of its files, {name: sha256} of what its training made."
+    (run.folder / "metrics.json").unlink(missing_ok=True)
+    run.about |= run.on_disk() | {"files": files}
+    _write_about(run)
+
+
 def heal(run: Run) -> Run:
-    "Discard what is damaged or half-made in a run's folder; warns of damage, and the run is then not finished. Returns it."
+    """Discard what is damaged or half-made in a run's folder, and scores that lack a metric of one's own. Returns the run.
+
+    Says what it discards; the run is then not finished.
+    """
     if rank():
         return run
     sweep(run.folder)
@@ -587,17 +603,19 @@ def heal(run: Run) -> Run:
         bad = ["run.json"]
     if run.finished and files and "metrics.json" not in files:
         bad = ["metrics.json"]
+    whole, known = {n: sha for n, sha in files.items() if n.startswith(TRAINED)}, run.on_disk().get("metrics", {})
+    if run.finished and not bad and (late := [name for name, code in own_metrics().items() if known.get(name) != code]):
+        print(f"Run {run.key} is scored anew: the metric {late[0]} was registered or changed since.")
+        _keep_training(run, whole)
     if not run.finished:
         bad = [name for name in bad if name.startswith(("run.json", *TRAINED))]
     if bad:
         more = f" and {len(bad) - 1} more" * (len(bad) > 1)
         warnings.warn(f"{shown_path(run.folder / bad[0])} ({content_of(bad[0])}){more} is damaged, gone, or of another run: "
                       f"run {run.key} is made anew.")
-        whole = {name: expected for name, expected in files.items() if name.startswith(TRAINED)}
-        for name in {"metrics.json", *bad}:
+        for name in bad:
             (run.folder / name).unlink(missing_ok=True)
-        run.about["files"] = {} if whole.keys() & {*bad} or "run.json" in bad else whole
-        _write_about(run)
+        _keep_training(run, {} if whole.keys() & {*bad} or "run.json" in bad else whole)
     for path in run.folder.glob("checkpoint*.pt") if run.trained else ():  # of a process that died before it could do this
         path.unlink()
     return run
@@ -777,9 +795,10 @@ def _user_numbers(users, user_ids, dataset) -> np.ndarray:
     if isinstance(users, str | bytes | dict) or not hasattr(users, "__iter__"):
         raise DataError(f"users={shown(users)} is not a list of user ids, such as [{user_ids[0]!r}].")
     users, known = list(users), {user: n for n, user in enumerate(user_ids.tolist())}
-    unknown = [user for user in users if not isinstance(user, str | int | np.integer) or user not in known]
+    unknown = [user for user in users if isinstance(user, bool | np.bool_) or not isinstance(user, Hashable)
+               or user not in known]
     if unknown:
-        raise DataError(f"There is no user {shown(unknown[0])} in {dataset}; the first one is {user_ids[0]!r}.")
+        raise DataError(f"There is no user {shown(unknown[0])} in {dataset}; the first one is {shown(next(iter(known)))}.")
     return np.array([known[user] for user in users], np.int64)
 
 # %% ../nbs/03c_runs.ipynb #7557a5a7
@@ -885,7 +904,14 @@ def _encoder(run) -> RunEncoder:
 def _item_features(run) -> dict[str, pd.DataFrame]:
     "Features of all items by modality, a row per item id; of Stage 2 also their projections, `projected_<modality>`."
     data = run.data()
-    tables = run.load_weights("features") if "tuning" in run.params else first_features(data, _clip_of(run))
+    if "tuning" in run.params:
+        tables = run.load_weights("features")
+    else:
+        for name in data.files:
+            if not own_code(MODALITIES[name].encode).items() <= run.about["code"].items():
+                raise DataError(f"The encoder of '{name}' has changed since run {run.key} was made. Run the experiment "
+                                "again.")
+        tables = first_features(data, _clip_of(run))
     if not tables:
         raise DataError(f"Run {run.key} used no features: its backbone is {run.params.get('backbone')}.")
     return {name: pd.DataFrame(f.numpy(), index=pd.Index(data.inter.item_ids, name="item")) for name, f in tables.items()}

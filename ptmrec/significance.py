@@ -47,14 +47,16 @@ def smallest_gain(
     power: float = 0.8,  # probability to find it
     level: float = 0.05,  # of the test
 ) -> float:
-    "The mean difference that a two-sided paired t-test of such differences finds with probability `power`."
+    "The mean difference that a two-sided paired t-test of such differences finds with probability `power`; NaN for too few."
     from statsmodels.stats.power import TTestPower
 
     difference = np.asarray(difference)
     if len(difference) < 3 or not difference.std():
         return float("nan")
-    effect = TTestPower().solve_power(nobs=len(difference), alpha=level, power=power)  # an array for some numbers of users
-    return np.asarray(effect).item() * float(difference.std(ddof=1))
+    size = {"nobs": len(difference), "alpha": level}
+    effect = np.asarray(TTestPower().solve_power(power=power, **size)).item()  # an array for some numbers of users
+    found = abs(TTestPower().power(effect, **size) - power) < 0.01  # for very few users the search may miss
+    return effect * float(difference.std(ddof=1)) if found else float("nan")
 
 # %% ../nbs/03g_significance.ipynb #fce48586
 def compare_users(before: list[pd.Series], after: list[pd.Series]) -> dict:

@@ -14,6 +14,7 @@ import json
 import os
 import warnings
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from .amazon import (HOME, PUBLISHED, PUBLISHED_2023, SHORT_NAMES, download_imag
 from .amazon import find_or_prepare as find_or_prepare_amazon
 from .amazon import prepare as prepare_amazon
 from .data import IMAGE_ENDINGS, data_dir, find_dataset, has_interactions, write_atomically
-from .files import locked, sweep
+from .files import locked, sweep, writing
 from .tables import (TEXT_FIELDS, DataError, bare_ids, column_names, integers_if_lossless, open_text, read_raw,
                            standard_columns)
 
@@ -175,10 +176,13 @@ def unpack(source: Source, raw: Path) -> None:
         if done.exists() and target.exists():
             continue
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(path) as archive, writing(target):
                 archive.extractall(target, [m for m in archive.namelist() if _is_wanted(source, m)])
-        except (zipfile.BadZipFile, OSError) as e:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
             raise DataError(f"{path} cannot be unpacked ({e}). Delete it, and run again.") from None
+        except (NotImplementedError, RuntimeError) as e:  # of Windows, or encrypted
+            raise DataError(f"{path} cannot be unpacked here ({e}). Unpack it into {raw} with another program, and move it "
+                            "away.") from None
         done.touch()
 
 # %% ../nbs/00g_sources.ipynb #a058a5cd

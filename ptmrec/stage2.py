@@ -576,14 +576,15 @@ def score_variants(
     inputs: Inputs, evaluator: Evaluator,
     stage1: Run,  # finished, that it started from
 ) -> Run:
-    "Score a trained run's variants on test by their embeddings, keep users' values and lists, and finish the run."
+    "Score a trained run's variants on both splits by their embeddings, keep users' test values and lists; finish the run."
     metrics, lists = {"stage1": stage1.metrics()}, {"stage1": stage1.load_table("topk.parquet")}
     per_user = {"stage1": stage1.load_table("per_user.parquet")}
     run.save_weights("embeddings_stage1", stage1.embeddings())
-    for name, valid in validation(run).items():
+    for name in validation(run):
         embeddings = run.load_weights(f"embeddings_{name}")
-        table, top = evaluator("test", *(embeddings[side].to(inputs.device) for side in ("user", "item")))
-        metrics[name] = {"valid": valid, "test": mean_metrics(table)}
+        for split in ("valid", "test"):
+            table, top = evaluator(split, *(embeddings[side].to(inputs.device) for side in ("user", "item")))
+            metrics.setdefault(name, {})[split] = mean_metrics(table)
         per_user[name] = table.reset_index()
         lists[name] = recommendation_table(top[:, :20], table.index, inputs.data.inter)
     run.save_table("topk.parquet", pd.concat(lists, names=["variant"]).reset_index("variant"))
@@ -598,8 +599,10 @@ def without_tuning(params: dict) -> dict:
 
 
 def controls_of(params: dict) -> dict[str, list[Run]]:
-    "What Stage 2 with these settings is held against, {name: runs}: Stage 1 in two rounds, and projections alone."
-    controls = {"Stage 1, two rounds": run_stage1(**stage1_settings(params) | {"rounds": 2 * params.get("rounds", 1)})}
+    "What Stage 2 with these settings is held against, {name: runs}: Stage 1 in one more round, and projections alone."
+    rounds = params.get("rounds", 1) + 1  # as many trainings as 'continued' has had
+    longer = f"Stage 1, {'two' if rounds == 2 else rounds} rounds"
+    controls = {longer: run_stage1(**stage1_settings(params) | {"rounds": rounds})}
     if params.get("training") != "joint":
         controls["projections alone"] = run_stage2(**without_tuning(params))
     return controls
@@ -619,9 +622,11 @@ def check_gain(runs: list[Run], controls: dict[str, list[Run]]) -> dict:
         warnings.warn(f"CLIP had nothing to learn here: the best validation {metric} is {found['tuned']:.4f} with a tuned "
                       f"CLIP, and {found['projections alone']:.4f} with projections alone. Change n_ctx, prompt_depth or "
                       "prompt_lr, or take another tuning.")
-    if found["tuned"] <= (longer := found["Stage 1, two rounds"]):
+    longer = next(name for name in controls if name.startswith("Stage 1"))
+    if found["tuned"] <= found[longer]:
         warnings.warn(f"Stage 2 gains no more than longer training does: the best validation {metric} is "
-                      f"{found['tuned']:.4f} after it, and {longer:.4f} after two rounds of Stage 1 on frozen features.")
+                      f"{found['tuned']:.4f} after it, and {found[longer]:.4f} after "
+                      f"{longer.removeprefix('Stage 1, ')} of Stage 1 on frozen features.")
     return found
 
 # %% ../nbs/05_stage2.ipynb #10b429b1

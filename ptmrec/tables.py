@@ -356,7 +356,8 @@ def _json_records(path) -> Iterator[dict]:
     with open_text(path) as file:
         number = 0
         try:
-            if file.readline().lstrip()[:1] == "[" or not file.read(1):
+            first = file.readline().strip()
+            if first[:1] == "[" or first == "{" or not file.read(1):  # an object over several lines, or in one
                 file.seek(0)
                 whole = json.load(file)
                 yield from _object_records(whole) if isinstance(whole, dict) else whole

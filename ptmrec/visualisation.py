@@ -438,6 +438,8 @@ def _stage_curves(axes, stage: Run, name: str, start: int, color) -> int:
 @in_style
 def training_curves(run: Run) -> Figure:
     "Loss and validation metric over the epochs of Stage 1 and then Stage 2; circles: the epochs that are kept."
+    if run.about["experiment"] == "yardstick":
+        raise DataError(f"Run {run.key} is a yardstick's, which has no epochs.")
     stages = {"Stage 1": run.stage1, "Stage 2": run}
     if run.params.get("training") == "joint" or "tuning" not in run.params:
         stages = {"joint training" if "tuning" in run.params else "Stage 1": run}
@@ -507,20 +509,20 @@ def aligned_maps(
 
 # %% ../nbs/07_visualisation.ipynb #1599f803
 def most_frequent(values: pd.Series, most: int = 7) -> pd.Series:
-    "Values as text: the `most` frequent ones, the others as `other (n more)`, missing ones as `none`; a categorical."
+    "Values as text: the `most` frequent ones, the others as `other (n more)`, missing ones as `(none)`; a categorical."
     missing, text = values.isna() | (values.astype(str) == ""), values.astype(str)
     names = text[~missing].value_counts().index
     most += len(names) == most + 1  # one more name says more than `other (1 more)`
     other = f"other ({len(names) - most} more)"
-    text = text.where(text.isin(names[:most]), other).mask(missing, "none")
-    kept = [*names[:most], *[other] * (len(names) > most), *["none"] * bool(missing.any())]
+    text = text.where(text.isin(names[:most]), other).mask(missing, "(none)")
+    kept = [*names[:most], *[other] * (len(names) > most), *["(none)"] * bool(missing.any())]
     return pd.Series(pd.Categorical(text, kept), values.index)
 
 
 def category_colours(values: pd.Series) -> dict[str, str]:
     "A colour for each category of `most_frequent`; grey for the others and for missing values."
     names = values.cat.categories
-    return {name: "#cccccc" if name.startswith("other (") or name == "none" else colour
+    return {name: "#cccccc" if name.startswith("other (") or name == "(none)" else colour
             for name, colour in zip(names, sns.color_palette("colorblind", len(names)).as_hex())}
 
 # %% ../nbs/07_visualisation.ipynb #cd7d4af1
@@ -836,6 +838,8 @@ def hits_by_popularity(
     k: int = 20,  # length of the lists
 ) -> pd.DataFrame:
     "Test pairs: user, item, group of `POPULARITY` by the item's training interactions, found before and after in top `k`."
+    if k > 20:
+        raise SettingError(f"k={k} is not allowed here: runs keep lists of 20 items. Take at most 20.")
     seen = view(run)
     inter, positives = seen.data.inter, seen.evaluator.positives["test"]
     table = pd.DataFrame({"user": np.repeat(np.arange(inter.n_users), positives.count), "item": positives.item})

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from .data import DataError, Interactions
+from .data import MODALITIES, DataError, Interactions
 from .memory import free_bytes
 from .ranking import METRICS, Evaluator
 from .runs import EVALUATED_BY, Run, alone, code_of, heal, new_run, own_code, recommendation_table
@@ -152,12 +152,16 @@ def find_yardstick_run(
     kept = ("min_rating", "core", "split", "split_seed", "metric", *EVALUATED_BY)
     params = {"backbone": name} | {k: settings.key_parameters[k] for k in kept} | {"grid": YARDSTICKS[name][1]}
     code = code_of("yardsticks.score_yardstick") | own_code(METRICS[settings.metric.split("@")[0]])
+    if name == "feature_knn":
+        code |= code_of("runs.first_features")
+        for modality in inputs.data.files:
+            code |= own_code(MODALITIES[modality].encode)
     return new_run("yardstick", inputs.data.name, params, inputs.data.fingerprint(),
                    inputs.clip.fingerprint() if inputs.clip else None, code, run_arguments(settings))
 
 
 def run_yardstick(name: str, **params) -> Run:
-    "The finished run of a yardstick; `params`: arguments of `run_stage1` about data, encoder and evaluation."
+    "The finished run of a yardstick; `params`: arguments of `run_stage1` about data, encoder, evaluation, and `rerun`."
     if name not in YARDSTICKS:
         raise SettingError(f"Yardstick '{name}' is not known.{did_you_mean(name, YARDSTICKS)} Allowed: "
                            f"{', '.join(YARDSTICKS)}.")
@@ -169,7 +173,7 @@ def run_yardstick(name: str, **params) -> Run:
     inputs = load_inputs(settings)
     run = find_yardstick_run(name, settings, inputs)
     with alone(run):
-        if heal(run).finished:
+        if heal(run).finished and not settings.rerun:
             return run
         check_memory(name, inputs.data.inter.n_items)
         return score_yardstick(run.begin(), name, settings, inputs)

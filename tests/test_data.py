@@ -17,6 +17,7 @@ from ptmrec.data import (
     DataError,
     Interactions,
     Modality,
+    RecData,
     cache_dir,
     describe,
     find_dataset,
@@ -323,6 +324,11 @@ BAD = {  # files, load_data's arguments, the error
     "no times": ({CSV: GOOD}, {"split": "user_time"}, "interactions.csv has no time column"),
     "bad time": ({CSV: "user,item,time\n1,2,noon\n"}, {"split": "user_time"}, "line 2, column 'time': noon"),
     "missing time": ({CSV: "user,item,time\n1,2,3\n1,3,\n"}, {"split": "global_time"}, "line 3, column 'time'"),
+    "time out of range": ({CSV: "user,item,time\n1,2,0001-01-01\n"}, {"split": "user_time"}, "line 2.* years 1678"),
+    "histories without times": ({CSV: "user,item,time,item_id_list\n1,2,3,4 5\n"}, {"split": "user_time"},
+                                "interactions.csv has lists of earlier items, whose times"),
+    "floats in one file": ({"train__parquet": pd.DataFrame({"user": [1.0, 2.0], "item": [1, 2]}),
+                            "test__csv": "user,item\n1,2\n"}, {}, "user ids of train.parquet are floats .such as 1.0.*test"),
     "unknown rule": ({CSV: GOOD}, {"split": "by_moon"}, "by_moon' is not a split rule. .*leave_last_out"),
     "two users": ({CSV: "user,userID,item\n1,1,2\n"}, {}, "columns \\['user', 'userID'\\] all mean 'user'"),
     "items join nothing": ({CSV: GOOD, "items__csv": "item,title\nx,a\n"}, {}, "items.csv, column 'item': none"),
@@ -343,6 +349,37 @@ def test_bad_input_is_one_error_that_names_the_place(home, files, arguments, mes
     with pytest.raises(DataError, match=f"(?s){message}"):
         load_data("shop", **arguments)
     assert not cache_dir().exists() or not [p for p in cache_dir().iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kinds", [("parquet", "text"), ("text", "parquet"), ("csv", "parquet"), ("parquet", "csv")])
+def test_ids_of_split_files_are_of_one_type(home, kinds):
+    pairs = pd.DataFrame([(u, i) for u in range(4) for i in range(6)], columns=["user", "item"])
+    for name, of_split, kind in zip(("train", "valid", "test"), (pairs.item > 1, pairs.item == 0, pairs.item == 1),
+                                    (kinds[0], *kinds)):
+        part = pairs[of_split]
+        folder_of(home, **{f"{name}__csv": part.to_csv(index=False)} if kind == "csv" else
+                  {f"{name}__parquet": part.astype(str) if kind == "text" else part})
+    inter = load_data("shop").inter
+    assert inter.user_ids.tolist() == [*range(4)] and inter.item_ids.tolist() == [*range(6)]
+    assert inter.cold("item").tolist() == [True, True, *[False] * 4]
+
+
+def test_histories_of_frames_are_read_as_those_of_files(home):
+    pairs = pd.DataFrame({"user": [*"aaabbb"], "item": [*"xyzxyz"], "item_id_list": ["v w"] * 6})
+    assert len(RecData.from_frames(pairs).inter) == len(pairs) + 4
+
+
+def test_pictures_inside_a_table_are_counted_and_gifs_are_read(home):
+    pairs = pd.DataFrame([(u, i) for u in range(4) for i in range(4)], columns=["user", "item"])
+    folder = folder_of(home, interactions__parquet=pairs, items__parquet=pd.DataFrame(
+        {"item": range(4), "title": "a", "image": [{"bytes": b"\xff" * 9999, "path": None}] * 3 + [None]}))
+    (folder / "images").mkdir()
+    for item, ending in enumerate(("jpg", "gif", "bmp")):
+        Image.new("RGB", (8, 8)).save(folder / "images" / f"{item}.{ending}")
+    data = load_data("shop")
+    assert [p and p.name for p in data.images] == ["0.jpg", "1.gif", "2.bmp", None]
+    assert [note for note in data.notes if "3 values of the column 'image' are not file names (the first is of type dict)" in
+            note] and max(map(len, data.notes)) < 300
 
 
 def test_images_that_join_nothing(home):

@@ -1,6 +1,7 @@
 """The explorers' logic and handlers, without a browser; `test_browser.py` uses them as a person does."""
 import html
 import json
+import shutil
 import time
 
 import ipywidgets as widgets
@@ -14,7 +15,8 @@ from ptmrec.data import DataError, Interactions, RecData, load_data
 from ptmrec.runs import open_run
 from ptmrec.settings import SettingError
 from ptmrec.stage2 import run_stage2
-from ptmrec.visualisation import Catalogue
+from ptmrec.visualisation import Catalogue, training_curves
+from ptmrec.yardsticks import run_yardstick
 
 EVIL = "<img src=x onerror=alert(1)> & $x_1$ </style><script>alert(2)</script>"
 
@@ -228,6 +230,38 @@ def test_run_explorer_compares_two(shop, monkeypatch):
     assert "paired t-test over" in explorer.answer.value and explorer.message.value == ""
     explorer.rows.selected_rows = [n for n, e in enumerate(explorer.table.experiment) if e == "stage1"]
     assert "data:image/jpeg" in explorer.curves.value
+
+
+def test_yardsticks_have_no_curves_and_the_rest_is_shown(shop, monkeypatch):
+    folder, run, _ = shop
+    monkeypatch.setenv("PTMREC_RUNS", str(folder.parent / "runs"))
+    yardstick = run_yardstick("popular", dataset=folder)
+    try:
+        explorer = explorers.RunExplorer()
+        explorer.rows.selected_rows = [n for n, key in enumerate(explorer.table.key) if key == yardstick.key]
+        assert explorer.message.value == explorer.curves.value == ""
+        explorer.rows.selected_rows = [n for n, key in enumerate(explorer.table.key) if key in (run.key, yardstick.key)]
+        assert explorer.message.value == "" and ">backbone<" in explorer.differences.value and explorer.curves.value
+        with pytest.raises(DataError, match="is a yardstick's, which has no epochs"):
+            training_curves(yardstick)
+    finally:
+        shutil.rmtree(yardstick.folder)
+
+
+def test_lists_in_an_item_table_are_shown(shop):
+    data = load_data(shop[0])
+    data.items = data.items.assign(features=[["warm", "red"]] * len(data.items))
+    browser = explorers.DataBrowser(data)
+    browser.open(0)
+    assert "warm, red" in shown(browser) and browser.message.value == ""
+
+
+def test_runs_of_other_users_are_a_message(shop, monkeypatch):
+    explorer = explorers.UserExplorer(shop[1])
+    nobody = pd.DataFrame({"before": [], "after": []})
+    monkeypatch.setattr(explorer.lists, "gains", lambda *_: nobody)
+    explorer.after.index = 1
+    assert "No user has a list in both" in explorer.message.value
 
 
 def test_run_explorer_shows_all_of_many_runs(shop, monkeypatch):

@@ -18,7 +18,7 @@ import ptmrec.stage1 as stage1
 import ptmrec.stage2 as stage2
 import ptmrec.training as training
 from ptmrec.data import DataError, load_data
-from ptmrec.ranking import paired_test
+from ptmrec.ranking import METRICS, paired_test
 from ptmrec.runs import code_of, compare, list_runs, new_run, open_run, per_user_values
 from ptmrec.settings import SettingError, resolve
 from ptmrec.stage1 import run_stage1
@@ -69,6 +69,48 @@ def test_a_finished_run_is_used_again_and_said(small, monkeypatch, capsys):
     assert again.folder == first.folder and "is used again (rerun=True makes it anew)" in capsys.readouterr().out
     path, = run_stage2(small, **SHORT, backbone="vbpr")  # the same content by another name
     assert path.folder == first.folder
+
+
+def test_a_metric_that_is_registered_or_changed_later_is_scored_without_training(small, monkeypatch, capsys):
+    "Stage 1 in Stage 2 too; what a run keeps of its training stays, and a metric that is not registered now does no harm."
+    how = SHORT | {"backbone": "vbpr"}
+    first, = run_stage2("shop", **how)
+    made, seconds = first.about["created"], first.on_disk()["seconds"]
+    monkeypatch.setattr(stage1, "train_backbone", lambda *args, **how: pytest.fail("Stage 1 was trained again"))
+    monkeypatch.setattr(stage2, "tune", lambda *args, **how: pytest.fail("Stage 2 was trained again"))
+    for share in (0.25, 0.5):
+        monkeypatch.setitem(METRICS, "share", lambda hits, n_pos, k, share=share: share + 0 * n_pos)
+        capsys.readouterr()
+        run, = run_stage2("shop", **how)
+        assert capsys.readouterr().out.count("is scored anew: the metric share was registered or changed since") == 2
+        assert run.key == first.key and run.about["created"] == made and run.about["seconds"] >= seconds
+        found = [run.metrics()[variant][split] for variant in run.metrics() for split in ("valid", "test")]
+        assert {values["share@10"] for values in found} == {share}
+        assert set(run.load_table("per_user.parquet")["share@20"]) == {share}
+    monkeypatch.delitem(METRICS, "share")
+    assert run_stage2("shop", **how)[0].metrics() == run.metrics()
+
+
+def test_one_more_round_is_the_control(monkeypatch):
+    monkeypatch.setattr(stage2, "run_stage1", lambda **how: how["rounds"])
+    monkeypatch.setattr(stage2, "run_stage2", lambda **how: how["tuning"])
+    monkeypatch.setattr(stage2, "stage1_settings", dict)
+    assert stage2.controls_of({}) == {"Stage 1, two rounds": 2, "projections alone": "none"}
+    assert stage2.controls_of({"rounds": 2, "training": "joint"}) == {"Stage 1, 3 rounds": 3}
+
+
+@pytest.mark.parametrize("kind", [float, str, lambda n: f"{n}".encode()])
+def test_users_are_named_by_the_ids_of_the_data(tmp_path, runs, kind):
+    rng = np.random.default_rng(0)
+    rows = [(kind(u), i) for u in range(20) for i in rng.choice(30, 8, replace=False)]
+    (tmp_path / "shop").mkdir()
+    pd.DataFrame(rows, columns=["user", "item"]).to_parquet(tmp_path / "shop" / "interactions.parquet")
+    run, = run_stage1(tmp_path / "shop", backbone="bpr", epochs=1, n_seeds=1)
+    assert run.recommend(k=3).equals(run.recommend(users=[kind(u) for u in range(20)], k=3).sort_values(
+        "user", kind="stable", ignore_index=True))
+    for unknown in ([kind(99)], [True] * 20, [[1]]):
+        with pytest.raises(DataError, match="There is no user .*; the first one is "):
+            run.recommend(users=unknown)
 
 
 @pytest.mark.parametrize("experiment, module, function", [(run_stage1, stage1, "train_backbone"),

@@ -1,4 +1,5 @@
 """Public sets from raw to ready: layouts as documented, made small by the tests; servers on this machine only."""
+import errno
 import gzip
 import io
 import json
@@ -27,6 +28,7 @@ from ptmrec.sources import (
     list_sources,
     prepare_source,
     source_files,
+    unpack,
 )
 
 USERS, ITEMS = range(1, 7), range(1, 6)
@@ -214,6 +216,27 @@ def test_damaged_archives_are_named(home):
     put(home / "movielens-1m" / "raw", {"ml-1m.zip": zipped(ML)[:-40]})
     with pytest.raises(DataError, match="ml-1m.zip cannot be unpacked"):
         prepare_source("movielens-1m")
+
+
+def test_an_archive_that_is_broken_inside_packed_otherwise_or_too_large_is_told_apart(home, monkeypatch):
+    raw, whole = home / "movielens-1m" / "raw", zipped({"ml-1m/ratings.dat": "1::2::5::978300000\n" * 2000})
+    broken, by_windows = bytearray(whole), bytearray(whole)
+    broken[60:75] = b"\xff" * 15
+    by_windows[8] = by_windows[whole.find(b"PK\x01\x02") + 10] = 9  # Deflate64
+    for content, message in ((broken, "cannot be unpacked .*Delete it"), (by_windows, "cannot be unpacked here .*move it")):
+        put(raw, {"ml-1m.zip": bytes(content)})
+        with pytest.raises(DataError, match=f"ml-1m.zip {message}"):
+            unpack(SOURCES["movielens-1m"], raw)
+    put(raw, {"ml-1m.zip": whole})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="ml-1m cannot be written: No space.*Make room"):
+        patch.setattr("zipfile.ZipFile.extractall", full)
+        unpack(SOURCES["movielens-1m"], raw)
+    unpack(SOURCES["movielens-1m"], raw)
+    assert (raw / "ml-1m" / "ml-1m" / "ratings.dat").exists()
 
 
 def test_no_archive_writes_outside(home):

@@ -96,6 +96,7 @@ FORMATS = {  # the files of a table
     "jsonl": lambda t: {"interactions.jsonl": lines(t)},
     "jsonl.gz": lambda t: {"interactions.jsonl.gz": gzip.compress(lines(t).encode())},
     "lines in a json": lambda t: {"ratings.json": lines(t.set_axis(YELP, axis=1).assign(review_id="x"))},
+    "an object over lines": lambda t: {"interactions.json": json.dumps(dict(enumerate(t.to_dict("records"))), indent=1)},
     "a list in a json": lambda t: {"interactions.json": json.dumps(t.to_dict("records"))},
     "Excel": lambda t: {"interactions.xlsx": t},
     "UTF-16": lambda t: {"interactions.csv": text(t, ",").encode("utf-16")},
@@ -379,7 +380,7 @@ def test_pictures_in_folders_within_folders(home):
 def test_a_linked_folder_of_pictures_is_read_and_an_empty_one_is_said(home, tmp_path, monkeypatch):
     folder = folder_of(home, {"interactions.csv": text(TABLE, ",")})
     (folder / "images").mkdir()
-    assert any("images has no file that is read (.jpg, .jpeg, .png, .webp)" in s for s in load(folder)[1])
+    assert any("images has no file that is read (.jpg, .jpeg, .png, .webp, .gif, .bmp)" in s for s in load(folder)[1])
     (tmp_path / "disk").mkdir()
     for n in range(4):
         Image.new("RGB", (8, 8)).save(tmp_path / "disk" / f"{n:04}.jpg")

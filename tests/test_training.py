@@ -388,3 +388,5 @@ def test_poor_results_are_warnings_with_their_numbers(tmp_path):
     line, = said(check_gain, runs(0.1), {"Stage 1, two rounds": stage1(0.11)})
     assert "no more than longer training does: the best validation recall@20 is 0.1000 after it, and 0.1100 after" in line
     assert not said(check_gain, runs(0.13), controls)
+    line, = said(check_gain, runs(0.1), {"Stage 1, 3 rounds": stage1(0.11)})
+    assert line.endswith("0.1100 after 3 rounds of Stage 1 on frozen features.")

@@ -294,8 +294,9 @@ def test_maps_with_extra_libraries(method, library, monkeypatch):
 def test_colours_by_most_frequent_values():
     values = pd.Series(["b", "a", "b", None, "c", "", "b", "a", "d"])
     shown = vis.most_frequent(values, most=2).tolist()
-    assert shown == ["b", "a", "b", "none", "other (2 more)", "none", "b", "a", "other (2 more)"]
-    assert set(vis.most_frequent(values, most=3)) == {"a", "b", "c", "d", "none"}
+    assert shown == ["b", "a", "b", "(none)", "other (2 more)", "(none)", "b", "a", "other (2 more)"]
+    assert set(vis.most_frequent(values, most=3)) == {"a", "b", "c", "d", "(none)"}
+    assert vis.most_frequent(pd.Series(["none", None, "none"])).tolist() == ["none", "(none)", "none"]
 
 
 def test_missing_numbers_are_grey_and_counted(tuned):
@@ -354,6 +355,8 @@ def test_gains_add_up(tuned):
     assert np.allclose(per_user, [metrics[v]["test"]["recall@20"] for v in ("stage1", "fresh")])
     gains = vis.user_gains(tuned, "recall@20", ("stage1", "fresh"))
     assert np.isclose(gains.mean(), per_user.after - per_user.before)
+    with pytest.raises(SettingError, match="k=50 is not allowed here: runs keep lists of 20"):
+        vis.who_gains(tuned, k=50)
     train = np.bincount(vis.view(tuned).data.inter.part("train")[1], minlength=1000)
     assert ((found.group == "cold") == (train[found["item"]] == 0)).all()
 
