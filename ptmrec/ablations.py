@@ -29,7 +29,7 @@ import torch
 from .clip_prompting import SAMPLE
 from .data import DataError, Interactions, find_dataset, load_data, runs_dir, write_atomically
 from .derived import derive, miniature, random_features, shuffled, thinned, with_cold_items, without
-from .grids import as_table, grid, seed_list
+from .grids import as_table, combinations, grid, seed_list
 from .ranking import METRICS, check_metric
 from .runs import Run, best_variant, evaluator_of, open_run, per_user_values, validation
 from .search import cells, in_short
@@ -574,8 +574,11 @@ def run_study(
     it, seeds = check_study(experiment, metric, sampler, base, how.get("at_once")), seed_list(seeds)
     base, folder = base or {}, find_dataset(dataset)
     place = f"{experiment}-{folder.name}"
-    tables, trials = [], None
-    for notebook, axes in it.axes(dataset, base).items():
+    tables, trials, by_notebook = [], None, it.axes(dataset, base)
+    names = [", ".join(labels.values()) for axes in by_notebook.values() if not it.tuned for labels, _ in combinations(axes)]
+    if twice := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise SettingError(f"The study {experiment} has two rows '{twice[0]}'. Label them differently.")
+    for notebook, axes in by_notebook.items():
         mine = base if notebook == "05_stage2" else stage1_settings(base)
         arguments = (notebook, mine | {"dataset": dataset}, axes)
         if it.tuned:

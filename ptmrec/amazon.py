@@ -73,7 +73,9 @@ def back_off(wait: float) -> Callable:
     doubling = wait_exponential(multiplier=wait, max=60 * wait) + wait_random(0, wait)
 
     def seconds(state):
-        return max(doubling(state), getattr(state.outcome.exception(), "pause", 0))
+        error = state.outcome.exception()
+        asked = retry_after(error.response.headers) if isinstance(error, httpx2.HTTPStatusError) else 0
+        return max(doubling(state), getattr(error, "pause", min(asked, PATIENCE)))
 
     return seconds
 
@@ -377,13 +379,13 @@ class ImageFailed(Exception):
 
 # %% ../nbs/00a_amazon.ipynb #5bb57dc4
 MAX_BYTES, MAX_PIXELS, MIN_SIDE = 20_000_000, 50_000_000, 8
-ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".png"}  # a GIF becomes a PNG
+ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".png", "BMP": ".png"}
 
 # %% ../nbs/00a_amazon.ipynb #318d1129
 def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, bytes, int, int]:
     "A downloaded image as it is stored: (ending, bytes, width, height). Raises `ImageRefused`."
     try:
-        image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP", "GIF"])
+        image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP", "GIF", "BMP"])
     except Image.DecompressionBombError:
         raise ImageRefused("too many pixels") from None
     except Exception:  # decoders raise almost anything for content that is not theirs
@@ -398,7 +400,7 @@ def check_image(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, byte
         image.load()
     except Exception:
         raise ImageRefused("truncated image") from None
-    if image.format == "GIF":
+    if image.format in ("GIF", "BMP"):
         image.convert("RGB").save(buffer := io.BytesIO(), "PNG")
         content = buffer.getvalue()
     return ENDINGS[image.format], content, image.width, image.height
@@ -659,7 +661,7 @@ def download_images(
 ) -> pd.DataFrame:
     """Download images and return the manifest. Can be stopped and run again at any point.
 
-    A valid image that you put into `images/` yourself is kept. Raises `DataError` when the network is gone.
+    A valid image that you put into `images/` yourself, where none was downloaded, is kept. Raises `DataError` when the network is gone.
     """
     with locked(Path(folder) / "images", f"images of {Path(folder).name}"):
         return _download_alone(items, Path(folder), image_base, concurrency, retry_refused, attempts=attempts, wait=wait,
@@ -725,7 +727,8 @@ def report_missing_images(manifest: pd.DataFrame, folder: Path) -> None:
     counted = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
     if not (manifest.status == "ok").any():
         raise DataError(f"None of {len(manifest):,} images could be downloaded ({counted}; see "
-                        f"{folder / 'manifest.parquet'}). Name a mirror with image_base, or say images=False to do without.")
+                        f"{folder / 'manifest.parquet'}). Name a mirror with image_base (and retry_refused=True), "
+                        "or say images=False to do without.")
     if len(reasons):
         warnings.warn(f"{reasons.sum():,} of {len(manifest):,} images are missing: {counted}. {folder / 'manifest.parquet'} "
                       "has the reason for each; failed ones are tried again when you prepare again.")

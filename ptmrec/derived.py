@@ -71,31 +71,38 @@ def with_cold_items(
 
 # %% ../nbs/04d_derived.ipynb #4a6660bd
 def _content(data, modality):
-    "Where a data set has what a CLIP encodes as `modality`: (field, list)."
+    "What a data set has of a modality to encode: I files or texts."
     ready = data.features.keys() & {"image", "text"}
-    if modality not in MODALITIES or ready and modality not in data.features:
-        raise DataError(f"modality='{modality}' is not one of {', '.join(data.features or ('image', 'text'))}.")
-    return ("images", data.images) if modality == "image" else ("texts", data.texts)
+    known = dict.fromkeys([*data.features, *(() if ready else ("image", "text")), *data.files])
+    if modality not in known:
+        raise DataError(f"modality='{modality}' is not one of {', '.join(known)}.")
+    return data.files[modality] if modality in data.files else data.images if modality == "image" else data.texts
+
+
+def _with_content(data, modality, content):
+    "The data set with `content` (I files or texts) in place of what it has of a modality."
+    if modality in data.files:
+        return replace(data, files=data.files | {modality: content})
+    return replace(data, **{"images" if modality == "image" else "texts": content})
 
 
 def without(
     data: RecData,
-    modality: str,  # image or text
+    modality: str,  # image, text, or one of `data.files`
     share: float = 1.0,  # of the items
     seed: int = 0,
 ) -> RecData:
     "The data set without the images or texts of a share of the items; ready-made features become the others' mean."
     _check_share(share)
-    field, content = _content(data, modality)
+    content = list(_content(data, modality))
     gone = np.random.default_rng(seed).permutation(len(content))[: round(share * len(content))]
     if modality in data.features:
         table = data.features[modality].copy()
         table[gone] = np.delete(table, gone, 0).mean(0) if len(gone) < len(table) else 0
         return replace(data, features=data.features | {modality: table})
-    content = list(content)
     for item in gone:
-        content[item] = None if modality == "image" else ""
-    return replace(data, **{field: content})
+        content[item] = "" if modality == "text" else None
+    return _with_content(data, modality, content)
 
 # %% ../nbs/04d_derived.ipynb #882d646d
 def shuffled(
@@ -103,12 +110,14 @@ def shuffled(
     modalities: Sequence[str] = ("image", "text"),  # those dealt out; the others stay with their items
     seed: int = 0,
 ) -> RecData:
-    "Images and texts dealt out among the items at random, those of one item together."
+    "Content dealt out among the items at random, that of one item together."
     order = np.random.default_rng(seed).permutation(data.inter.n_items)
     features = {m: f[order] if m in modalities else f for m, f in data.features.items()}
-    encoded = [m for m in modalities if m not in features] if data.needs_clip else []
-    dealt = {field: [content[i] for i in order] for field, content in (_content(data, m) for m in encoded)}
-    return replace(data, features=features, **dealt)
+    for m in modalities:
+        if m in data.files or m not in features and data.needs_clip:
+            content = _content(data, m)
+            data = _with_content(data, m, [content[i] for i in order])
+    return replace(data, features=features)
 
 # %% ../nbs/04d_derived.ipynb #2e659c05
 def random_features(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .backbones import BACKBONES, BPRMF, FREEDOM, MGCN, SMORE, VBPR, grid_of
 from .derived import derive, without
 from .runs import Run
-from .search import cells, search
+from .search import cells, in_short, search
 from .stage1 import run_stage1
 
 # %% ../nbs/04e_deviations.ipynb #f708ce8a
@@ -194,7 +194,7 @@ def runs_of(
     how = {"dataset": deviation.data(dataset) if deviation.data else dataset, "backbone": deviation.backbone,
            "n_seeds": n_seeds} | params | deviation.settings.get(side, {})
     with in_place_of(deviation.backbone, deviation.variant if side == "code" else None):
-        return search(grid=deviation.grids[side], **how)[1] if deviation.grids else run_stage1(**how)
+        return search(grid=deviation.grids[side], **how)[1] if side in deviation.grids else run_stage1(**how)
 
 
 def rows_of(
@@ -205,7 +205,7 @@ def rows_of(
     "A row per seed: metrics on validation and test, and what was chosen."
     about = {"backbone": deviation.backbone, "where": deviation.name, "paper": deviation.paper, "code": deviation.code,
              "default": deviation.default, "side": side}
-    chosen = [", ".join(f"{name}={run.params[name]:g}" for name in deviation.grids.get(side, {})) for run in runs]
+    chosen = [", ".join(f"{name}={in_short(run.params[name])}" for name in deviation.grids.get(side, {})) for run in runs]
     return pd.DataFrame([about | {"chosen": cell, "seed": run.params["seed"]} | {
         f"{split} {m}": run.metrics()[split][m] for split in ("valid", "test") for m in ("recall@10", "recall@20")}
         for cell, run in zip(chosen, runs)])

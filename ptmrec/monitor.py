@@ -255,7 +255,7 @@ def words(
         return f"{name} stops after this step and a validation.{kept}"
     to_go = time_to_go(n, patience_ends(loop.history, keep, loop.epochs), loop.epochs, seconds)
     instead = " Clicks do not arrive here while a cell runs: to stop, interrupt the kernel." if deaf else ""
-    return f"{name}, epoch {n} of {loop.epochs}, {in_words(waited)} so far" + (f"; {to_go}." if n else ".") + instead
+    return f"{name}, epoch {n} of {loop.epochs}, {in_words(waited)} so far" + (f"; {to_go}." if seconds else ".") + instead
 
 # %% ../nbs/03d_monitor.ipynb #6001eca3
 class Monitor(Callback):

@@ -6,10 +6,10 @@
 __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 'NOT_CODE', 'RUN_FIELDS', 'CONTENT', 'TRAINED',
            'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
            'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
-           'load_parameters', 'Run', 'new_run', 'settle', 'own_metrics', 'heal', 'why_new', 'alone', 'train_alone',
-           'use_or_train', 'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant', 'check_variant',
-           'recommendation_table', 'evaluated_by', 'evaluator_of', 'RunEncoder', 'list_runs', 'per_user_values',
-           'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser', 'command_line']
+           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'own_metrics', 'with_all_metrics', 'why_new', 'alone',
+           'train_alone', 'use_or_train', 'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant',
+           'check_variant', 'recommendation_table', 'evaluated_by', 'evaluator_of', 'RunEncoder', 'list_runs',
+           'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser', 'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -232,7 +232,7 @@ def _parts(name, thing):
 # %% ../nbs/03c_runs.ipynb #99955a52
 def own_code(thing: object) -> dict[str, str]:
     "As `code_of`, for a function or class, of the package or the user's own, with all that it uses, wraps and inherits."
-    found, left, seen = {}, [(thing.__qualname__, thing)], []
+    found, left, seen = {}, [(getattr(thing, "__qualname__", type(thing).__name__), thing)], []
     while left:
         name, thing = left.pop()
         if any(thing is other for other in seen):
@@ -577,23 +577,15 @@ Run.ended, Run.by_hand, Run.note_ended, Run.__repr__ = property(_ended), propert
 TRAINED = ("backbone", "history", "valid", "tuning", "features", "embeddings_", "memory", "parameters")
 
 
-def own_metrics() -> dict[str, str]:
-    "{name: fingerprint of its code} of the metrics that were registered outside the package."
-    return {name: fingerprint(own_code(m)) for name, m in METRICS.items() if m.__module__ != "ptmrec.ranking"}
-
-
 def _keep_training(run, files):
-    "Make a run one that is not finished: of its files, {name: sha256} of what its training made."
+    "Make a run one that is not finished: of its `files`, {name: sha256}, what its training made is left."
     (run.folder / "metrics.json").unlink(missing_ok=True)
-    run.about |= run.on_disk() | {"files": files}
+    run.about |= run.on_disk() | {"files": {name: sha for name, sha in files.items() if name.startswith(TRAINED)}}
     _write_about(run)
 
 
 def heal(run: Run) -> Run:
-    """Discard what is damaged or half-made in a run's folder, and scores that lack a metric of one's own. Returns the run.
-
-    Says what it discards; the run is then not finished.
-    """
+    "Discard what is damaged or half-made in a run's folder; warns of damage, and the run is then not finished. Returns it."
     if rank():
         return run
     sweep(run.folder)
@@ -603,10 +595,6 @@ def heal(run: Run) -> Run:
         bad = ["run.json"]
     if run.finished and files and "metrics.json" not in files:
         bad = ["metrics.json"]
-    whole, known = {n: sha for n, sha in files.items() if n.startswith(TRAINED)}, run.on_disk().get("metrics", {})
-    if run.finished and not bad and (late := [name for name, code in own_metrics().items() if known.get(name) != code]):
-        print(f"Run {run.key} is scored anew: the metric {late[0]} was registered or changed since.")
-        _keep_training(run, whole)
     if not run.finished:
         bad = [name for name in bad if name.startswith(("run.json", *TRAINED))]
     if bad:
@@ -615,9 +603,25 @@ def heal(run: Run) -> Run:
                       f"run {run.key} is made anew.")
         for name in bad:
             (run.folder / name).unlink(missing_ok=True)
-        _keep_training(run, {} if whole.keys() & {*bad} or "run.json" in bad else whole)
+        _keep_training(run, {} if any(name.startswith(("run.json", *TRAINED)) for name in bad) else files)
     for path in run.folder.glob("checkpoint*.pt") if run.trained else ():  # of a process that died before it could do this
         path.unlink()
+    return run
+
+# %% ../nbs/03c_runs.ipynb #6d0dfff1
+def own_metrics() -> dict[str, str]:
+    "{name: fingerprint of its code} of the metrics that were registered outside the package."
+    return {name: fingerprint(own_code(m)) for name, m in METRICS.items() if m.__module__ != "ptmrec.ranking"}
+
+
+def with_all_metrics(run: Run) -> Run:
+    "`heal`; a run that was scored without a metric of one's own, or by earlier code of it, then waits to be scored anew."
+    heal(run)
+    known = run.on_disk().get("metrics", {})
+    late = [name for name, code in own_metrics().items() if known.get(name) != code]
+    if run.finished and late and not rank():
+        print(f"Run {run.key} is scored anew: the metric {late[0]} was registered or changed since.")
+        _keep_training(run, run.on_disk()["files"])
     return run
 
 # %% ../nbs/03c_runs.ipynb #9afdec52
@@ -674,7 +678,7 @@ def use_or_train(
 ) -> Run:
     "The run, trained and, with `test`, scored: used if it is there, else made by `train(run, *arguments, test)`, alone."
     with alone(run):
-        there = heal(run).finished or run.trained and not test
+        there = with_all_metrics(run).finished or run.trained and not test
         return run if there else train(run.begin(), *arguments, test)
 
 # %% ../nbs/03c_runs.ipynb #828a3aae
@@ -686,7 +690,7 @@ def runs_to_do(
     for run in runs if not rank() else ():
         with alone(run):
             settle(run.target)
-            heal(run)
+            with_all_metrics(run)
     if rerun:
         started = [r.target.with_name(f"{r.key}.rerun") for r in runs]
         stopped = any(path.exists() for path in started)

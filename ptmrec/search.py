@@ -20,9 +20,10 @@ import pandas as pd
 from joblib import Parallel, delayed, parallel_config
 
 from .backbones import BACKBONES, grid_of
-from .data import progress
+from .data import MODALITIES, progress
 from .processes import exit_with_parent
-from .runs import Run, heal, new_run, use_or_train
+from .ranking import METRICS
+from .runs import Run, heal, new_run, use_or_train, with_all_metrics
 from .settings import SettingError, Settings, check_count, check_settings, did_you_mean, resolve, shown
 from .stage1 import (Inputs, Stage1Settings, TrainingSettings, check_inputs, find_stage1_run, label, load_inputs,
                            one_per_seed, run_stage1, train_stage1)
@@ -78,13 +79,14 @@ def attempt(
 
 def attempt_elsewhere(
     n: int,  # number of the trial
-    backbone: type,  # its class, which a worker may not know
+    backbone: type, modalities: dict, metrics: dict,  # its class, `MODALITIES` and `METRICS`, which a worker may not know
     run: Run, settings: Settings, test: bool,  # as of `attempt`
 ) -> tuple:
     "`attempt` in a worker process: the trial's number, and what came of it."
     exit_with_parent()
     os.environ["TQDM_DISABLE"] = "1"
     BACKBONES[settings.backbone] = backbone
+    MODALITIES.update(modalities), METRICS.update(metrics)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the data, which the caller has said
         inputs = load_inputs(settings)
@@ -106,7 +108,8 @@ def finished_trials(
         return
     with parallel_config("loky", n_jobs=min(processes, len(left) or 1), inner_max_num_threads=1):
         yield from Parallel(return_as="generator_unordered")(
-            delayed(attempt_elsewhere)(n, BACKBONES[trials[n].backbone], runs[n], trials[n], test) for n in left)
+            delayed(attempt_elsewhere)(n, BACKBONES[trials[n].backbone], MODALITIES, METRICS, runs[n], trials[n], test)
+            for n in left)
 
 # %% ../nbs/04b_search.ipynb #95d31b16
 def run_all(trials: list, names: list, inputs: Inputs, processes: int, test: bool, title: str,
@@ -117,7 +120,8 @@ def run_all(trials: list, names: list, inputs: Inputs, processes: int, test: boo
     is. Raises `RuntimeError` when all have ended, if some failed, with their values of the settings `names`.
     """
     done, failed = {}, {}
-    runs = {n: heal(find_stage1_run(settings, inputs)) for n, settings in enumerate(trials)}
+    whole = with_all_metrics if test else heal
+    runs = {n: whole(find_stage1_run(settings, inputs)) for n, settings in enumerate(trials)}
     results = finished_trials(runs, trials, inputs, processes, test)
     for n, result in progress(results, total=len(trials), desc=title, unit="run"):
         if isinstance(result, Run):
@@ -126,7 +130,8 @@ def run_all(trials: list, names: list, inputs: Inputs, processes: int, test: boo
             done[n] = None
         else:
             failed[n] = result
-        after_each(done)
+        if done:
+            after_each(done)
     if failed:
         told = [", ".join(f"{k}={getattr(trials[n], k)}" for k in names) + f": {type(e).__name__}: {e}"
                 for n, e in sorted(failed.items())]

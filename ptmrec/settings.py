@@ -339,7 +339,13 @@ def component_values(
         for name in [n for n in registry if n in chosen[chooser].split("+")]:
             cls = registry[name]
             mine = tables.get(name, {}) | {k: v for k, v in given.items() if k in cls.Settings.model_fields}
-            values[registry.kind] |= check_settings(cls.Settings, mine, f"{registry.kind} '{name}'").model_dump()
+            checked = check_settings(cls.Settings, mine, f"{registry.kind} '{name}'").model_dump()
+            before = values[registry.kind]
+            if apart := [k for k in checked if k in before and checked[k] != before[k]]:
+                raise SettingError(f"{apart[0]} is shared by the parts of {chooser}='{chosen[chooser]}', and the data set's "
+                                   f"defaults.toml gives it to one of them: {before[apart[0]]} and {checked[apart[0]]}. Set "
+                                   f"{apart[0]} in the call.")
+            values[registry.kind] = before | checked
     used = {k: v for of_kind in values.values() for k, v in of_kind.items()}
     for name, owners in experiment.component_settings().items():
         if name in given and name not in used:

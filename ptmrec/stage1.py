@@ -188,7 +188,7 @@ def check_inputs(settings: Settings, inputs: Inputs) -> None:
         raise DataError(f"User '{inter.user_ids[counts.argmax()]}' has all {n_drawn:,} items of '{data.name}' in training "
                         "that negatives are drawn from. Leave this user out.")
     for name, k in settings.components["backbone"].items():
-        if name.startswith("knn_k") and k > inter.n_items:
+        if name.startswith("knn_k") and isinstance(k, int) and k > inter.n_items:
             raise SettingError(f"{name}={k} neighbours need as many items, and '{data.name}' has {inter.n_items:,}. Set "
                                f"{name} to at most {inter.n_items}.")
     need = 4 * 4 * (inter.n_users + inter.n_items) * settings.emb_size  # float32: values, gradients, and Adam's two moments

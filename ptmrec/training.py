@@ -220,6 +220,8 @@ class Loop:
         self.module, self.optimiser, self.callbacks = module, optimiser, callbacks
         self.train_epoch, self.validate = train_epoch, validate
         self.history, self.stop, self.asked, self.by_hand, self.cut = [], False, False, False, {}
+        for callback in callbacks:
+            callback.state = callback.state or {}  # its own, where it has made none
 
     def _epochs(self):
         while len(self.history) < self.epochs and not self.stop:
@@ -227,7 +229,8 @@ class Loop:
             try:
                 row = {"epoch": self.epoch} | self.train_epoch(self.epoch) | self.cut
                 self.stop = self.by_hand = self.asked
-                self.history.append(row | self.validate(self.epoch))
+                row |= self.validate(self.epoch)
+                self.history.append({k: v.item() if hasattr(v, "item") else v for k, v in row.items()})  # as in files
                 _notify(self, "after_epoch")
             except FloatingPointError as error:
                 if not any([callback.recovers(self, error) for callback in self.callbacks]):
@@ -535,7 +538,7 @@ class LowerRate(Callback):
 
 # %% ../nbs/03b_training.ipynb #101873e5
 class Health(Callback):
-    """Warns once when `loss` has risen too far.
+    """Warns once when `loss`, a column of the history, or without such a column the first loss, has risen too far.
 
     Too far is more than (spike - 1) x scale above the lowest loss so far. The scale is the lowest loss if it is positive, so
     that the warning comes at `spike` times its value; else the larger of its distances to zero and to the first loss.
@@ -545,10 +548,12 @@ class Health(Callback):
         self.loss, self.remedy, self.spike, self.warned = loss, remedy, spike, False
 
     def after_epoch(self, loop: "Loop") -> None:
-        losses = [r[self.loss] for r in loop.history]
+        columns = [name for name in loop.history[0] if name != "epoch"]
+        name = self.loss if self.loss in columns else columns[0]
+        losses = [r[name] for r in loop.history]
         lowest = min(losses)
         scale = lowest if lowest > 0 else max(-lowest, losses[0] - lowest)
         if losses[-1] - lowest > (self.spike - 1) * scale and not self.warned:
             self.warned = True
-            warnings.warn(f"Epoch {loop.epoch}: {self.loss} has risen to {losses[-1]:.3g}, and its lowest value was "
+            warnings.warn(f"Epoch {loop.epoch}: {name} has risen to {losses[-1]:.3g}, and its lowest value was "
                           f"{lowest:.3g}. {self.remedy}")

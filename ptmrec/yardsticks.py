@@ -19,7 +19,7 @@ from scipy import sparse
 from .data import MODALITIES, DataError, Interactions
 from .memory import free_bytes
 from .ranking import METRICS, Evaluator
-from .runs import EVALUATED_BY, Run, alone, code_of, heal, new_run, own_code, recommendation_table
+from .runs import EVALUATED_BY, Run, alone, code_of, new_run, own_code, recommendation_table, with_all_metrics
 from .settings import SettingError, Settings, did_you_mean, resolve
 from .stage1 import Inputs, load_inputs, make_evaluator, mean_metrics, run_arguments, run_stage1
 
@@ -173,7 +173,7 @@ def run_yardstick(name: str, **params) -> Run:
     inputs = load_inputs(settings)
     run = find_yardstick_run(name, settings, inputs)
     with alone(run):
-        if heal(run).finished and not settings.rerun:
+        if with_all_metrics(run).finished and not settings.rerun:
             return run
         check_memory(name, inputs.data.inter.n_items)
         return score_yardstick(run.begin(), name, settings, inputs)

@@ -27,12 +27,13 @@ import ptmrec.sample as sample
 import ptmrec.yardsticks as yardsticks
 from ptmrec.ablations import (BEST_YARDSTICK, METHODS, STUDIES, check_study, draw_trials, plot_study, run_study, study,
                               tune_equally, verdicts, write_result)
+from ptmrec.backbones import BACKBONES
 from ptmrec.clip_prompting import ItemEncoder
 from ptmrec.data import MODALITIES, DataError, Modality, RecData, load_data
 from ptmrec.derived import derive, miniature, random_features, shuffled, thinned, with_cold_items, without, write_data
 from ptmrec.grids import Cell, Watch, grid, plan, run_cells, runs_table, time_left
 from ptmrec.processes import run_notebook
-from ptmrec.ranking import Evaluator
+from ptmrec.ranking import METRICS, Evaluator
 from ptmrec.runs import best_variant, compare, open_run
 from ptmrec.settings import SettingError, resolve
 from ptmrec.significance import (bootstrap_interval, comparisons, in_words, result_text, save_figure, save_result,
@@ -259,6 +260,56 @@ def test_wrong_numbers_of_runs_stop_before_anything_starts(shop, runs, here, wro
 def test_an_axis_that_would_change_nothing_is_refused(shop, base, axes, message):
     with pytest.raises(SettingError, match=message):
         plan("04_stage1", {"dataset": shop, "backbone": "bpr"} | base, axes, [0])
+
+
+def test_what_only_this_process_knows_is_refused_and_other_metrics_do_no_harm(shop, runs, monkeypatch):
+    how = {"dataset": shop, "backbone": "bpr", **QUICK}
+    monkeypatch.setitem(METRICS, "first", lambda hits, n_pos, k: hits[:, 0])
+    table = grid("04_stage1", how, {}, at_once=1, papermill=False)
+    assert table.status.tolist() == ["finished"] and "test first@10" not in table
+    run, = run_stage1(n_seeds=1, **how)
+    assert run.key == table.key[0] and "first@10" in run.metrics()["test"]
+    grid("04_stage1", how, {}, at_once=1, papermill=False)
+    assert open_run(run.key).finished
+    with pytest.raises(SettingError, match="metric=first@20 is your own, and the processes of a grid"):
+        plan("04_stage1", how | {"metric": "first@20"}, {}, [0])
+    with monkeypatch.context() as patch:
+        patch.setitem(BACKBONES, "mine", type("Mine", (BACKBONES["bpr"],), {"__module__": "__main__"}))
+        with pytest.raises(SettingError, match="backbone=mine is your own"):
+            plan("04_stage1", how | {"backbone": "mine"}, {}, [0])
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds"))
+    np.save(Path(shop) / "audio_feat.npy", np.ones((37, 2)))
+    with pytest.raises(SettingError, match="The modality audio is your own"):
+        grid("04_stage1", how, {})
+
+
+def test_two_rows_of_one_name_are_refused_before_anything_runs(shop, runs, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ablations, "STUDIES", dict(STUDIES))
+
+        @study("What does Stage 2 add to VBPR?")
+        def frozen_and_tuned(dataset, base):
+            return dict.fromkeys(("04_stage1", "05_stage2"), {"recommender": ablations.backbone_axis("vbpr")})
+
+        with pytest.raises(SettingError, match="The study frozen_and_tuned has two rows 'VBPR'"):
+            run_study("frozen_and_tuned", shop, seeds=(0,), base=dict(QUICK))
+    assert not runs.exists()
+
+
+def test_files_of_a_modality_of_ones_own_are_removed_and_dealt_out(tmp_path, monkeypatch):
+    make_shop(tmp_path / "shop")
+    (tmp_path / "shop" / "audio").mkdir()
+    for item in range(37):
+        (tmp_path / "shop" / "audio" / f"{item}.raw").touch()
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",), lambda paths: np.ones((len(paths), 2))))
+    data = load_data(tmp_path / "shop")
+    less = without(data, "audio", share=0.5)
+    assert less.texts == data.texts and less.images == data.images and less.files["audio"].count(None) == 18
+    dealt = shuffled(data, ["audio"])
+    assert dealt.texts == data.texts and dealt.files["audio"] != data.files["audio"]
+    assert {*dealt.files["audio"]} == {*data.files["audio"]}
+    with pytest.raises(DataError, match="modality='sound' is not one of image, text, audio"):
+        without(data, "sound")
 
 
 def test_numbers_of_numpy_reach_other_processes_as_numbers(shop):

@@ -17,7 +17,9 @@ import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock, Thread
+from types import SimpleNamespace
 
+import httpx2
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,6 +27,8 @@ from conftest import SHARED
 from PIL import Image
 
 from ptmrec.amazon import (
+    PATIENCE,
+    back_off,
     check_published,
     PUBLISHED,
     PUBLISHED_SETTINGS,
@@ -263,6 +267,26 @@ def test_files_put_there_or_changed_by_hand(server, tmp_path):
     whole(tmp_path, manifest)
     (images / "B000000002.png").write_bytes(GOOD["PNG"])  # the refused one is found elsewhere
     assert (download_images(items, tmp_path, **limits).status == "ok").all()
+
+
+def test_a_bitmap_put_there_is_kept_and_one_from_a_server_becomes_a_png(server, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "B000000000.bmp").write_bytes(picture("BMP"))
+    monkeypatch.setitem(BODY, "bitmap", picture("BMP"))
+    server.way_of = lambda path: "bitmap"
+    manifest = download_images(some_items(2), tmp_path, image_base=server.address, wait=0.01)
+    assert (manifest.status == "ok").all() and server.asked.keys() == {"/I/1.jpg"}
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["B000000000.bmp", "B000000001.png"]
+
+
+def test_a_file_waits_as_long_as_its_server_asks():
+    request = httpx2.Request("GET", "http://server.example/a.gz")
+
+    def pause(**headers):
+        error = httpx2.HTTPStatusError("busy", request=request, response=httpx2.Response(503, headers=headers))
+        return back_off(0.01)(SimpleNamespace(outcome=SimpleNamespace(exception=lambda: error), attempt_number=1))
+
+    assert pause() < 1 and pause(**{"Retry-After": "7"}) == 7 and pause(**{"Retry-After": "9999"}) == PATIENCE
 
 
 def test_no_image_server(tmp_path):

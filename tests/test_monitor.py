@@ -3,6 +3,7 @@ import json
 import random
 import threading
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -83,6 +84,12 @@ def test_a_click_ends_an_epoch_in_the_middle(tmp_path):
     assert how_it_ended(loop) == "stopped by hand at epoch 3, step 12, best 2" and loop.module.weight.item() == 2
     again = loop_of([0.1, 0.5, 0.2], Progress("Toy", TITLES), Checkpoint(tmp_path / "c.pt"))
     assert again.run(3).equals(history) and how_it_ended(again) == how_it_ended(loop)
+
+
+def test_the_time_to_go_is_told_once_an_epoch_was_timed():
+    loop = SimpleNamespace(history=[{"epoch": n} for n in range(1, 6)], epochs=10, callbacks=[], asked=False)
+    assert monitor.words(loop, "Toy", 0.0, 1.0, False).endswith("epoch 5 of 10, 1 s so far.")
+    assert "; 10 s to go." in monitor.words(loop, "Toy", 2.0, 1.0, False)
 
 
 def test_a_click_in_the_last_epoch_is_no_stop():

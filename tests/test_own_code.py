@@ -1,10 +1,12 @@
 """Runs of one's own backbones: whatever of one's own code, constants or modules can change a result changes the key."""
+import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -119,6 +121,11 @@ def test_what_cannot_does_not(code, what):
 def test_a_global_name_that_is_local_or_an_attribute_does_not_count(code):
     one, two = (OWN.replace("CONFIG.depth = 1", f"CONFIG.depth = 1\nuser = {n}\nmix = {n}\npower = {n}") for n in "12")
     assert code(own=one) == code(own=two)
+
+
+def test_a_partial_is_taken_apart():
+    codes = [own_code(functools.partial(np.mean if n else np.sum, axis=n)) for n in range(3)]
+    assert len({str(code) for code in codes}) == 3
 
 
 def test_the_key_is_the_same_in_another_process(tmp_path):

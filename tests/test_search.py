@@ -13,9 +13,12 @@ import pytest
 import torch
 from conftest import ROOT
 from joblib.externals.loky import get_reusable_executor
+from small import make_shop
 
 import ptmrec.stage1 as stage1
 from ptmrec.backbones import BACKBONES, grid_of
+from ptmrec.data import MODALITIES, Modality
+from ptmrec.ranking import METRICS
 from ptmrec.runs import open_run, own_code
 from ptmrec.search import cells, plot_search, search
 from ptmrec.settings import SettingError, resolve
@@ -134,6 +137,39 @@ def test_two_processes_find_the_same_and_a_failure_in_one_is_told(shop, tmp_path
     pd.testing.assert_frame_equal(*tables)
     _, (two,) = search("mine", shop, {"alpha": [1.0, 2.0]}, epochs=3)
     assert two.key == one.key and two.folder != one.folder and two.metrics() == one.metrics()
+
+
+def test_processes_know_a_modality_and_a_metric_of_ones_own(tmp_path, runs, monkeypatch):
+    make_shop(tmp_path / "shop")
+    (tmp_path / "shop" / "audio").mkdir()
+    for item in range(37):
+        (tmp_path / "shop" / "audio" / f"{item}.raw").write_bytes(bytes([item, item % 5]))
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",),
+                                                      lambda paths: [[*map(float, path.read_bytes())] for path in paths]))
+    monkeypatch.setitem(METRICS, "first", lambda hits, n_pos, k: hits[:, 0])
+    tables = []
+    for processes in (1, 2):
+        monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / f"runs{processes}"))
+        table, (winner,) = search("vbpr", tmp_path / "shop", {"lr": [1e-2, 1e-1]}, epochs=2, metric="first@20",
+                                  processes=processes, device="cpu")
+        assert "project.audio.weight" in winner.load_weights("backbone")
+        tables.append(table.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(*tables)
+
+
+@pytest.mark.parametrize("weights", [[1e-3, 1e-1], [1e-1, 1e-3]])
+def test_a_failed_trial_is_named_whenever_it_fails(shop, runs, monkeypatch, weights):
+    train = stage1.train_backbone
+
+    def fails(backbone, *args, **kw):
+        if backbone.settings.reg_weight == 1e-3:
+            raise OSError("No space left on device.")
+        return train(backbone, *args, **kw)
+
+    monkeypatch.setattr(stage1, "train_backbone", fails)
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed.*\nreg_weight=0.001: OSError: No space"):
+        search("bpr", shop, {"reg_weight": weights}, epochs=2)
+    assert kept_table(runs).reg_weight.tolist() == [1e-1]
 
 
 def test_a_failed_trial_is_named_and_the_others_are_kept(shop, runs, monkeypatch, trained):

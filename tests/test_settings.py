@@ -16,7 +16,7 @@ from ptmrec.data import MODALITIES, DataError, Modality
 from ptmrec.ranking import METRICS, register_metric
 from ptmrec.runs import list_runs, open_run
 from ptmrec.search import search
-from ptmrec.settings import SettingError, Settings, parameters_cell, setting
+from ptmrec.settings import SettingError, Settings, parameters_cell, resolve, setting
 from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import run_stage2
 
@@ -265,6 +265,16 @@ def test_defaults_of_the_data_set_count_unless_they_are_set(small):
         (small / "defaults.toml").write_text(wrong)
         with pytest.raises(SettingError, match=f"defaults.toml.*{message}"):
             run_stage1("shop", backbone="bpr", epochs=1)
+
+
+@pytest.mark.parametrize("owner", ["adapter", "lora"])
+def test_a_default_that_parts_of_a_tuning_share_counts_for_all_or_is_refused(small, owner):
+    (small / "defaults.toml").write_text(f"[{owner}]\nlast_layers = 1\n")
+    how = {"dataset": small, "tuning": "adapter+lora"}
+    with pytest.raises(SettingError, match="last_layers is shared by the parts of tuning=.*Set last_layers in"):
+        resolve(run_stage2.experiment, how)
+    assert resolve(run_stage2.experiment, how | {"last_layers": 2}).components["tuning"]["last_layers"] == 2
+    assert resolve(run_stage2.experiment, {"dataset": small, "tuning": owner}).last_layers == 1
 
 
 WRONG = [

@@ -11,6 +11,7 @@ from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -24,8 +25,8 @@ from ptmrec.data import load_data
 from ptmrec.ranking import Evaluator
 from ptmrec.stage1 import check_fit, most_bought
 from ptmrec.stage2 import check_gain
-from ptmrec.training import (Checkpoint, Diverged, Health, Loop, LowerRate, Stopped, check_features, check_losses,
-                             read_snapshot, sigterm_stops, write_snapshot)
+from ptmrec.training import (Callback, Checkpoint, Diverged, Health, KeepBest, Loop, LowerRate, Stopped, check_features,
+                             check_losses, read_snapshot, sigterm_stops, write_snapshot)
 
 TOY = '''
 import os, signal, sys, time
@@ -256,6 +257,36 @@ def test_a_spike_is_a_spike_below_zero_too():
         "Epoch 3: loss has risen to 1.51, and its lowest value was 0.5. Lower lr."]
     assert warned([1.0, -5.9, -6.1, -6.01]) == warned([-1.0, -0.9, -1.2, -1.1]) == warned([0.5, -0.01, 0.1]) == []
     assert len(warned([1.0, -6.0, 9.0])) == len(warned([-1.0, -2.0, 2.5])) == 1
+
+
+def test_without_the_loss_that_is_watched_the_first_one_is():
+    losses = [1.0, 0.5, 9.0]
+    loop = Loop(None, None, lambda epoch: {"softmax": losses[epoch - 1]}, lambda epoch: {}, [Health("bpr", "Lower lr.")])
+    with pytest.warns(UserWarning, match="Epoch 3: softmax has risen to 9"):
+        loop.run(3)
+
+
+def test_each_callback_has_a_state_of_its_own():
+    class Counts(Callback):
+        def after_epoch(self, loop):
+            self.state["epochs"] = self.state.get("epochs", 0) + 1
+
+    first, second = Counts(), Counts()
+    Loop(None, None, lambda epoch: {"loss": 1.0}, lambda epoch: {}, [first]).run(3)
+    Loop(None, None, lambda epoch: {"loss": 1.0}, lambda epoch: {}, [second]).run(2)
+    assert first.state == {"epochs": 3} and second.state == {"epochs": 2} and Callback.state == {}
+
+
+def test_numbers_of_numpy_and_torch_are_kept_by_a_checkpoint(tmp_path):
+    model = torch.nn.Linear(1, 1)
+
+    def loop():
+        return Loop(model, torch.optim.SGD(model.parameters(), 0.1), lambda epoch: {"loss": torch.tensor(1 / epoch)},
+                    lambda epoch: {"score": np.float64(epoch)}, [KeepBest("score", 9), Checkpoint(tmp_path / "c.pt", 0, 1)])
+
+    loop().run(2)
+    again = loop()
+    assert again.run(4).score.tolist() == [1, 2, 3, 4] and again.history[1]["loss"] == 0.5
 
 
 def test_a_checkpoint_of_another_run_or_another_training_is_not_used(tmp_path):
