@@ -661,7 +661,8 @@ def download_images(
 ) -> pd.DataFrame:
     """Download images and return the manifest. Can be stopped and run again at any point.
 
-    A valid image that you put into `images/` yourself, where none was downloaded, is kept. Raises `DataError` when the network is gone.
+    A valid image that you put into `images/` yourself, where none was downloaded, is kept. Raises `DataError` when the
+    network is gone.
     """
     with locked(Path(folder) / "images", f"images of {Path(folder).name}"):
         return _download_alone(items, Path(folder), image_base, concurrency, retry_refused, attempts=attempts, wait=wait,
