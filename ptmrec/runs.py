@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 'NOT_CODE', 'RUN_FIELDS', 'CONTENT', 'TRAINED',
            'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
-           'own_code', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum', 'RunFolder',
-           'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'own_metrics', 'with_all_metrics', 'why_new', 'alone',
+           'own_code', 'own_metrics', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum',
+           'RunFolder', 'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'with_all_metrics', 'why_new', 'alone',
            'train_alone', 'use_or_train', 'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant',
            'check_variant', 'recommendation_table', 'evaluated_by', 'evaluator_of', 'RunEncoder', 'list_runs',
            'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser', 'command_line']
@@ -250,6 +250,11 @@ def own_code(thing: object) -> dict[str, str]:
         found |= {name: fingerprint(text)} if text is not None else {}
         left += parts
     return found
+
+# %% ../nbs/03c_runs.ipynb #1578bb97
+def own_metrics() -> dict[str, str]:
+    "{name: fingerprint of its code} of the metrics that were registered outside the package."
+    return {name: fingerprint(own_code(m)) for name, m in METRICS.items() if m.__module__ != "ptmrec.ranking"}
 
 # %% ../nbs/03c_runs.ipynb #4e1ab9a3
 def _encoded(name, paths):
@@ -609,11 +614,6 @@ def heal(run: Run) -> Run:
     return run
 
 # %% ../nbs/03c_runs.ipynb #6d0dfff1
-def own_metrics() -> dict[str, str]:
-    "{name: fingerprint of its code} of the metrics that were registered outside the package."
-    return {name: fingerprint(own_code(m)) for name, m in METRICS.items() if m.__module__ != "ptmrec.ranking"}
-
-
 def with_all_metrics(run: Run) -> Run:
     "`heal`; a run that was scored without a metric of one's own, or by earlier code of it, then waits to be scored anew."
     heal(run)
