@@ -799,8 +799,8 @@ def _user_numbers(users, user_ids, dataset) -> np.ndarray:
     if isinstance(users, str | bytes | dict) or not hasattr(users, "__iter__"):
         raise DataError(f"users={shown(users)} is not a list of user ids, such as [{user_ids[0]!r}].")
     users, known = list(users), {user: n for n, user in enumerate(user_ids.tolist())}
-    unknown = [user for user in users if isinstance(user, bool | np.bool_) or not isinstance(user, Hashable)
-               or user not in known]
+    others = (bool, np.bool_) if user_ids.dtype.kind == "f" else (bool, np.bool_, float)  # True and 1.0 equal 1
+    unknown = [user for user in users if isinstance(user, others) or not isinstance(user, Hashable) or user not in known]
     if unknown:
         raise DataError(f"There is no user {shown(unknown[0])} in {dataset}; the first one is {shown(next(iter(known)))}.")
     return np.array([known[user] for user in users], np.int64)
