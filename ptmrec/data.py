@@ -288,7 +288,7 @@ def _check_floats(folder, names, tables):
                             f"{tables[floats.index(True)][column].iloc[0]}), those of {first[1]} are not. Save both as one "
                             "type.")
 
-
+# %% ../nbs/00_data.ipynb #95043e77
 def _joined(tables, text):
     "Tables below each other; ids of text files, or of several types, become integers if that loses nothing, else text."
     table = _with_history(pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0])
@@ -1016,8 +1016,7 @@ def data_of_frames(
 
     with noting(notes):
         table = _check_interactions("interactions", _as_frame(interactions, "interactions"), timed=split in TIMED_RULES)
-        table = _joined([table], text=False)
-        data = _rec_data(name, "interactions", table, content, **arguments)
+        data = _rec_data(name, "interactions", _joined([table], text=False), content, **arguments)
     data.notes = notes
     return data
 

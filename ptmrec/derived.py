@@ -78,14 +78,14 @@ def _content(data, modality):
         raise DataError(f"modality='{modality}' is not one of {', '.join(known)}.")
     return data.files[modality] if modality in data.files else data.images if modality == "image" else data.texts
 
-
+# %% ../nbs/04d_derived.ipynb #98277c51
 def _with_content(data, modality, content):
     "The data set with `content` (I files or texts) in place of what it has of a modality."
     if modality in data.files:
         return replace(data, files=data.files | {modality: content})
     return replace(data, **{"images" if modality == "image" else "texts": content})
 
-
+# %% ../nbs/04d_derived.ipynb #d228c3fa
 def without(
     data: RecData,
     modality: str,  # image, text, or one of `data.files`

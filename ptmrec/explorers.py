@@ -897,8 +897,7 @@ class RunExplorer(Explorer):
     "All runs as a table: sort and filter it; click rows to see what differs, and compare two."
 
     def __init__(self, experiment: str = "*", dataset: str = "*"):
-        self.which, self.table = (experiment, dataset), pd.DataFrame()
-        self.rows = ITable(**TABLE)
+        self.which, self.table, self.rows = (experiment, dataset), pd.DataFrame(), ITable(**TABLE)
         self.metric, self.test = widgets.Dropdown(options=metric_names(), value="recall@20"), small_button("Compare two")
         self.reload, self.export = small_button("Reload"), widgets.HTML()
         self.answer, self.differences, self.curves = widgets.HTML(), widgets.HTML(), widgets.HTML()

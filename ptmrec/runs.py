@@ -581,14 +581,14 @@ Run.ended, Run.by_hand, Run.note_ended, Run.__repr__ = property(_ended), propert
 # what training leaves; per_user, topk and metrics come with the test split
 TRAINED = ("backbone", "history", "valid", "tuning", "features", "embeddings_", "memory", "parameters")
 
-
+# %% ../nbs/03c_runs.ipynb #6677827a
 def _keep_training(run, files):
     "Make a run one that is not finished: of its `files`, {name: sha256}, what its training made is left."
     (run.folder / "metrics.json").unlink(missing_ok=True)
     run.about |= run.on_disk() | {"files": {name: sha for name, sha in files.items() if name.startswith(TRAINED)}}
     _write_about(run)
 
-
+# %% ../nbs/03c_runs.ipynb #522c695b
 def heal(run: Run) -> Run:
     "Discard what is damaged or half-made in a run's folder; warns of damage, and the run is then not finished. Returns it."
     if rank():

@@ -116,12 +116,10 @@ def run_all(trials: list, names: list, inputs: Inputs, processes: int, test: boo
             after_each: Callable = lambda runs: None) -> dict:
     """Run all `trials` (settings) on `inputs`, `processes` at a time; returns {number: run}. `title`: of the progress bar.
 
-    A trial (not `test`) that diverges is done too: its run is None. `after_each` gets the runs that are done, each time one
-    is. Raises `RuntimeError` when all have ended, if some failed, with their values of the settings `names`.
-    """
+    The run of a trial (not `test`) that diverges is None. `after_each` gets the runs that are done, each time one is.
+    Raises `RuntimeError` when all have ended, if some failed, with their values of the settings `names`."""
     done, failed = {}, {}
-    whole = with_all_metrics if test else heal
-    runs = {n: whole(find_stage1_run(settings, inputs)) for n, settings in enumerate(trials)}
+    runs = {n: (with_all_metrics if test else heal)(find_stage1_run(settings, inputs)) for n, settings in enumerate(trials)}
     results = finished_trials(runs, trials, inputs, processes, test)
     for n, result in progress(results, total=len(trials), desc=title, unit="run"):
         if isinstance(result, Run):

@@ -211,12 +211,9 @@ class Loop:
     name = "Training"  # for messages; `Progress` gives it the name of its bar
 
     def __init__(
-        self,
-        module: torch.nn.Module, optimiser: torch.optim.Optimizer,
-        train_epoch: Callable,  # train_epoch(epoch) returns {name: number}
-        validate: Callable,  # validate(epoch) returns {name: number}; {} where nothing is validated
-        callbacks: Iterable[Callback] = (),
-    ):
+        self, module: torch.nn.Module, optimiser: torch.optim.Optimizer,
+        train_epoch: Callable, validate: Callable,  # of an epoch's number; each returns {name: number}, perhaps empty
+        callbacks: Iterable[Callback] = ()):
         self.module, self.optimiser, self.callbacks = module, optimiser, callbacks
         self.train_epoch, self.validate = train_epoch, validate
         self.history, self.stop, self.asked, self.by_hand, self.cut = [], False, False, False, {}
