@@ -113,9 +113,6 @@ class Cell:
     def name(self) -> str:
         return ", ".join(self.labels.values())
 
-
-
-
 # %% ../nbs/05c_grids.ipynb #b3e985fc
 def plan(
     notebook: str,  # 04_stage1 or 05_stage2

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 'NOT_CODE', 'RUN_FIELDS', 'CONTENT', 'TRAINED',
-           'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions', 'code_of',
-           'own_code', 'own_metrics', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum',
+           'LISTED', 'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions',
+           'code_of', 'own_code', 'own_metrics', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum',
            'RunFolder', 'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'with_all_metrics', 'why_new', 'alone',
            'train_alone', 'use_or_train', 'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant',
            'check_variant', 'recommendation_table', 'evaluated_by', 'evaluator_of', 'RunEncoder', 'list_runs',
@@ -782,6 +782,9 @@ def _data(run):
 
 
 Run.data = _data
+
+
+LISTED = 20  # places of the lists that a run keeps
 
 
 def recommendation_table(

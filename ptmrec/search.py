@@ -114,10 +114,11 @@ def finished_trials(
 # %% ../nbs/04b_search.ipynb #95d31b16
 def run_all(trials: list, names: list, inputs: Inputs, processes: int, test: bool, title: str,
             after_each: Callable = lambda runs: None) -> dict:
-    """Run all `trials` (settings) on `inputs`, `processes` at a time; returns {number: run}. `title`: of the progress bar.
+    """Run all `trials` (settings) on `inputs`, `processes` at a time, with the bar `title`; returns {number: run}.
 
-    The run of a trial (not `test`) that diverges is None. `after_each` gets the runs that are done, each time one is.
-    Raises `RuntimeError` when all have ended, if some failed, with their values of the settings `names`."""
+    The run of a trial (not `test`) that diverges is None. `after_each` gets the runs that are done, each time one is. Raises
+    `RuntimeError` when all have ended, if some failed, with their values of the settings `names`.
+    """
     done, failed = {}, {}
     runs = {n: (with_all_metrics if test else heal)(find_stage1_run(settings, inputs)) for n, settings in enumerate(trials)}
     results = finished_trials(runs, trials, inputs, processes, test)
@@ -128,8 +129,7 @@ def run_all(trials: list, names: list, inputs: Inputs, processes: int, test: boo
             done[n] = None
         else:
             failed[n] = result
-        if done:
-            after_each(done)
+        after_each(done)
     if failed:
         told = [", ".join(f"{k}={getattr(trials[n], k)}" for k in names) + f": {type(e).__name__}: {e}"
                 for n, e in sorted(failed.items())]
@@ -154,7 +154,7 @@ def trial_table(
             rows[n] |= {best_metric: best[best_metric], "epoch": int(best.epoch), "epochs": len(history),
                         "seconds": history.seconds.sum()} | ({"by_hand": run.by_hand} if run.by_hand else {})
     table = pd.DataFrame(rows.values(), pd.Index(rows, name="trial"))
-    return table.sort_values(best_metric, ascending=False, kind="stable")
+    return table.sort_values(best_metric, ascending=False, kind="stable") if runs else table
 
 # %% ../nbs/04b_search.ipynb #907548f8
 def search(

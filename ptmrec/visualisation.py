@@ -46,7 +46,7 @@ from .data import (SPLITS, DataError, Interactions, PictureError, RecData, as_rg
                          upright)
 from .losses import log_distribution
 from .ranking import Evaluator, rank_items, stable_topk
-from .runs import Run, RunEncoder, check_variant, evaluator_of, first_features, open_run, per_user_values
+from .runs import LISTED, Run, RunEncoder, check_variant, evaluator_of, first_features, open_run, per_user_values
 from .settings import Resolved, SettingError, did_you_mean
 from .stage1 import Inputs, label, load_backbone
 from .stage2 import teacher, variant_name
@@ -838,8 +838,8 @@ def hits_by_popularity(
     k: int = 20,  # length of the lists
 ) -> pd.DataFrame:
     "Test pairs: user, item, group of `POPULARITY` by the item's training interactions, found before and after in top `k`."
-    if k > 20:
-        raise SettingError(f"k={k} is not allowed here: runs keep lists of 20 items. Take at most 20.")
+    if k > LISTED:
+        raise SettingError(f"k={k} is not allowed here: runs keep lists of {LISTED} items. Take at most {LISTED}.")
     seen = view(run)
     inter, positives = seen.data.inter, seen.evaluator.positives["test"]
     table = pd.DataFrame({"user": np.repeat(np.arange(inter.n_users), positives.count), "item": positives.item})

@@ -29,6 +29,13 @@ def make_shop(folder):
             Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / "images" / f"{i}.png")
 
 
+def add_sounds(folder):
+    "A file of two bytes for each item of a shop, in `audio/`; their modality is to be registered."
+    (folder / "audio").mkdir()
+    for item in range(N_ITEMS):
+        (folder / "audio" / f"{item}.raw").write_bytes(bytes([item, item % 5]))
+
+
 def small_clips(vocab_size=TEXT["vocab_size"]):
     "open_clip's own kinds of CLIP: {name: function that makes one}."
     text = TEXT | {"vocab_size": vocab_size}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from scipy import stats
-from small import make_shop
+from small import add_sounds, make_shop
 
 import ptmrec.ablations as ablations
 import ptmrec.grids as grids
@@ -298,9 +298,7 @@ def test_two_rows_of_one_name_are_refused_before_anything_runs(shop, runs, monke
 
 def test_files_of_a_modality_of_ones_own_are_removed_and_dealt_out(tmp_path, monkeypatch):
     make_shop(tmp_path / "shop")
-    (tmp_path / "shop" / "audio").mkdir()
-    for item in range(37):
-        (tmp_path / "shop" / "audio" / f"{item}.raw").touch()
+    add_sounds(tmp_path / "shop")
     monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",), lambda paths: np.ones((len(paths), 2))))
     data = load_data(tmp_path / "shop")
     less = without(data, "audio", share=0.5)
@@ -770,9 +768,7 @@ def test_a_damaged_yardstick_is_made_anew_by_one_process_at_a_time(shop, runs, m
 
 def test_a_yardstick_is_made_anew_by_rerun_and_for_another_encoder(tmp_path, runs, monkeypatch):
     make_shop(tmp_path / "shop")
-    (tmp_path / "shop" / "audio").mkdir()
-    for item in range(37):
-        (tmp_path / "shop" / "audio" / f"{item}.raw").write_bytes(bytes([item, item % 5]))
+    add_sounds(tmp_path / "shop")
     encoders = {"first": lambda paths: [[*map(float, path.read_bytes())] for path in paths],
                 "second": lambda paths: [[float(path.read_bytes()[1])] * 2 for path in paths]}
     made = {}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from joblib.externals.loky import get_reusable_executor
-from small import make_shop
+from small import add_sounds, make_shop
 
 import ptmrec.stage1 as stage1
 from ptmrec.backbones import BACKBONES, grid_of
@@ -141,9 +141,7 @@ def test_two_processes_find_the_same_and_a_failure_in_one_is_told(shop, tmp_path
 
 def test_processes_know_a_modality_and_a_metric_of_ones_own(tmp_path, runs, monkeypatch):
     make_shop(tmp_path / "shop")
-    (tmp_path / "shop" / "audio").mkdir()
-    for item in range(37):
-        (tmp_path / "shop" / "audio" / f"{item}.raw").write_bytes(bytes([item, item % 5]))
+    add_sounds(tmp_path / "shop")
     monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",),
                                                       lambda paths: [[*map(float, path.read_bytes())] for path in paths]))
     monkeypatch.setitem(METRICS, "first", lambda hits, n_pos, k: hits[:, 0])
@@ -157,31 +155,29 @@ def test_processes_know_a_modality_and_a_metric_of_ones_own(tmp_path, runs, monk
     pd.testing.assert_frame_equal(*tables)
 
 
-@pytest.mark.parametrize("weights", [[1e-3, 1e-1], [1e-1, 1e-3]])
-def test_a_failed_trial_is_named_whenever_it_fails(shop, runs, monkeypatch, weights):
+def fail_at(reg_weight, monkeypatch):
+    "Training with this weight fails."
     train = stage1.train_backbone
 
     def fails(backbone, *args, **kw):
-        if backbone.settings.reg_weight == 1e-3:
+        if backbone.settings.reg_weight == reg_weight:
             raise OSError("No space left on device.")
         return train(backbone, *args, **kw)
 
     monkeypatch.setattr(stage1, "train_backbone", fails)
+
+
+@pytest.mark.parametrize("weights", [[1e-3, 1e-1], [1e-1, 1e-3]])
+def test_a_failed_trial_is_named_whenever_it_fails(shop, runs, monkeypatch, weights):
+    fail_at(1e-3, monkeypatch)
     with pytest.raises(RuntimeError, match="1 of 2 runs failed.*\nreg_weight=0.001: OSError: No space"):
         search("bpr", shop, {"reg_weight": weights}, epochs=2)
     assert kept_table(runs).reg_weight.tolist() == [1e-1]
 
 
 def test_a_failed_trial_is_named_and_the_others_are_kept(shop, runs, monkeypatch, trained):
-    train = stage1.train_backbone
-
-    def fails(backbone, *args, **kw):
-        if backbone.settings.reg_weight == 1e-3:
-            raise OSError("No space left on device.")
-        return train(backbone, *args, **kw)
-
     with monkeypatch.context() as broken:
-        broken.setattr(stage1, "train_backbone", fails)
+        fail_at(1e-3, broken)
         with pytest.raises(RuntimeError, match="1 of 3 runs failed.*\nreg_weight=0.001: OSError: No space"):
             search("bpr", shop, GRID, epochs=3)
     assert kept_table(runs).reg_weight.isin([1e-1, 1e-5]).all() and not scored(runs)
