@@ -20,7 +20,7 @@ help:  ## list the targets
 stage2: .venv/installed  ## both stages on dataset=<name or folder>, default sample; shows progress, prints the result
 	@mkdir -p runs
 	$(bin)/papermill nbs/05_stage2.ipynb "runs/stage2-$$(basename "$(dataset)").ipynb" -p dataset "$(dataset)" \
-	  --stdout-file /dev/stdout --no-progress-bar | cat
+	  --stdout-file /dev/stdout --stderr-file /dev/stderr --no-progress-bar | cat
 
 paper: .venv/installed  ## a report on dataset=<one or several>: studies=<names, or all>, base=<settings in JSON>; HTML and Markdown
 	$(bin)/python -m ptmrec.report $(dataset) --studies $(studies) $(if $(base),--base "$$base")

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'USUAL', 'SAMPLE', 'PACKAGED', 'EXTRA', 'POSITIONS', 'PRECISIONS', 'ENCODE_BATCH', 'FEATURES', 'Clip',
-           'hub_answers', 'check_download', 'weights_file', 'find_weights', 'check_text_tower', 'as_clip', 'load_clip',
-           'Tower', 'no_prompts', 'image_tower', 'text_module', 'by_hugging_face', 'text_pooling', 'pool_text',
-           'text_tower', 'prompt_width', 'check_n_ctx', 'DeepPrompts', 'make_room', 'run_blocks', 'image_features',
-           'encode_image', 'pooled', 'trim', 'cut_at', 'cuts_padding', 'cut_tokens', 'TextTokens', 'embed_text',
-           'text_features', 'encode_text', 'HuggingFaceBlock', 'hugging_face_tower', 'positions_before', 'read_config',
-           'package_file', 'packaged_config', 'build_clip', 'read_weights', 'load_tower', 'tower_files', 'towers_of',
-           'packaged_weights', 'load_towers', 'token_map', 'padding_id', 'cut_texts', 'warn_of_cut_texts',
-           'ItemContent', 'length_groups', 'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features',
-           'clip_features']
+           'hub_answers', 'check_download', 'weights_file', 'find_weights', 'check_text_tower', 'check_preparation',
+           'as_clip', 'named_tokenizer', 'load_clip', 'Tower', 'no_prompts', 'image_tower', 'text_module',
+           'by_hugging_face', 'text_pooling', 'pool_text', 'text_tower', 'prompt_width', 'check_n_ctx', 'DeepPrompts',
+           'make_room', 'run_blocks', 'image_features', 'encode_image', 'pooled', 'trim', 'cut_at', 'cuts_padding',
+           'cut_tokens', 'TextTokens', 'embed_text', 'text_features', 'encode_text', 'HuggingFaceBlock',
+           'hugging_face_tower', 'positions_before', 'read_config', 'package_file', 'packaged_config', 'build_clip',
+           'read_weights', 'load_tower', 'tower_files', 'towers_of', 'packaged_weights', 'without_folders',
+           'load_towers', 'token_map', 'padding_id', 'cut_texts', 'warn_of_cut_texts', 'ItemContent', 'length_groups',
+           'BatchEncoder', 'ItemEncoder', 'encode_in_blocks', 'frozen_features', 'clip_features']
 
 # %% ../nbs/01_clip_prompting.ipynb #54375e45
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Clip:
     std: Tensor  # (3,)
     resize_mode: str = "shortest"
     interpolation: str = "bicubic"
+    config: dict = field(default_factory=dict)  # the config file that it was made from, without folders
 
     def __repr__(self):
         n = sum(w.numel() for w in self.model.parameters()) / 1e6
@@ -74,6 +76,11 @@ class Clip:
         theirs = getattr(self.tokenize, "tokenizer", None)
         return [self.context_length, sorted(theirs.get_vocab().items())] if theirs else []
 
+    @property
+    def architecture(self) -> list:
+        "The config file that it was made from, without its folders: heads, pooling and masks leave no trace in weights."
+        return [self.config] if self.config else []
+
     def normalise(self, pixels: Tensor) -> Tensor:
         "(n, h, w, 3) uint8 to the (n, 3, h, w) floats that the image tower takes."
         return ((pixels / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
@@ -85,10 +92,10 @@ class Clip:
         return self
 
     def fingerprint(self) -> str:
-        "Key of name, weights, layers (an activation has none), tokenizer and image preparation; caches are kept under it."
+        "Key of name, weights, layers, config file, tokenizer and image preparation; caches are kept under it."
         weights = [w.detach().float().cpu().numpy() for w in self.model.state_dict().values()]
         return fingerprint(self.name, repr(self.model), self.image_size, self.resize_mode, self.interpolation,
-                           self.mean.tolist(), self.std.tolist(), *self.words, *weights)
+                           self.mean.tolist(), self.std.tolist(), *self.words, *self.architecture, *weights)
 
 
 # %% ../nbs/01_clip_prompting.ipynb #cc06f871
@@ -108,8 +115,8 @@ def check_download(clip_model: str, pretrained: str) -> None:
     import huggingface_hub
     import open_clip
 
-    hub = open_clip.get_pretrained_cfg(clip_model, pretrained).get("hf_hub", "").rstrip("/")
-    names = open_clip.constants.HF_WEIGHTS_NAME, open_clip.constants.HF_SAFE_WEIGHTS_NAME
+    hub, name = os.path.split(open_clip.get_pretrained_cfg(clip_model, pretrained).get("hf_hub", ""))
+    names = [name] if name else [open_clip.constants.HF_WEIGHTS_NAME, open_clip.constants.HF_SAFE_WEIGHTS_NAME]
     cached = any(isinstance(huggingface_hub.try_to_load_from_cache(hub, n), str) for n in names) if hub else False
     if not cached and (os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_answers()):
         raise DataError(f"The weights '{pretrained}' of {clip_model} are not on this machine and the model hub does not "
@@ -238,18 +245,36 @@ def check_text_tower(config: dict, clip_model: str) -> None:
                         f"{', '.join(arch_dict)}; and code that a folder brings (auto_map) is not run.")
 
 # %% ../nbs/01_clip_prompting.ipynb #1a154085
+def check_preparation(
+    name: str,  # of a CLIP, as messages call it
+    how: dict,  # size, mean and std of its images
+    takes: int | tuple,  # size of the images that its tower takes
+) -> int:
+    "The size of square images that the tower takes; raises `DataError` if `how` is no way to make them."
+    sizes, its = (set(np.ravel(np.array(size, dtype=object)).tolist()) for size in (how["size"], takes))
+    if sizes != its or len(its) > 1:
+        raise DataError(f"{name} prepares images of size={how['size']}, and its image tower takes {takes}. Both must be the "
+                        "same, and square: set image_size in vision_cfg, and leave size out of preprocess_cfg.")
+    for what, least in (("mean", -math.inf), ("std", 0)):
+        values = how[what] if isinstance(how[what], list | tuple) else []
+        if len(values) != 3 or not all(isinstance(v, int | float) and least < v < math.inf for v in values):
+            raise DataError(f"{name} prepares its images with {what}={how[what]}. It must be three numbers"
+                            f"{' above 0' if what == 'std' else ''}.")
+    return int(its.pop())
+
+
 def as_clip(
     name: str,  # as messages call it
     model: nn.Module,  # of open_clip
     tokenize: Callable,  # texts to token ids (n, context length)
     prepare: dict | None = None,  # how images are prepared, where it is not as the model says
 ) -> Clip:
-    "A `Clip` of `model`, frozen; raises `DataError` for an unknown way of resizing images."
+    "A `Clip` of `model`, frozen; raises `DataError` for images that its tower does not take, or an unknown way of resizing."
     import open_clip
 
     model = model.float().eval().requires_grad_(False)
     how = open_clip.get_model_preprocess_cfg(model) | (prepare or {})
-    size = how["size"][0] if isinstance(how["size"], (tuple, list)) else how["size"]
+    size = check_preparation(name, how, getattr(model.visual, "image_size", how["size"]))
     if how["resize_mode"] not in RESIZE_MODES or how["interpolation"] not in INTERPOLATIONS:
         raise DataError(f"{name} resizes its images by {how['resize_mode']}, {how['interpolation']}. Known: "
                         f"{', '.join(RESIZE_MODES)}; {', '.join(INTERPOLATIONS)}.")
@@ -257,6 +282,18 @@ def as_clip(
                 how["interpolation"])
 
 # %% ../nbs/01_clip_prompting.ipynb #54909e43
+def named_tokenizer(clip_model: str) -> Callable:
+    "The tokenizer of an architecture of open_clip; raises `DataError` if it is on a model hub that does not answer."
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(clip_model)
+    except OSError:
+        name = open_clip.get_model_config(clip_model)["text_cfg"].get("hf_tokenizer_name")
+        raise DataError(f"The tokenizer of {clip_model}, '{name}', is not on this machine, and the model hub does not "
+                        "answer. Connect to the network once.") from None
+
+
 def load_clip(clip_model: str = "tiny", pretrained: str = "sample") -> Clip:
     """Load architecture `clip_model`, of open_clip or a config file, with weights `pretrained`: a tag, a file or a folder.
 
@@ -274,9 +311,10 @@ def load_clip(clip_model: str = "tiny", pretrained: str = "sample") -> Clip:
         raise SettingError(f"clip_model='{clip_model}' is not known.{did_you_mean(clip_model, known)} Examples: tiny, "
                            "ViT-B-32, ViT-B-16, ViT-L-14; open_clip.list_models() lists all. A config file ends in .json.")
     check_text_tower(open_clip.get_model_config(clip_model), clip_model)
+    tokenize = named_tokenizer(clip_model)
     weights, tag = find_weights(clip_model, pretrained), open_clip.get_pretrained_cfg(clip_model, pretrained)
     model = _create_model(clip_model, weights, bool(tag.get("quick_gelu")))
-    return as_clip(f"{clip_model}/{pretrained}", model, open_clip.get_tokenizer(clip_model))
+    return as_clip(f"{clip_model}/{pretrained}", model, tokenize)
 
 # %% ../nbs/01_clip_prompting.ipynb #fd49e552
 @dataclass
@@ -301,8 +339,8 @@ def no_prompts(
     needed: str,  # a tower that takes prompts, in words
 ) -> DataError:
     "The error for a tower that takes no prompts."
-    return DataError(f"{clip.name}: its {tower} tower is of type {type(module).__name__}; prompts need {needed}. This one "
-                     "can be tuned with tuning = lora, adapter or full.")
+    return DataError(f"{clip.name}: its {tower} tower is of type {type(module).__name__}; prompts need {needed}. Take "
+                     "tuning = full, or lora or adapter if the tower has layers with attention or an MLP.")
 
 # %% ../nbs/01_clip_prompting.ipynb #b4134d7a
 def image_tower(clip: Clip) -> Tower:
@@ -662,7 +700,7 @@ def read_config(clip_model: str) -> tuple[dict, dict]:
                         f"({type(e).__name__}: {e}).") from e
     folders = {k: str(path.parent / v) for k, v in text.items()
                if k in ("hf_model_name", "hf_tokenizer_name") and v and (path.parent / v).is_dir()}
-    return model | {"text_cfg": text | folders}, config.get("preprocess_cfg", {})
+    return model | {"text_cfg": text | folders}, config.get("preprocess_cfg") or {}
 
 # %% ../nbs/01_clip_prompting.ipynb #baa9d2b1
 def package_file(name: str) -> Path:
@@ -779,6 +817,18 @@ def packaged_weights(files: dict[str, str], towers: dict[str, nn.Module]) -> dic
     return {"image": dict(zip(names, image.values())), "text": {n: text[n] for n in towers["text"].state_dict()}}
 
 # %% ../nbs/01_clip_prompting.ipynb #011651da
+def without_folders(
+    config: dict,  # of a config file
+    model: nn.Module,  # made from it
+) -> dict:
+    "The architecture in `config`, with that of a Hugging Face text tower in place of its folder."
+    text = {k: v for k, v in config["text_cfg"].items() if k not in ("hf_model_name", "hf_tokenizer_name")}
+    theirs = getattr(getattr(model, "text", None), "config", None)
+    theirs = theirs.to_dict() if hasattr(theirs, "to_dict") else {}
+    named = ("_name_or_path", "transformers_version")
+    return config | {"text_cfg": text, "text_tower": {k: str(v) for k, v in theirs.items() if k not in named}}
+
+
 def load_towers(clip_model: str, pretrained: str) -> Clip:
     """A CLIP of a config file, or one of `PACKAGED`, with weights of each tower or of the whole: see `tower_files`.
 
@@ -803,7 +853,9 @@ def load_towers(clip_model: str, pretrained: str) -> Clip:
         model.visual.output_dim = trunk.num_features
     timm_cfg = getattr(trunk, "pretrained_cfg", {})
     prepare = {k: timm_cfg[k] for k in ("mean", "std", "interpolation") if k in timm_cfg} | prepare
-    return as_clip(clip_model if own else f"{clip_model}/{pretrained}", model, tokenize, prepare)
+    clip = as_clip(clip_model if own else f"{clip_model}/{pretrained}", model, tokenize, prepare)
+    clip.config = {} if clip_model in PACKAGED else without_folders(config, model)
+    return clip
 
 # %% ../nbs/01_clip_prompting.ipynb #46cce536
 def token_map(
@@ -822,7 +874,7 @@ def token_map(
             tokens[start : start + block] = clip.tokenize(texts[start : start + block]).numpy()
         tokens.flush()
 
-    key = fingerprint("tokens", open_clip.__version__, clip.name, length, texts, *clip.words)
+    key = fingerprint("tokens", open_clip.__version__, clip.name, length, texts, *clip.words, *clip.architecture)
     return np.load(cached(f"tokens-{key}.npy", tokenize_all), mmap_mode="r")
 
 # %% ../nbs/01_clip_prompting.ipynb #c69aef5e

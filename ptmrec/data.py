@@ -252,8 +252,8 @@ def _check_interactions(path, table, timed):
     columns = ", ".join(map(str, table.columns))
     for column in ("user", "item"):
         if column not in table:
-            raise DataError(f"{path} has no {column} column; its columns are {columns or 'none'}. The header must have a "
-                            f"name like {', '.join(SPELLINGS[column].split()[:4])}.")
+            raise DataError(f"{path} has no {column} column; its columns, as they are read, are {columns or 'none'}. The "
+                            f"header must have a name like {', '.join(SPELLINGS[column].split()[:4])}.")
         table = _check_ids(path, table, column)
     table = _check_ratings(path, table) if "rating" in table else table
     table = _check_split(path, table) if "split" in table else table
@@ -477,6 +477,9 @@ class Interactions:
     item_ids: np.ndarray
     time: np.ndarray | None = None
 
+    def __post_init__(self):
+        self.user, self.item = (np.asarray(x).astype(np.int64, copy=False) for x in (self.user, self.item))
+
     n_users = property(lambda self: len(self.user_ids), doc="Number of users U, with those that are only in test.")
     n_items = property(lambda self: len(self.item_ids), doc="Number of items I.")
 
@@ -645,7 +648,9 @@ def _join_items(source, table, item_ids):
     "The rows of an item table in item order, one per item; items that it lacks are empty."
     names = pd.Index(item_ids.astype(str))
     if "item" not in table:
-        raise DataError(f"{source} has no item column; its columns are {', '.join(map(str, table.columns))}.")
+        raise DataError(f"{source} has no item column; its columns, as they are read, are "
+                        f"{', '.join(map(str, table.columns))}. The header must have a name like "
+                        f"{', '.join(SPELLINGS['item'].split()[:4])}.")
     _raise_if_any(table.item.isna(), source, table, "item", "is not an id")
     ids = table.item.astype(str)
     known = ids.isin(names).to_numpy()
@@ -677,6 +682,9 @@ def _item_table(folder, item_ids):
         found = ", ".join(columns) or "none"
         warnings.warn(f"{folder}: no column of the item tables is a text or a picture (they are {found}). Call texts "
                       f"{', '.join(TEXT_FIELDS)}, and file names image.")
+    elif unread := [c for c in columns if c not in SPELLINGS and columns[c].map(lambda value: isinstance(value, str)).any()]:
+        warnings.warn(f"{folder}: the item columns {', '.join(unread)} are no part of the texts, which are those called "
+                      f"{', '.join(TEXT_FIELDS)}.")
     return pd.DataFrame(columns, index=pd.Index(item_ids.astype(str)))
 
 # %% ../nbs/00_data.ipynb #9c621a6b
@@ -1234,4 +1242,5 @@ def show_statistics(data: RecData) -> Any:
               "cold items": inter.cold("item").mean(), "cold users": inter.cold("user").mean()}
     axes[3].bar_label(axes[3].barh(list(shares)[::-1], list(shares.values())[::-1]), fmt="{:.1%}", padding=3)
     axes[3].set(xlim=(0, 1), xlabel="share of items or users")
+    axes[3].grid(False)  # it would strike the numbers through
     return figure

@@ -217,8 +217,9 @@ def scored_trials(
     **params,  # of `run_stage1`
 ) -> pd.DataFrame:
     "All trials of a backbone's grid, scored on test, which a search must not do: Recall@20 per trial and seed."
+    grid = {name: values for name, values in grid_of(backbone, **params).items() if name not in params}
     runs = {n: run_stage1(backbone=backbone, dataset=dataset, n_seeds=n_seeds, **cell, **params)
-            for n, cell in enumerate(cells(grid_of(backbone)))}
+            for n, cell in enumerate(cells(grid))}
     return pd.DataFrame([{"backbone": backbone, "trial": n, "seed": run.params["seed"]} | {
         split: run.metrics()[split]["recall@20"] for split in ("valid", "test")} for n in runs for run in runs[n]])
 

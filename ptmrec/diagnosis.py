@@ -44,11 +44,16 @@ def shared_neighbours(
     b: Tensor,  # (I, D)
     k: int = 10,  # neighbours per item, itself left out
 ) -> Tensor:
-    "Share (I,) of each item's `k` nearest in `a` that are among its `k` nearest in `b`, by cosine."
+    """Share (I,) of each item's `k` nearest in `a` that are among its `k` nearest in `b`, by cosine.
+
+    Of an item that equals more than `k` others, and is not among its own nearest, `k` of them count.
+    """
     pairs = []
     for features in (a, b):
-        row, col = knn_graph(features, k + 1).csr.to_sparse_coo().indices()  # each item is its own nearest
-        pairs.append((row * len(a) + col)[row != col])
+        row, col = knn_graph(features, k + 1).csr.to_sparse_coo().indices()
+        no_self = torch.ones(len(a), dtype=torch.bool, device=row.device).index_fill(0, row[row == col], False)
+        last = F.pad(row[1:] != row[:-1], (0, 1), value=True)
+        pairs.append((row * len(a) + col)[~((row == col) | last & no_self[row])])
     shared = pairs[0][torch.isin(*pairs)] // len(a)
     return shared.bincount(minlength=len(a)) / max(k, 1)
 

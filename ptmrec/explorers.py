@@ -315,9 +315,9 @@ class DataBrowser(Explorer):
         table, how = self.table, (self.words.value, self.only.value, *self.range.value, self.order.value)
         found = find_items(table, *how)
         self.found.show(f"{len(found):,} of {len(table):,} items", found,
-                        lambda item: "cold" if table.cold.iat[item] else f"{table.interactions.iat[item]:,} users")
+                        lambda item: "cold" if table.cold.iat[item] else f"{table.interactions.iat[item]:,} in training")
         if not len(found):
-            raise DataError("No item fits. Ask for fewer words, or for more interactions.")
+            raise DataError("No item fits. Ask for fewer words, or for a wider range of interactions.")
         self.open(found[0])
 
     def open(self, item: int) -> None:
@@ -864,7 +864,7 @@ def validation_curves(runs: Sequence[Run]) -> plt.Figure:
 def tested(a: Run, b: Run, metric: str = "recall@20") -> str:
     "The paired test of `b` against `a` by `metric`, in their best variants, in words. Raises `DataError` if data differ."
     t = compare(a, b, metric)
-    sure = "a difference" if t["p"] < 0.05 else "no significant difference"
+    sure = "no significant difference" if t["p"] >= 0.05 else "better" if t["difference"] > 0 else "worse"
     return (f"Test {label(metric)} of {run_name(b)} against {run_name(a)}: {t['before']:.4f} -> {t['after']:.4f}; per user "
             f"{t['difference']:+.4f} [{t['low']:+.4f}, {t['high']:+.4f}], paired t-test over {t['users']:,} users "
             f"p = {t['p']:.2g}: {sure}.")
@@ -885,7 +885,7 @@ def run_rows(table: pd.DataFrame) -> pd.DataFrame:
                "seed": "{:.0f}".format, "created": lambda time: time[:16].replace("T", " ")}
     for column in formats.keys() & set(shown):
         shown[column] = shown[column].map(formats[column], na_action="ignore")
-    return shown.fillna("").rename(columns={"by_hand": "stopped by hand"})
+    return shown.fillna("")[sorted(shown, key="by_hand".__eq__)].rename(columns={"by_hand": "stopped by hand"})
 
 # %% ../nbs/07a_explorers.ipynb #3cbb893c
 TABLE = {"select": "multi", "paging": True, "pageLength": 10, "lengthMenu": [10, 25, 100], "maxBytes": 0,  # 0: all runs
@@ -926,11 +926,11 @@ class RunExplorer(Explorer):
         self.differences.value = plain_table([["", *differ.columns], *differ.itertuples()])
 
     def compare(self) -> None:
-        "Test the two selected runs."
-        if len(self.rows.selected_rows) != 2:
-            raise DataError(f"Click two rows of the table to compare them (selected now: {len(self.rows.selected_rows)}).")
-        sentence = tested(*open_rows(self.table.iloc[self.rows.selected_rows]), self.metric.value)
-        self.answer.value = f"<b>{html.escape(sentence)}</b>"
+        "Test the later of the two selected runs against the earlier."
+        rows = sorted(self.rows.selected_rows, reverse=True)  # the newest run comes first in the table
+        if len(rows) != 2:
+            raise DataError(f"Click two rows of the table to compare them (selected now: {len(rows)}).")
+        self.answer.value = f"<b>{html.escape(tested(*open_rows(self.table.iloc[rows]), self.metric.value))}</b>"
 
     def still(self) -> dict:
         "The newest runs as a table that needs no widgets."

@@ -20,7 +20,7 @@ from .data import DataError, progress
 # %% ../nbs/00e_graphs.ipynb #52a6979d
 def _csr(row, col, value, shape):
     "The entries (row, col, value), in any order, as a CSR matrix."
-    order = torch.argsort(row * shape[1] + col)
+    order = torch.argsort(row.long() * shape[1] + col)  # int32 is too small for it
     pointer = F.pad(torch.bincount(row, minlength=shape[0]).cumsum(0), (1, 0))
     return _sparse(pointer, col[order], value[order].float(), shape)
 

@@ -152,6 +152,9 @@ def attach(
     Raises `SettingError` for an unknown name, a wrong setting, or one that no chosen method has, and `DataError` if this
     CLIP has no place for the method.
     """
+    towers = [towers] if isinstance(towers, str) else list(towers)
+    if len(towers) != len(set(towers) & set(TOWERS)):
+        raise SettingError(f"towers={towers} is not allowed. Name each of {' and '.join(TOWERS)} at most once.")
     values, parts = check_method_settings(tuning, settings), []
     try:
         for cls, its_settings in zip(tuning_methods(tuning), values):

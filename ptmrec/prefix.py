@@ -98,7 +98,7 @@ class PrefixEncoder(ItemEncoder):
         self.stores = {}  # {modality: (frozen layers, ItemStore)}
 
     def encode(self, modality: str, items: Tensor) -> Tensor:
-        tower = image_tower(self.clip) if modality == "image" else text_tower(self.clip)
+        tower = self._tower(modality)
         prompts = {} if self.prompts is None else self.prompts.in_layers(modality, len(tower.blocks))
         if modality not in self.stores:
             self.stores[modality] = self._new_store(modality, tower, prompts)
@@ -109,6 +109,13 @@ class PrefixEncoder(ItemEncoder):
             x = store(items, text and text.x.shape[1], compute).to(self.device)
         features = text_features(tower, text, x, first) if text else image_features(tower, x, prompts, first)
         return F.normalize(features.float(), dim=1)
+
+    def _tower(self, modality):
+        try:
+            return image_tower(self.clip) if modality == "image" else text_tower(self.clip)
+        except DataError:
+            raise DataError(f"cache_prefix: the {modality} tower of {self.clip.name} cannot be taken apart into layers. "
+                            "Leave cache_prefix out.") from None
 
     def _tokens(self, modality, blocks, items):
         "Tokens (n, N, w) of `items` after the frozen `blocks`."

@@ -231,17 +231,19 @@ class Evaluator:
 
 # %% ../nbs/03a_ranking.ipynb #ea62d9b3
 def paired_test(before: list[pd.Series], after: list[pd.Series]) -> dict:
-    """Paired comparison of values per user, each a list of Series (one per seed) indexed by user.
+    """Paired comparison of values per user, each a list of Series (one per seed) indexed by user; users that all have.
 
     Returns the means, the mean difference, its 95 % confidence interval and the two-sided p-value (paired t-test).
     """
-    before, after = (pd.concat(series, axis=1).mean(axis=1) for series in (before, after))
+    before, after = (pd.concat(series, axis=1).mean(axis=1, skipna=False) for series in (before, after))
     difference = (after - before).dropna()
+    before, after = before[difference.index], after[difference.index]
     low, high, p = 0.0, 0.0, 1.0
     if difference.any() or not len(difference):
         from scipy import stats  # imported here because it takes half a second
 
         test = stats.ttest_1samp(difference, 0)
         (low, high), p = test.confidence_interval(0.95), test.pvalue
-    return {"before": before.mean(), "after": after.mean(), "difference": difference.mean(),
-            "low": low, "high": high, "p": p, "users": len(difference)}
+    means = {"before": before, "after": after, "difference": difference}
+    return {name: float(values.mean()) for name, values in means.items()} | {
+        "low": float(low), "high": float(high), "p": float(p), "users": len(difference)}

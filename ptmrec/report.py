@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'CLAIMS', 'DIFFERS', 'FIRST', 'Block', 'as_markdown', 'as_html', 'write_report', 'Claim', 'beside_the_paper',
-           'saved_table', 'study_blocks', 'check_studies', 'named_studies', 'report_name', 'check_report', 'own_names',
-           'paper', 'main']
+           'saved_table', 'study_blocks', 'check_studies', 'listed', 'named_studies', 'report_name', 'check_report',
+           'own_names', 'paper', 'main']
 
 # %% ../nbs/06a_report.ipynb #e1cc8c79
 import argparse
@@ -24,10 +24,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .ablations import (SAMPLERS, STUDIES, StudyResult, check_base, cost_table, draw_trials, plot_cost, plot_study,
+from .ablations import (SAMPLERS, STUDIES, StudyResult, check_study, cost_table, draw_trials, plot_cost, plot_study,
                               run_study, study_settings, verdicts, write_result)
 from .data import DataError, fingerprint, load_data, runs_dir, write_atomically
-from .ranking import check_metric
 from .runs import open_run, shown_path
 from .settings import SettingError, check_count, did_you_mean, resolve
 from .significance import save_figure, to_markdown
@@ -218,6 +217,11 @@ def check_studies(names: Sequence[str]) -> None:
         raise SettingError(f"No study is named. Name at least one of {', '.join(STUDIES)}.")
 
 # %% ../nbs/06a_report.ipynb #81ee845f
+def listed(names: str | Sequence[str]) -> list[str]:
+    "One name, or several, as a list."
+    return [names] if isinstance(names, str) else list(names)
+
+
 def named_studies(names: Sequence[str]) -> list[str]:
     "The studies that are named; `all` are all but the longest, and those that are named beside it."
     if "all" not in names:
@@ -242,11 +246,13 @@ def check_report(
 ) -> None:
     "Raise `SettingError` for what is wrong in the arguments of `paper`, before anything is made."
     check_studies(studies)
-    check_metric(metric)
-    for name, value in {"n_seeds": n_seeds, "budget": budget, "at_once": 1 if at_once is None else at_once}.items():
+    if not settings:
+        raise SettingError("No data set is named. Name at least one, as sample.")
+    for name, value in {"n_seeds": n_seeds, "budget": budget}.items():
         check_count(name, value)
     for path, mine, *_ in settings.values():
-        check_base(mine)
+        for study in studies:
+            check_study(study, metric, sampler, mine, at_once)
         resolve(run_stage2.experiment, mine | {"dataset": path})
         tuned = [name for name in studies if STUDIES[name].tuned and sampler == "random"]
         for spaces in (axes for name in tuned for axes in STUDIES[name].axes(path, mine).values()):
@@ -280,8 +286,8 @@ def _about(dataset, result, settings, n_seeds, budget, sampler):
 
 # %% ../nbs/06a_report.ipynb #feb84784
 def paper(
-    datasets: Sequence[str] = ("sample",),  # names or folders
-    studies: Sequence[str] = FIRST,  # names of `STUDIES`, or all
+    datasets: str | Sequence[str] = ("sample",),  # names or folders
+    studies: str | Sequence[str] = FIRST,  # names of `STUDIES`, or all
     n_seeds: int = 3,  # runs per cell
     budget: int = 6,  # trials per method
     sampler: str = "random",  # of the trials, or optuna
@@ -290,7 +296,7 @@ def paper(
     **how,  # of `grid`: at_once, threads, client
 ) -> Path:
     "Run studies and write a report on them into a folder of runs/paper, which is returned. Failed studies say why."
-    settings, studies = {dataset: study_settings(dataset, base) for dataset in datasets}, named_studies(studies)
+    settings, studies = {name: study_settings(name, base) for name in listed(datasets)}, named_studies(listed(studies))
     check_report(settings, studies, n_seeds, budget, sampler, metric, how.get("at_once"))
     names, tables, failed = own_names(settings), [], []
     folder = runs_dir() / "paper" / report_name(names.values(), studies, base=base)

@@ -51,7 +51,7 @@ from .files import cached, fingerprint, locked, repo_root, runs_dir, sweep, writ
 from .peft import attach
 from .ranking import METRICS, Evaluator, paired_test, rank_items
 from .settings import SettingError, described, did_you_mean, resolve, shown
-from .training import exits_when_stopped
+from .training import exits_when_stopped, weights_of
 
 # %% ../nbs/03c_runs.ipynb #df7dd55c
 def set_seed(seed: int, device: torch.device | str = "cpu") -> None:
@@ -396,8 +396,8 @@ def load_parameters(
     weights: dict,  # {name: tensor}, all that `module` has
     source: str,  # their file, for messages
 ) -> None:
-    "Load `weights` {name: tensor}, exactly the parameters of `module`; raises `DataError` that names `source`."
-    mine = dict(module.named_parameters())
+    "Load `weights`, exactly the `weights_of` of `module`; raises `DataError` that names `source`."
+    mine = weights_of(module)
     if {n: w.shape for n, w in weights.items()} != {n: q.shape for n, q in mine.items()}:
         wrong = sorted(mine.keys() ^ weights.keys()) or [n for n in mine if mine[n].shape != weights[n].shape]
         raise DataError(f"{source} does not fit this {type(module).__name__}: {', '.join(wrong[:3])} differ"

@@ -102,8 +102,8 @@ def in_words(
     what = (f"{name} against {against}, {metric}: {row['before']:.4f} -> {row['after']:.4f}{gain}; per user "
             f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p = {row['p_holm']:.2g} after Holm")
     if row["p_holm"] < 0.05:
-        inside = row["low"] <= 0 <= row["high"]
-        return what + (": a difference on these seeds; with other seeds it may vanish." if inside else ": a difference.")
+        inside, found = row["low"] <= 0 <= row["high"], "better" if row["difference"] > 0 else "worse"
+        return f"{what}: {found}" + (" on these seeds; with other seeds the difference may vanish." if inside else ".")
     smallest = row["smallest"]
     shows = (f"the smallest gain that this data could show is {smallest:.4f}" +
              (f" ({smallest / row['before']:.1%})" if row["before"] else "")) if smallest == smallest else (

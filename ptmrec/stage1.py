@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LARGEST', 'LABELS', 'STAGE1_CODE', 'BACKBONE_NAMES', 'DataSettings', 'EncoderSettings', 'EvaluationSettings',
            'TrainingSettings', 'Stage1Settings', 'locate_dataset', 'fetch_dataset', 'check_stage1', 'run_stage1',
-           'one_per_seed', 'check_tables', 'Inputs', 'check_inputs', 'load_inputs', 'build_backbone', 'new_backbone',
-           'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_one_epoch', 'validate',
-           'train_backbone', 'train_with', 'check_fit', 'stage1_settings', 'stage1_parameters', 'stage1_code',
-           'find_stage1_run', 'run_arguments', 'train_stage1', 'trained_stage1', 'score_stage1', 'save_embeddings',
-           'load_backbone', 'metrics_table', 'backbone_name', 'plot_history', 'diagnosis_of']
+           'one_per_seed', 'check_tables', 'Inputs', 'check_inputs', 'read_inputs', 'load_inputs', 'build_backbone',
+           'new_backbone', 'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_one_epoch',
+           'validate', 'train_backbone', 'train_with', 'check_fit', 'stage1_settings', 'stage1_parameters',
+           'stage1_code', 'find_stage1_run', 'run_arguments', 'train_stage1', 'trained_stage1', 'score_stage1',
+           'save_embeddings', 'load_backbone', 'metrics_table', 'backbone_name', 'plot_history', 'diagnosis_of']
 
 # %% ../nbs/04_stage1.ipynb #c8e5f1fc
 import time
@@ -37,7 +37,7 @@ from .runs import (DEVICES, EVALUATED_BY, Run, code_of, first_features, load_par
 from .settings import SettingError, Settings, experiment, setting
 from .sources import PUBLIC_SETS, find_or_prepare
 from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_losses,
-                             how_it_ended, keep_freed_memory)
+                             how_it_ended, keep_freed_memory, weights_of)
 
 # %% ../nbs/04_stage1.ipynb #e28b9345
 class DataSettings(Settings):
@@ -114,7 +114,10 @@ def fetch_dataset(settings: Settings) -> Path:
 
 # %% ../nbs/04_stage1.ipynb #982062a8
 def check_stage1(settings: Settings) -> None:
-    "Raise `SettingError` if `eval_items` counts items that `candidates` leaves out."
+    "Raise `SettingError` if `eval_items` counts items that `candidates` leaves out, or if no features are there to train."
+    if settings.train_features and not BACKBONES[settings.backbone].uses_features:
+        raise SettingError(f"train_features=True trains feature tables, and backbone='{settings.backbone}' has none. Leave "
+                           "it out.")
     if settings.candidates not in ("all", settings.eval_items):
         raise SettingError(f"candidates='{settings.candidates}' ranks the {settings.candidates} items alone, and "
                            f"eval_items='{settings.eval_items}' counts others. Set both to '{settings.candidates}'.")
@@ -197,8 +200,8 @@ def check_inputs(settings: Settings, inputs: Inputs) -> None:
                            f"{inter.n_items:,} items, and {free / 1e9:.2g} GB is free. Lower emb_size.")
 
 # %% ../nbs/04_stage1.ipynb #75bf1a09
-def load_inputs(settings: Settings) -> Inputs:
-    "The inputs for these settings; raises `DataError` for data that cannot be used."
+def read_inputs(settings: Settings) -> Inputs:
+    "The inputs for these settings; raises `DataError` for data that cannot be read."
     device = pick_device(settings.device)
     with main_first():
         data = load_data(find_or_prepare(settings.dataset), settings.min_rating, settings.core, settings.split,
@@ -214,7 +217,12 @@ def load_inputs(settings: Settings) -> Inputs:
                 warn_of_cut_texts(clip, data)
         features = first_features(data, clip, device)
         check_tables(data, features)
-    inputs = Inputs(data, clip, features, device)
+    return Inputs(data, clip, features, device)
+
+
+def load_inputs(settings: Settings) -> Inputs:
+    "The inputs to train with; raises `DataError` or `SettingError` for data that cannot be used with these settings."
+    inputs = read_inputs(settings)
     check_inputs(settings, inputs)
     return inputs
 
@@ -457,7 +465,7 @@ def train_stage1(
         name = "Stage 1" if settings.rounds == 1 else f"Stage 1, round {settings.rounds}"
         history = train_with(settings, backbone, evaluator, name, run.checkpoint)
         run.note_ended({name: history.attrs["ended"]})
-        run.save_weights("backbone", dict(backbone.named_parameters()))
+        run.save_weights("backbone", weights_of(backbone))
         run.save_table("history.csv", history.reset_index())
         run.seal()
         run.checkpoint.unlink(missing_ok=True)

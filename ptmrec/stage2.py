@@ -7,10 +7,10 @@ __all__ = ['SOURCES', 'SPACES', 'BATCHES', 'VARIANTS', 'STAGE2_CODE', 'VARIANT_N
            'Stage2TrainingSettings', 'Stage2Settings', 'check_stage2', 'joint_values', 'check_joint', 'run_stage2',
            'item_batches', 'interaction_batches', 'make_batches', 'teacher', 'attach_tuning', 'Stage2',
            'transfer_terms', 'with_features', 'MissingContent', 'tune_one_epoch', 'stage2_optimiser', 'validate_tuned',
-           'tune', 'variants', 'joint_settings', 'parameter_table', 'chosen_towers', 'find_stage2_run', 'make_encoder',
-           'check_encoder', 'stage1_of', 'train_stage2', 'tune_and_try', 'need_of', 'new_model', 'tune_with',
-           'tune_and_keep', 'keep_variants', 'score_variants', 'without_tuning', 'controls_of', 'metrics_of',
-           'check_gain', 'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
+           'tune', 'bar_name', 'variants', 'joint_settings', 'parameter_table', 'chosen_towers', 'find_stage2_run',
+           'make_encoder', 'check_encoder', 'stage1_of', 'train_stage2', 'tune_and_try', 'need_of', 'new_model',
+           'tune_with', 'tune_and_keep', 'keep_variants', 'score_variants', 'without_tuning', 'controls_of',
+           'metrics_of', 'check_gain', 'variant_name', 'results_table', 'verdict', 'report', 'plot_results', 'main']
 
 # %% ../nbs/05_stage2.ipynb #5ea8694e
 import os
@@ -54,7 +54,7 @@ from .stage1 import (Inputs, Stage1Settings, check_stage1, evaluate, fetch_datas
                            one_per_seed, run_arguments, run_stage1, save_embeddings, stage1_code, stage1_settings,
                            find_stage1_run, train_with, trained_stage1, validate)
 from .training import (Callback, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_features,
-                             check_losses, how_it_ended, keep_freed_memory)
+                             check_losses, how_it_ended, keep_freed_memory, weights_of)
 
 # %% ../nbs/05_stage2.ipynb #ddb05c45
 SOURCES = ("id", "output")
@@ -114,6 +114,9 @@ def check_stage2(settings: Settings) -> None:
                            "out.")
     if settings.training == "two_stage" and not settings.kt_weight and not settings.task_weight:
         raise SettingError("kt_weight=0 and task_weight=0 leave no loss to train by. Set one of them above 0.")
+    if settings.stage2_batch_size == 1 and not settings.task_weight and settings.training == "two_stage":
+        raise SettingError("stage2_batch_size=1 compares an item with itself alone, so the KL loss is 0 whatever CLIP does. "
+                           "Set it to 2 or more.")
     if settings.training == "two_stage" and settings.tune_backbone and not settings.task_weight:
         raise SettingError("tune_backbone=True moves the backbone by its own loss, and task_weight=0 leaves that out. Set "
                            "task_weight above 0, or leave tune_backbone out.")
@@ -373,6 +376,14 @@ def tune(
 VARIANTS = ("as_is", "continued", "fresh")  # of two stages; joint training has one
 
 
+def bar_name(
+    part: str,  # of a run: Stage 2, or a variant
+    settings: Settings,
+) -> str:
+    "The name on a progress bar; a run that tunes no CLIP says so, as it may be the control of one that does."
+    return f"{part}, projections alone" if settings.tuning == "none" else part
+
+
 def variants(
     backbone: Backbone,  # as Stage 2 leaves it
     features: dict, projected: dict,  # tuned: {modality: (I, d_m)}, and their projections (I, d)
@@ -387,12 +398,13 @@ def variants(
     yield "as_is", backbone
     backbone.requires_grad_(True)
     set_seed(settings.seed, inputs.device)
-    history = train_with(settings, backbone, evaluator, "continued", run.folder / "checkpoint_continued.pt")
+    history = train_with(settings, backbone, evaluator, bar_name("continued", settings),
+                         run.folder / "checkpoint_continued.pt")
     run.note_ended({"continued": history.attrs["ended"]})
     yield "continued", backbone
     set_seed(settings.seed, inputs.device)
     fresh = new_backbone(settings, inputs, projected if settings.feature_space == "projected" else features)
-    history = train_with(settings, fresh, evaluator, "fresh", run.folder / "checkpoint_fresh.pt")
+    history = train_with(settings, fresh, evaluator, bar_name("fresh", settings), run.folder / "checkpoint_fresh.pt")
     run.note_ended({"fresh": history.attrs["ended"]})
     yield "fresh", fresh
 
@@ -530,7 +542,8 @@ def tune_with(
     patience = max(1, settings.patience // settings.validate_every) if settings.training == "joint" else None
     return tune(model, evaluator, settings.project_lr, settings.batch_by, settings.stage2_batch_size, settings.accumulate,
                 settings.stage2_epochs, settings.validate_every, patience, settings.feature_space,
-                f"Stage 2, seed {settings.seed}", checkpoint, settings.metric, settings.on_nan, settings.negatives)
+                f"{bar_name('Stage 2', settings)}, seed {settings.seed}", checkpoint, settings.metric, settings.on_nan,
+                settings.negatives)
 
 
 def tune_and_keep(
@@ -548,7 +561,7 @@ def tune_and_keep(
     run.save_table("parameters.csv", parameter_table(model))
     run.note_ended({"Stage 2": history.attrs["ended"]})
     run.save_table("history.csv", history.reset_index())
-    run.save_weights("tuning", dict(encoder.tuning.named_parameters()))
+    run.save_weights("tuning", weights_of(encoder.tuning))
     tuned, projected = model.tuned()
     run.save_weights("features", tuned | {f"projected_{m}": f for m, f in projected.items()})
     return tuned, projected
@@ -562,7 +575,7 @@ def keep_variants(
     "Keep weights, final embeddings and validation metrics of variants (name, backbone); the run then is trained."
     valid = {}
     for name, backbone in tuned_backbones:
-        run.save_weights(f"backbone_{name}", dict(backbone.named_parameters()))
+        run.save_weights(f"backbone_{name}", weights_of(backbone))
         save_embeddings(run, f"embeddings_{name}", backbone)
         valid[name] = mean_metrics(evaluate(backbone, evaluator, "valid")[0])
     run.save_table("valid.parquet", pd.DataFrame(valid).T)
@@ -594,7 +607,7 @@ def score_variants(
 # %% ../nbs/05_stage2.ipynb #b50c044f
 def without_tuning(params: dict) -> dict:
     "The same settings with no tuning of CLIP; those that only a tuning uses are left out."
-    only = {*TUNINGS.settings(), "tuned_towers"}
+    only = {*TUNINGS.settings(), "tuned_towers", "precision", "cache_prefix"}
     return {k: v for k, v in params.items() if k not in only} | {"tuning": "none"}
 
 
@@ -668,7 +681,7 @@ def verdict(
         return f"{told}: no difference for any of {t['users']:,} users."
     if math.isnan(t["p"]):
         return f"{told}: too few users for a test ({t['users']:,})."
-    sure = "a difference" if t["p"] < 0.05 else "no significant difference"
+    sure = "no significant difference" if t["p"] >= 0.05 else "better" if t["difference"] > 0 else "worse"
     return (f"{told}; per user {t['difference']:+.4f} [{t['low']:+.4f}, {t['high']:+.4f}], paired t-test over "
             f"{t['users']:,} users p = {t['p']:.2g}: {sure}.")
 

@@ -45,7 +45,7 @@ SPELLINGS = {
     "split": "xlabel split",
     "history": "itemidlist itemlist",
     "title": "title name",
-    "brand": "brand store",
+    "brand": "brand store maker manufacturer",
     "categories": "category categories genre genres",
     "description": "description text plot",
     "image": "image imagefile poster",

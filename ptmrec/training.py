@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ON_NAN', 'TripleSampler', 'Callback', 'keep_freed_memory', 'Stopped', 'sigterm_stops', 'leaves_within',
-           'exits_when_stopped', 'Loop', 'KeepBest', 'best_so_far', 'how_it_ended', 'Progress', 'take_snapshot',
-           'restore', 'write_snapshot', 'read_snapshot', 'what_is_kept', 'Checkpoint', 'effective_rank', 'mean_cosine',
-           'check_features', 'Diverged', 'check_losses', 'LowerRate', 'Health']
+           'exits_when_stopped', 'Loop', 'weights_of', 'KeepBest', 'best_so_far', 'how_it_ended', 'Progress',
+           'take_snapshot', 'restore', 'write_snapshot', 'read_snapshot', 'what_is_kept', 'Checkpoint',
+           'effective_rank', 'mean_cosine', 'check_features', 'Diverged', 'check_losses', 'LowerRate', 'Health']
 
 # %% ../nbs/03b_training.ipynb #2757e5fa
 import atexit
@@ -251,8 +251,19 @@ class Loop:
         return pd.DataFrame(self.history).set_index("epoch")
 
 # %% ../nbs/03b_training.ipynb #72e4807e
+def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    "Parameters of `module` and the buffers that it saves, as running means are: {name: tensor}, each once."
+    saved = module.state_dict()
+    return dict(module.named_parameters()) | {name: b for name, b in module.named_buffers() if name in saved}
+
+
+def _learnt(module):
+    "What training changes: `weights_of` without frozen parameters."
+    return {n: w.detach() for n, w in weights_of(module).items() if w.requires_grad or not isinstance(w, torch.nn.Parameter)}
+
+
 class KeepBest(Callback):
-    "Keeps the parameters of the epoch with the highest `metric`; stops after `patience` evaluations without a new best."
+    "Keeps the weights of the epoch with the highest `metric`; stops after `patience` evaluations without a new best."
 
     def __init__(self, metric: str, patience: int):
         self.metric, self.patience = metric, patience
@@ -263,7 +274,7 @@ class KeepBest(Callback):
         if value is None:
             return
         if value > self.state["best"]:
-            weights = {n: p.detach().clone() for n, p in loop.module.named_parameters() if p.requires_grad}
+            weights = {n: w.clone() for n, w in _learnt(loop.module).items()}
             self.state = {"best": value, "epoch": len(loop.history), "misses": 0, "weights": weights}
         else:
             self.state["misses"] += 1
@@ -338,9 +349,8 @@ Loop.end_by_hand, Loop.steps = _end_by_hand, _steps
 def take_snapshot(loop: Loop) -> dict:
     "All that the next epoch of `loop` depends on, as tensors, numbers and texts."
     random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    weights = {n: p.detach() for n, p in loop.module.named_parameters() if p.requires_grad}
-    return {"weights": weights, "optimiser": loop.optimiser.state_dict(), "history": loop.history, "stop": loop.stop,
-            "by_hand": loop.by_hand, "callbacks": [c.state for c in loop.callbacks], "random": random}
+    return {"weights": _learnt(loop.module), "optimiser": loop.optimiser.state_dict(), "history": loop.history,
+            "stop": loop.stop, "by_hand": loop.by_hand, "callbacks": [c.state for c in loop.callbacks], "random": random}
 
 # %% ../nbs/03b_training.ipynb #cbe5eeaf
 def restore(loop: Loop, saved: dict) -> None:

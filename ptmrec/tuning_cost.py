@@ -11,6 +11,7 @@ __all__ = ['WORDS', 'BABY_SHAPE', 'write_items', 'drawn_data', 'drawn_clip', 'Sh
 # %% ../nbs/08a_tuning_cost.ipynb #04ac71ec
 import ctypes
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -28,8 +29,8 @@ from PIL import Image
 
 from . import clip_prompting
 from .benchmarks import drawn_backbone, synchronize
-from .clip_prompting import Clip, ItemEncoder
-from .data import Interactions, RecData, load_image
+from .clip_prompting import Clip, ItemEncoder, as_clip, build_clip
+from .data import DataError, Interactions, RecData, load_image
 from .memory import memory_need
 from .peft import attach, count_parameters
 from .prefix import PrefixEncoder
@@ -77,10 +78,7 @@ def drawn_clip(
 ) -> Clip:
     "A CLIP with random weights."
     config = config if isinstance(config, dict) else open_clip.get_model_config(config)
-    model = open_clip.CLIP(**config).eval().requires_grad_(False)
-    tokenize = open_clip.SimpleTokenizer(context_length=model.context_length)
-    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
-    return Clip("drawn", model, tokenize, config["vision_cfg"]["image_size"], mean, std).to(device)
+    return as_clip("drawn", *build_clip(config, "drawn")).to(device)
 
 # %% ../nbs/08a_tuning_cost.ipynb #884ef5a2
 class SharedItems:
@@ -211,11 +209,11 @@ def tuning_update(stage2: Stage2, optimiser: torch.optim.Optimizer, user: torch.
     user, item = user.to(device), item.to(device)
     loss = sum(stage2.losses(user, item, item.roll(1)).values())
     loss.backward()
-    gradient = sum(q.grad.square().sum() for q in stage2.encoder.tuning.parameters() if q.grad is not None)
+    gradient = sum(float(q.grad.square().sum()) for q in stage2.encoder.tuning.parameters() if q.grad is not None)
     optimiser.step()
     optimiser.zero_grad()
     synchronize(device)
-    return {"loss": loss.item(), "squared gradient": gradient.item()}
+    return {"loss": loss.item(), "squared gradient": gradient}
 
 # %% ../nbs/08a_tuning_cost.ipynb #19a63ea3
 def encoded_items(item: torch.Tensor, distinct: bool) -> int:
@@ -231,12 +229,13 @@ def tuning_batches(
 ) -> list:
     "The first batch and `steps` more, after the libraries have made their tables and the prefix is known."
     user, item = (x.cpu() for x in (stage2.backbone.user, stage2.backbone.item))
-    batches = make_batches(batch_by, user, item, size)
-    first = next(batches)
-    few = first[1] < first[1].unique()[2]
+    batches = list(itertools.islice(make_batches(batch_by, user, item, size), 1 + steps))
+    if len(batches) < 2:
+        raise DataError(f"steps={steps}: no batch of {size} is left to time after the first. Ask for more, or smaller ones.")
+    first = batches[0]
+    few = torch.isin(first[1], first[1].unique()[:2])
     sum(stage2.losses(*(x[few].to(stage2.backbone.user.device) for x in (*first, first[1]))).values()).backward()
     stage2.zero_grad()
-    batches = [first, *(next(batches) for _ in range(steps))]
     if isinstance(stage2.encoder, PrefixEncoder):
         with torch.no_grad():
             stage2.encoder(torch.cat([item.unique() for _, item in batches]))

@@ -21,7 +21,7 @@ from .memory import free_bytes
 from .ranking import METRICS, Evaluator
 from .runs import EVALUATED_BY, Run, alone, code_of, new_run, own_code, recommendation_table, with_all_metrics
 from .settings import SettingError, Settings, did_you_mean, resolve
-from .stage1 import Inputs, load_inputs, make_evaluator, mean_metrics, run_arguments, run_stage1
+from .stage1 import Inputs, make_evaluator, mean_metrics, read_inputs, run_arguments, run_stage1
 
 # %% ../nbs/04c_yardsticks.ipynb #bf8e403b
 def training_matrix(inter: Interactions) -> sparse.csr_matrix:
@@ -170,7 +170,7 @@ def run_yardstick(name: str, **params) -> Run:
     if settings.candidates == "cold" and name != "feature_knn":
         raise SettingError(f"Yardstick '{name}' ranks by training interactions, and candidates='cold' ranks items that have "
                            "none. Take feature_knn.")
-    inputs = load_inputs(settings)
+    inputs = read_inputs(settings)
     run = find_yardstick_run(name, settings, inputs)
     with alone(run):
         if with_all_metrics(run).finished and not settings.rerun:

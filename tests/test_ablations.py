@@ -513,12 +513,22 @@ def test_the_smallest_gain_has_its_power_or_is_not_known(n, level, known):
 def test_verdicts_in_words(pairs):
     table = comparisons(pairs | {"itself": (pairs["much"][0], pairs["much"][0])})
     words = {name: in_words(name, row, "Recall@10", "Stage 1") for name, row in table.iterrows()}
-    assert words["much"].endswith(": a difference.")
+    assert words["much"].endswith(" after Holm: better.")
+    worse = comparisons({"much": pairs["much"][::-1]}).loc["much"]
+    assert in_words("much", worse, "Recall@10", "Stage 1").endswith(" after Holm: worse.")
     assert f"cannot tell with 80 users; the smallest gain that this data could show is {table.smallest['nothing']:.4f}" in \
         words["nothing"]
     assert words["itself"].endswith("cannot tell with 80 users; all are equal.")
     with pytest.raises(DataError, match="3 and 2 seeds cannot be paired"):
         comparisons({"x": (pairs["much"][0], pairs["much"][1][:2])})
+
+
+def test_all_of_a_comparison_is_over_the_users_that_every_run_has():
+    few, many = pd.Series([0.3, 0.3, 0.5]), pd.Series([0.1, 0.2, 0.3, 0.9])
+    row = comparisons({"x": ([many], [few])}).loc["x"]
+    assert row.users == 3 and row.before == pytest.approx(0.2) and row.after - row.before == pytest.approx(row.difference)
+    row = comparisons({"x": ([many] * 2, [many + 0.1, few])}).loc["x"]
+    assert row.users == 3 and row.difference == pytest.approx((0.1 + 0.5 / 3) / 2) and row.low <= row.difference <= row.high
 
 
 def test_tables_and_figures_in_all_formats(tmp_path):
@@ -748,6 +758,19 @@ def test_a_yardstick_is_a_run(shop, runs, monkeypatch):
     with pytest.raises(SettingError, match="Yardstick 'easy' is not known. Did you mean ease"):
         run_yardstick("easy", dataset=shop)
     assert {name for name in runs_table("yardstick").backbone} == {"item_knn"}
+
+
+def test_yardsticks_ask_nothing_of_data_that_only_training_needs(tmp_path, runs):
+    "A user with all items in training, and fewer items than an item graph has neighbours."
+    rows = [(0, item, 0) for item in range(8)]
+    rows += [(user, (user + n) % 8, label) for user in range(1, 10) for n, label in enumerate((0, 0, 0, 1, 2))]
+    (tmp_path / "few").mkdir()
+    pd.DataFrame(rows, columns=["user", "item", "x_label"]).to_csv(tmp_path / "few" / "interactions.csv", index=False)
+    np.save(tmp_path / "few" / "text_feat.npy", np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32))
+    for name in YARDSTICKS:
+        assert run_yardstick(name, dataset=tmp_path / "few").metrics()["test"]["recall@5"] > 0
+    with pytest.raises(DataError, match="User '0' has all 8 items"):
+        run_stage1(dataset=tmp_path / "few", backbone="bpr", **QUICK)
 
 
 def test_a_damaged_yardstick_is_made_anew_by_one_process_at_a_time(shop, runs, monkeypatch):
@@ -1208,7 +1231,7 @@ def test_a_report_in_two_formats(shop, runs, here, monkeypatch):
                  "What does knowledge transfer add?", "torch", "task loss alone",
                  "`generative` was not run: The weights", "What differs from the paper", '"stage2_epochs": 1', "2 seeds"):
         assert said in text, said
-    assert "cannot tell with" in text or ": a difference" in text
+    assert "cannot tell with" in text or ": better" in text
     pictures = [folder / name for name in re.findall(r"!\[.*?\]\((.*?)\)", text)]
     assert len(pictures) == 2 and all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
     assert page.count("data:image/png;base64,") == 2 and "<table>" in page and "**" not in page

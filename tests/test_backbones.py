@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ptmrec.backbones import BACKBONES, NORMS, grid_of
-from ptmrec.deviations import DEVIATIONS, IN_MODELS, in_place_of
+from ptmrec.deviations import DEVIATIONS, IN_MODELS, in_place_of, scored_trials
 from ptmrec.graphs import GraphRows, knn_graph, user_item_graph
 from ptmrec.search import check_grid
 from ptmrec.settings import SettingError, check_claims, check_settings, resolve
@@ -185,3 +185,13 @@ def test_defaults_are_what_is_said(deviation):
         own = grid_of(deviation.backbone, **deviation.settings.get(deviation.default, {}))
         assert deviation.grids[deviation.default].items() <= own.items()
     assert deviation.variant is None or deviation.default == "paper"
+
+
+def test_a_table_of_trials_varies_what_the_call_leaves_open(monkeypatch):
+    asked = []
+    monkeypatch.setattr("ptmrec.deviations.run_stage1", lambda **how: asked.append(how["reg_weight"]) or [])
+    scored_trials("vbpr", reg_norm="squared")
+    assert asked == grid_of("vbpr", reg_norm="squared")["reg_weight"] != grid_of("vbpr")["reg_weight"]
+    asked.clear()
+    scored_trials("vbpr", reg_weight=0.1)
+    assert asked == [0.1]

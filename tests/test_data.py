@@ -33,6 +33,7 @@ from ptmrec.data import (
     show_statistics,
 )
 from ptmrec.graphs import knn_graph
+from ptmrec.leaks import pairs_in_two_splits
 from ptmrec.ranking import CUTOFFS, Evaluator
 from ptmrec.stage1 import build_backbone
 
@@ -526,3 +527,14 @@ def test_groups_that_are_empty_or_unknown():
 
 
 # Benchmarks
+
+
+def test_small_integers_number_users_and_items_as_large_ones_do():
+    "Products of such numbers, which number pairs, would be too large for their type."
+    rng = np.random.default_rng(0)
+    pairs, split = rng.choice(400 * 300, 5_000, replace=False), rng.choice(3, 5_000, p=[0.8, 0.1, 0.1])
+    made = [Interactions((pairs // 300).astype(kind), (pairs % 300).astype(kind), split, np.arange(400), np.arange(300))
+            for kind in (np.int64, np.int32, np.int16)]
+    graphs = [build_backbone("lightgcn", inter, {}, emb_size=4).graph.csr.to_dense() for inter in made]
+    assert all(torch.equal(graph, graphs[0]) for graph in graphs) and graphs[0].count_nonzero() == (split == 0).sum()
+    assert all(not len(pairs_in_two_splits(inter)) and len(Evaluator(inter).users("test")) for inter in made)

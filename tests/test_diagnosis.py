@@ -1,6 +1,7 @@
 """The diagnosis of whether Stage 2 is worth trying, against plain numpy."""
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ptmrec.diagnosis import RIDGE, diagnose, diagnosis_in_words, foretell, shared_neighbours, standardised
 
@@ -17,6 +18,17 @@ def test_shared_neighbours_are_those_of_a_plain_loop():
     near_a, near_b = (plain_neighbours(x.double().numpy(), 5) for x in (a, b))
     expected = [len(x & y) / 5 for x, y in zip(near_a, near_b)]
     assert np.allclose(shared_neighbours(a, b, 5), expected) and 0 < np.mean(expected) < 1
+
+
+def test_equal_items_have_as_many_neighbours_as_others():
+    "None of twenty equal items need be its own nearest; none has more than `k` neighbours for that."
+    kind = torch.arange(60) % 3
+    same, ids = F.one_hot(kind).float(), torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    assert (shared_neighbours(same, same, 5) == 1).all() and (shared_neighbours(torch.zeros(9, 2), same[:9], 4) <= 1).all()
+    for found in (shared_neighbours(ids, same, 5), shared_neighbours(same, ids, 5)):
+        near = plain_neighbours(ids.numpy(), 5)
+        at_most = torch.tensor([len({j for j in near[i] if kind[j] == kind[i]}) / 5 for i in range(60)])
+        assert (found <= at_most + 1e-6).all() and found.any()
 
 
 def test_what_is_foretold_of_an_item_does_not_depend_on_it():

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from small import SHORT, hugging_face_clips, make_shop
 
 import ptmrec.clip_prompting as cp
-from ptmrec.clip_prompting import Clip, DeepPrompts, encode_image, encode_text, load_clip, text_module
+from ptmrec.clip_prompting import (SAMPLE, Clip, DeepPrompts, as_clip, build_clip, encode_image, encode_text, load_clip,
+                                   read_config, text_module, token_map)
 from ptmrec.data import DataError
 from ptmrec.settings import SettingError
 from ptmrec.stage2 import run_stage2
@@ -86,7 +87,7 @@ def test_a_text_that_leaves_no_room_for_prompts_keeps_its_end():
     prompts = DeepPrompts(clip, 4, 1, towers=["text"])
     cut = torch.cat([long[:, :19], long[:, -1:]], 1)
     assert torch.equal(encode_text(clip, long, prompts), encode_text(clip, cut, prompts))
-    with pytest.raises(DataError, match="its text tower is of type MT5Stack; prompts need .*tuning = lora, adapter or"):
+    with pytest.raises(DataError, match="its text tower is of type MT5Stack; prompts need .*Take tuning = full, or lora"):
         DeepPrompts(make("mt5"), 4, 1, towers=["text"])
 
 
@@ -322,3 +323,57 @@ def test_tuned_by_name_and_given_back(packaged):
     assert packaged.fingerprint() == keys == copy.deepcopy(packaged).fingerprint()
     with pytest.raises(DataError, match="minilm-efficientnet: its image tower is of type EfficientNet; prompts need"):
         attach(packaged, "prompt")
+
+
+@pytest.mark.parametrize("changed", [
+    {"text_cfg": {"heads": 2}}, {"vision_cfg": {"head_width": 64}}, {"vision_cfg": {"pool_type": "avg"}},
+    {"text_cfg": {"no_causal_mask": True}}, {"text_cfg": {"tokenizer_kwargs": {"clean": "canonicalize"}}}], ids=str)
+def test_a_config_that_changes_no_weight_is_another_clip(tmp_path, changed):
+    "Heads, pooling, masks and what the tokenizer cleans leave no trace in the weights, and change features."
+    config, words = json.loads((SAMPLE / "tiny.json").read_text()), ["It's 20%OFF, blue-hat"]
+    clips = []
+    for parts in ({}, changed, {}):
+        (tmp_path / "one.json").write_text(json.dumps(config | {k: config[k] | parts[k] for k in parts}))
+        clips.append(load_clip(str(tmp_path / "one.json"), str(SAMPLE / "tiny.safetensors")))
+    keys, tokens = [clip.fingerprint() for clip in clips], [token_map(clip, words) for clip in clips]
+    assert keys[0] == keys[2] != keys[1]
+    assert all((read == clip.tokenize(words).numpy()).all() for clip, read in zip(clips, tokens))
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"preprocess_cfg": {"size": 0}}, "size=0, and its image tower takes"),
+    ({"preprocess_cfg": {"size": 32}}, "size=32, and its image tower takes"),
+    ({"preprocess_cfg": {"size": [3, 64, 64]}}, r"size=\[3, 64, 64\], and"),
+    ({"preprocess_cfg": {"size": "64"}}, "size=64, and"), ({"preprocess_cfg": {"size": None}}, "size=None, and"),
+    ({"preprocess_cfg": {"std": [0, 0, 0]}}, "std=.* above 0"),
+    ({"preprocess_cfg": {"std": None}}, "std=None. It must be three numbers above 0"),
+    ({"preprocess_cfg": {"mean": [1, 1]}}, r"mean=\[1, 1\]. It must be three numbers"),
+    ({"vision_cfg": {"image_size": [64, 32]}}, r"size=.64, 32., and its image tower takes")], ids=str)
+def test_images_are_prepared_as_the_tower_takes_them(tmp_path, changed, message):
+    config = json.loads((SAMPLE / "tiny.json").read_text())
+    vision = {"vision_cfg": config["vision_cfg"] | changed.get("vision_cfg", {})}
+    content = {"model_cfg": config | vision, "preprocess_cfg": changed.get("preprocess_cfg")}
+    (tmp_path / "one.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        as_clip("one", build_clip(config | vision, "one")[0], None, read_config(str(tmp_path / "one.json"))[1])
+
+
+def test_no_preparation_is_that_of_the_model(tmp_path):
+    config = json.loads((SAMPLE / "tiny.json").read_text())
+    (tmp_path / "one.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": None}))
+    assert load_clip(str(tmp_path / "one.json"), str(SAMPLE / "tiny.safetensors")).image_size == 64
+
+
+def test_what_a_model_hub_has_is_one_sentence_where_it_does_not_answer(monkeypatch):
+    "A tag that names a file of a repository, and a tokenizer that is not here."
+    monkeypatch.setattr(cp, "hub_answers", lambda: False)
+    with pytest.raises(DataError, match="The weights 'datacomp1b' of ViTamin-S are not on this machine"):
+        load_clip("ViTamin-S", "datacomp1b")
+
+    def get_tokenizer(name):
+        raise OSError("We couldn't connect\nto the hub.")
+
+    monkeypatch.setattr("open_clip.get_tokenizer", get_tokenizer)
+    with pytest.raises(DataError, match="The tokenizer of ViT-B-16-SigLIP, '.+', is not on this machine") as error:
+        load_clip("ViT-B-16-SigLIP", "webli")
+    assert "\n" not in str(error.value)

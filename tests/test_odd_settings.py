@@ -329,3 +329,15 @@ def test_a_program_that_is_stopped_while_it_starts_says_one_line(tmp_path):
 @pytest.mark.parametrize("name", ["\n", "a\nb", "", "x y" * 10_000, "--", "\ud800"], ids=ascii)
 def test_odd_names_are_one_sentence(name):
     assert "run_stage2 has no parameter '" in refused(resolve, run_stage2.experiment, {name: 1})
+
+
+def test_a_batch_of_one_item_has_nothing_to_compare_it_with():
+    for how in ({}, {"batch_by": "interactions", "accumulate": 4}):
+        assert "so the KL loss is 0" in refused(resolve, run_stage2.experiment, how | {"stage2_batch_size": 1})
+    resolve(run_stage2.experiment, {"stage2_batch_size": 1, "task_weight": 1.0})
+
+
+def test_feature_tables_cannot_learn_where_there_are_none():
+    for backbone in ("bpr", "lightgcn"):
+        assert f"backbone='{backbone}' has none" in refused(resolve, run_stage1.experiment,
+                                                           {"backbone": backbone, "train_features": True})

@@ -211,7 +211,7 @@ def test_configurations_as_open_clip_has_them(name, method):
 @pytest.mark.parametrize("name", NO_PROMPTS)
 def test_towers_without_room_for_prompts_are_refused_by_name(name):
     for method in ("prompt", "coupled_prompt"):
-        message = f"{name}: its image tower is of type {NO_PROMPTS[name]}.*tuning = lora, adapter or full"
+        message = f"{name}: its image tower is of type {NO_PROMPTS[name]}.*tuning = full, or lora or adapter"
         with pytest.raises(DataError, match=message):
             attach(make(name)[0], method)
     clip, batch = make(name)
@@ -499,3 +499,15 @@ def test_the_clip_is_the_stock_one_after_a_failed_run(monkeypatch, runs):
     with torch.no_grad():
         live, frozen = ItemEncoder(encoder.clip, data)(items), frozen_features(data, encoder.clip)
     assert all(torch.allclose(live[m], frozen[m][:8], atol=1e-5) for m in live)
+
+
+@pytest.mark.parametrize("tuning", list(TUNINGS))
+def test_towers_are_named_as_they_are_called(tuning):
+    clip = Clip("plain", small_clips()["plain"](), None, 32, torch.zeros(3), torch.ones(3))
+    for wrong in (["images"], ["imgae", "text"], ["text", "text"], "images"):
+        with pytest.raises(SettingError, match="is not allowed. Name each of image and text at most once"):
+            attach(clip, tuning, wrong)
+    if tuning == "lora":
+        tuned = attach(clip, tuning, "image")
+        assert set(tuned.groups()) == {"image"}
+        tuned.detach()

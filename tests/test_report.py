@@ -52,6 +52,7 @@ def earlier(runs):
     (["--base", '{"bakbone": "vbpr"}'], "bakbone"), (["--base", '{"device": "gpu"}'], "device='gpu'"),
     (["--at_once", "0"], "at_once=0 is not allowed"), (["--base", '{"seed": 1}'], "base sets seed"),
     (["--studies", "all", "promts"], "'promts' is no study. Did you mean prompts"),
+    (["--studies", "yardsticks", "long_tail", "--metric", "recall@50"], "metric='recall@50'"),
     (["--base", '{"n_ctx": -1}'], "n_ctx=-1"), (["--base", '{"epochs": "x"}'], "epochs='x'")])
 def test_wrong_arguments_end_a_report_before_anything_is_made(shop, earlier, monkeypatch, arguments, message):
     monkeypatch.setattr(report, "run_study", None)
@@ -59,6 +60,19 @@ def test_wrong_arguments_end_a_report_before_anything_is_made(shop, earlier, mon
         report.main([shop, *arguments])
     assert message in str(stop.value) and "\n" not in str(stop.value)
     assert earlier.read_text() == "earlier" and [path.name for path in earlier.parents[2].iterdir()] == ["paper"]
+
+
+def test_one_name_is_a_list_of_one_and_no_name_is_refused(monkeypatch):
+    asked = []
+    monkeypatch.setattr(report, "check_report", lambda settings, studies, *_: asked.append((*settings, *studies)))
+    monkeypatch.setattr(report, "own_names", lambda settings: sys.exit("asked"))
+    for names in (("sample", "yardsticks"), (["sample"], ["yardsticks"])):
+        with pytest.raises(SystemExit, match="asked"):
+            report.paper(*names)
+    assert asked == [("sample", "yardsticks")] * 2
+    monkeypatch.undo()
+    with pytest.raises(SettingError, match="No data set is named. Name at least one, as sample"):
+        report.paper([])
 
 
 @pytest.mark.parametrize("base", ["[1]", "{", "3"])

@@ -17,11 +17,12 @@ import ptmrec.runs
 import ptmrec.stage1 as stage1
 import ptmrec.stage2 as stage2
 import ptmrec.training as training
+from ptmrec.backbones import BACKBONES
 from ptmrec.data import DataError, load_data
 from ptmrec.ranking import METRICS, paired_test
 from ptmrec.runs import code_of, compare, list_runs, new_run, open_run, per_user_values
 from ptmrec.settings import SettingError, resolve
-from ptmrec.stage1 import run_stage1
+from ptmrec.stage1 import evaluate, load_backbone, load_inputs, make_evaluator, run_stage1
 from ptmrec.stage2 import run_stage2
 
 QUICK = {"epochs": 3, "stage2_epochs": 1, "n_seeds": 1}
@@ -97,6 +98,8 @@ def test_one_more_round_is_the_control(monkeypatch):
     monkeypatch.setattr(stage2, "stage1_settings", dict)
     assert stage2.controls_of({}) == {"Stage 1, two rounds": 2, "projections alone": "none"}
     assert stage2.controls_of({"rounds": 2, "training": "joint"}) == {"Stage 1, 3 rounds": 3}
+    tuned = {"tuning": "lora", "last_layers": 1, "cache_prefix": True, "precision": "bf16", "tau": 0.1}
+    assert stage2.without_tuning(tuned) == {"tuning": "none", "tau": 0.1}
 
 
 @pytest.mark.parametrize("kind", [float, str, lambda n: f"{n}".encode()])
@@ -357,3 +360,29 @@ def test_a_verdict_says_in_words_what_a_test_cannot(monkeypatch, pair, words):
         warnings.simplefilter("ignore")
         said = stage2.verdict(["a run"])
     assert re.search(words, said) and "nan" not in said, said
+
+
+def test_a_backbone_with_running_means_keeps_those_of_its_best_epoch(small, monkeypatch):
+    "They rank as parameters do: in the stored metrics, in a run that is loaded, and in what starts from it."
+    class Normed(BACKBONES["vbpr"]):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.norm = torch.nn.BatchNorm1d(self.item_emb.shape[1])
+
+        def forward(self, *asked):
+            user_emb, item_emb = super().forward(*asked)
+            half = self.norm.num_features
+            return user_emb, torch.cat([self.norm(item_emb[:, :half]), item_emb[:, half:]], 1)
+
+    monkeypatch.setitem(BACKBONES, "normed", Normed)
+    how = {"dataset": "shop", "backbone": "normed", "epochs": 12, "patience": 3, "lr": 0.05, "batch_size": 64, "n_seeds": 1}
+    run, = run_stage1(**how)
+    valid = run.load_table("history.csv")["valid recall@20"]
+    assert valid.idxmax() < len(valid) - 1 and run.metrics()["valid"]["recall@20"] == pytest.approx(valid.max(), abs=1e-12)
+    assert {"norm.running_mean", "norm.running_var"} <= run.load_weights("backbone").keys()
+    settings = resolve(run_stage1.experiment, how)
+    inputs = load_inputs(settings)
+    per_user, _ = evaluate(load_backbone(run, settings, inputs), make_evaluator(settings, inputs), "test")
+    assert per_user["recall@20"].mean() == pytest.approx(run.metrics()["test"]["recall@20"], abs=1e-12)
+    tuned, = run_stage2(**how | {"stage2_epochs": 1, "tuning": "none"})
+    assert tuned.metrics()["stage1"] == run.metrics() and "norm.running_mean" in tuned.load_weights("backbone_fresh")

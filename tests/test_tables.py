@@ -243,7 +243,8 @@ def test_no_spelling_means_two_things():
 
 
 def test_a_table_without_a_header_is_one_sentence(home):
-    with pytest.raises(DataError, match="has no user column; its columns are 7, 0000, .* must have a name like user"):
+    message = "has no user column; its columns, as they are read, are 7, 0000, .* must have a name like user"
+    with pytest.raises(DataError, match=message):
         load(folder_of(home, {"ratings.csv": TABLE.to_csv(index=False, header=False)}))
 
 
