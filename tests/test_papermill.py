@@ -73,18 +73,19 @@ def test_joint_training_in_the_papers_words(runs, tmp_path):
 
 
 def test_progress_and_result_reach_a_terminal_and_nothing_is_said_of_the_sample(runs, tmp_path):
-    "As README has it: bars, result table, verdict and folder on stdout; outputs are of this data set alone."
+    "As README has it: bars, results and folder on stdout, warnings on stderr; outputs are of this data set alone."
     make_shop(tmp_path / "mine")
     (tmp_path / "mine" / "defaults.toml").write_text("[freedom]\nknn_k = 5\n")
     command = [BIN / "papermill", "nbs/05_stage2.ipynb", tmp_path / "out.ipynb", "-p", "dataset", tmp_path / "mine",
                *(x for name, value in SHORT.items() for x in ("-p", name, str(value))), "--stdout-file", "/dev/stdout",
-               "--no-progress-bar"]
+               "--stderr-file", "/dev/stderr", "--no-progress-bar"]
     environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     for said in ("Stage 1, seed 0, ran all 3 epochs, best", "100%", "bpr ", "valid recall@20", "projections alone",
                  "paired t-test over", str(runs / "stage2" / "mine")):
         assert said in result.stdout, said
+    assert "The tiny CLIP and the tiny CoCa have only seen" in result.stderr and "Leave" not in result.stdout
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
     texts = ["".join(o.get("text", "")) + json.dumps(o.get("data", {})) for c in cells for o in c.get("outputs", [])
              if o.get("name") != "stderr"]
