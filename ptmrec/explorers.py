@@ -864,7 +864,7 @@ def validation_curves(runs: Sequence[Run]) -> plt.Figure:
 def tested(a: Run, b: Run, metric: str = "recall@20") -> str:
     "The paired test of `b` against `a` by `metric`, in their best variants, in words. Raises `DataError` if data differ."
     t = compare(a, b, metric)
-    sure = "no significant difference" if t["p"] >= 0.05 else "better" if t["difference"] > 0 else "worse"
+    sure = ("better" if t["difference"] > 0 else "worse") if t["p"] < 0.05 else "no significant difference"
     return (f"Test {label(metric)} of {run_name(b)} against {run_name(a)}: {t['before']:.4f} -> {t['after']:.4f}; per user "
             f"{t['difference']:+.4f} [{t['low']:+.4f}, {t['high']:+.4f}], paired t-test over {t['users']:,} users "
             f"p = {t['p']:.2g}: {sure}.")

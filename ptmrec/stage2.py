@@ -681,7 +681,7 @@ def verdict(
         return f"{told}: no difference for any of {t['users']:,} users."
     if math.isnan(t["p"]):
         return f"{told}: too few users for a test ({t['users']:,})."
-    sure = "no significant difference" if t["p"] >= 0.05 else "better" if t["difference"] > 0 else "worse"
+    sure = ("better" if t["difference"] > 0 else "worse") if t["p"] < 0.05 else "no significant difference"
     return (f"{told}; per user {t['difference']:+.4f} [{t['low']:+.4f}, {t['high']:+.4f}], paired t-test over "
             f"{t['users']:,} users p = {t['p']:.2g}: {sure}.")
 

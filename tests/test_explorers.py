@@ -344,3 +344,26 @@ def test_a_click_is_quick_with_25000_items():
         seconds.append(time.process_time() - start)
     assert max(seconds) < 1.5, seconds
     assert len(shown(browser)) < 60_000, "the page holds what is shown, not the data set"
+
+
+@pytest.mark.parametrize("difference, p, said", [(0.1, 0.01, "better"), (-0.1, 0.01, "worse"), (-0.1, 0.3, "no significant"),
+                                                 (-0.1, float("nan"), "no significant")])
+def test_a_comparison_says_which_way(monkeypatch, difference, p, said):
+    found = {"before": 0.2, "after": 0.2 + difference, "difference": difference, "low": 0, "high": 0, "p": p, "users": 2}
+    monkeypatch.setattr(explorers, "compare", lambda *_: found)
+    monkeypatch.setattr(explorers, "run_name", str)
+    assert f": {said}" in explorers.tested("a", "b")
+
+
+def test_runs_are_compared_in_the_order_in_which_they_were_made(monkeypatch, runs):
+    "The table has the newest first; a click on the later run first changes nothing."
+    asked = []
+    monkeypatch.setattr(explorers, "list_runs", lambda *_: pd.DataFrame({"folder": ["new", "old"], "key": ["n", "o"]}))
+    monkeypatch.setattr(explorers, "open_rows", lambda table: table.folder.tolist())
+    monkeypatch.setattr(explorers, "tested", lambda a, b, metric: asked.append((a, b)) or "said")
+    monkeypatch.setattr(explorers.RunExplorer, "draw", lambda self: None)
+    explorer = explorers.RunExplorer()
+    for rows in ([0, 1], [1, 0]):
+        explorer.rows.selected_rows = rows
+        explorer.compare()
+    assert asked == [("old", "new")] * 2 and "said" in explorer.answer.value
