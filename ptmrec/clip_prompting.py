@@ -56,7 +56,7 @@ class Clip:
     std: Tensor  # (3,)
     resize_mode: str = "shortest"
     interpolation: str = "bicubic"
-    config: dict = field(default_factory=dict)  # the config file that it was made from, without folders
+    config: list = field(default_factory=list)  # its config file, without folders; empty if it has none
 
     def __repr__(self):
         n = sum(w.numel() for w in self.model.parameters()) / 1e6
@@ -72,15 +72,9 @@ class Clip:
 
     @property
     def words(self) -> list:
-        "What a Hugging Face tokenizer makes of texts depends on: its length and tokens; empty for open_clip's own."
+        "What weights do not tell: a Hugging Face tokenizer's length and tokens; heads, pooling and masks of a config file."
         theirs = getattr(self.tokenize, "tokenizer", None)
-        return [self.context_length, sorted(theirs.get_vocab().items())] if theirs else []
-
-    @property
-    def architecture(self) -> list:
-        "The config file that it was made from, without its folders: heads, pooling and masks leave no trace in weights."
-        return [self.config] if self.config else []
-
+        return ([self.context_length, sorted(theirs.get_vocab().items())] if theirs else []) + self.config
     def normalise(self, pixels: Tensor) -> Tensor:
         "(n, h, w, 3) uint8 to the (n, 3, h, w) floats that the image tower takes."
         return ((pixels / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
@@ -95,7 +89,7 @@ class Clip:
         "Key of name, weights, layers, config file, tokenizer and image preparation; caches are kept under it."
         weights = [w.detach().float().cpu().numpy() for w in self.model.state_dict().values()]
         return fingerprint(self.name, repr(self.model), self.image_size, self.resize_mode, self.interpolation,
-                           self.mean.tolist(), self.std.tolist(), *self.words, *self.architecture, *weights)
+                           self.mean.tolist(), self.std.tolist(), *self.words, *weights)
 
 
 # %% ../nbs/01_clip_prompting.ipynb #cc06f871
@@ -293,7 +287,7 @@ def named_tokenizer(clip_model: str) -> Callable:
         raise DataError(f"The tokenizer of {clip_model}, '{name}', is not on this machine, and the model hub does not "
                         "answer. Connect to the network once.") from None
 
-
+# %% ../nbs/01_clip_prompting.ipynb #fb7471ae
 def load_clip(clip_model: str = "tiny", pretrained: str = "sample") -> Clip:
     """Load architecture `clip_model`, of open_clip or a config file, with weights `pretrained`: a tag, a file or a folder.
 
@@ -828,7 +822,7 @@ def without_folders(
     named = ("_name_or_path", "transformers_version")
     return config | {"text_cfg": text, "text_tower": {k: str(v) for k, v in theirs.items() if k not in named}}
 
-
+# %% ../nbs/01_clip_prompting.ipynb #3b7bea39
 def load_towers(clip_model: str, pretrained: str) -> Clip:
     """A CLIP of a config file, or one of `PACKAGED`, with weights of each tower or of the whole: see `tower_files`.
 
@@ -854,7 +848,7 @@ def load_towers(clip_model: str, pretrained: str) -> Clip:
     timm_cfg = getattr(trunk, "pretrained_cfg", {})
     prepare = {k: timm_cfg[k] for k in ("mean", "std", "interpolation") if k in timm_cfg} | prepare
     clip = as_clip(clip_model if own else f"{clip_model}/{pretrained}", model, tokenize, prepare)
-    clip.config = {} if clip_model in PACKAGED else without_folders(config, model)
+    clip.config = [] if clip_model in PACKAGED else [without_folders(config, model)]
     return clip
 
 # %% ../nbs/01_clip_prompting.ipynb #46cce536
@@ -874,7 +868,7 @@ def token_map(
             tokens[start : start + block] = clip.tokenize(texts[start : start + block]).numpy()
         tokens.flush()
 
-    key = fingerprint("tokens", open_clip.__version__, clip.name, length, texts, *clip.words, *clip.architecture)
+    key = fingerprint("tokens", open_clip.__version__, clip.name, length, texts, *clip.words)
     return np.load(cached(f"tokens-{key}.npy", tokenize_all), mmap_mode="r")
 
 # %% ../nbs/01_clip_prompting.ipynb #c69aef5e

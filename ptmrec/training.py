@@ -261,7 +261,7 @@ def _learnt(module):
     "What training changes: `weights_of` without frozen parameters."
     return {n: w.detach() for n, w in weights_of(module).items() if w.requires_grad or not isinstance(w, torch.nn.Parameter)}
 
-
+# %% ../nbs/03b_training.ipynb #044c5d59
 class KeepBest(Callback):
     "Keeps the weights of the epoch with the highest `metric`; stops after `patience` evaluations without a new best."
 
