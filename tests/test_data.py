@@ -538,3 +538,5 @@ def test_small_integers_number_users_and_items_as_large_ones_do():
     graphs = [build_backbone("lightgcn", inter, {}, emb_size=4).graph.csr.to_dense() for inter in made]
     assert all(torch.equal(graph, graphs[0]) for graph in graphs) and graphs[0].count_nonzero() == (split == 0).sum()
     assert all(not len(pairs_in_two_splits(inter)) and len(Evaluator(inter).users("test")) for inter in made)
+    with pytest.raises(TypeError, match="Cannot cast"):  # a fraction is no number of a user
+        Interactions(pairs / 300, pairs % 300, split, np.arange(400), np.arange(300))
