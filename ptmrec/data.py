@@ -478,8 +478,7 @@ class Interactions:
     time: np.ndarray | None = None
 
     def __post_init__(self):
-        numbers = [np.asarray(x).astype(np.int64, casting="same_kind", copy=False) for x in (self.user, self.item)]
-        self.user, self.item = numbers  # fractions are refused
+        self.user, self.item = (np.asarray(x).astype(np.int64, "K", "same_kind", copy=False) for x in (self.user, self.item))
 
     n_users = property(lambda self: len(self.user_ids), doc="Number of users U, with those that are only in test.")
     n_items = property(lambda self: len(self.item_ids), doc="Number of items I.")
