@@ -652,7 +652,7 @@ COSTS = {"tuned_parameters": "tuned parameters in CLIP", "run_seconds": "seconds
 def items_per_batch(run: Run) -> float:
     "Mean number of distinct items in a batch of Stage 2: the candidates of P_id and P_m."
     user, item = (torch.as_tensor(side) for side in run.data().inter.part("train"))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         batches = list(make_batches(run.params["batch_by"], user, item, run.params["stage2_batch_size"]))
     return float(np.mean([len(items.unique()) for _, items in batches]))

@@ -39,8 +39,8 @@ from PIL import Image
 from pyarrow import parquet
 from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from .data import (IMAGE_ENDINGS, MAX_RATING, TEXT_FIELDS, DataError, find_dataset, has_interactions, k_core,
-                         make_split, progress, too_many_scans)
+from .data import (IMAGE_ENDINGS, MAX_RATING, TEXT_FIELDS, DataError, checked_path, find_dataset, has_interactions,
+                         k_core, make_split, progress, too_many_scans)
 from .files import data_dir, locked, scratch_folder, sweep, write_atomically, writing
 from .tables import plain_text, storable
 
@@ -141,6 +141,8 @@ def _what_is_wrong(part, ending):
             return "it is a web page" if ending != ".html" and b"<html" in file.read(1000).lower() else ""
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as e:
         return str(e)
+    except RuntimeError:  # encrypted, or packed by a method that Python lacks: whole perhaps, and who unpacks it says so
+        return ""
 
 # %% ../nbs/00a_amazon.ipynb #2f82f966
 def fetch_file(
@@ -556,16 +558,36 @@ def _ok(content, width, height):
     return {"status": "ok", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "width": width,
             "height": height}
 
+# %% ../nbs/00a_amazon.ipynb #5e7aa51d
+def _set_aside(path):
+    "Rename a file that is refused, so that it is not read as an image, and return its new path."
+    target = path.with_name(f"{path.name}.refused")
+    while target.exists():
+        target = target.with_name(f"{target.name}.refused")
+    with writing(target):
+        return path.rename(target)
+
+# %% ../nbs/00a_amazon.ipynb #93d2ee08
+def _warn_of_refused(refused, images):
+    "Warn of files that were put into `images` by hand and set aside, {new path: reason}."
+    if refused:
+        path, reason = next(iter(refused.items()))
+        warnings.warn(f"{len(refused):,} files that were put into {images} cannot be used, and are renamed to end in "
+                      f".refused (the first: {path.name}, {reason}).")
+
 # %% ../nbs/00a_amazon.ipynb #cb152df6
-async def _get_image(client, network, item, url, by_hand, image_base, max_pixels, **limits):
-    "An item's row of the manifest, and (ending, content) to write, or None. `by_hand`: a file that is already there."
+async def _get_image(client, network, item, url, by_hand, image_base, max_pixels, refused, **limits):
+    """An item's row of the manifest, and (ending, content) to write, or None.
+
+    `by_hand`: a file that is already there; if it is refused, it is set aside, and `refused` gets {new path: reason}.
+    """
     row = dict.fromkeys(MANIFEST) | {"item": item}
     if by_hand:
         try:
             content = by_hand.read_bytes()
             return row | _ok(content, *(await asyncio.to_thread(check_image, content, max_pixels))[2:]), None
-        except ImageRefused:
-            by_hand.unlink()
+        except ImageRefused as e:
+            refused[_set_aside(by_hand)] = str(e)
     row["url"] = url if isinstance(url, str) else None
     try:
         body = await _fetch_image(client, network, _request_url(url, image_base), **limits)
@@ -632,13 +654,14 @@ def _image_folder(folder, items):
 # %% ../nbs/00a_amazon.ipynb #822b1976
 def _download_alone(items, folder, image_base, concurrency, retry_refused, **limits):
     "`download_images`: no other process does."
-    images = _image_folder(folder, items)
+    images, refused = _image_folder(folder, items), {}
     settled, by_hand = _settled(items, _fold_journal(folder, items["item"]), images, retry_refused)
     to_get = [(item, url, by_hand.get(item)) for item, url in zip(items["item"], items.image_url) if item not in settled]
     with (folder / ".manifest.jsonl").open("w") as journal, progress(
             desc="Images", total=len(items), initial=len(settled), unit="image") as bar, start_blocking_portal() as portal:
         online = portal.call(partial(
-            _get_all, to_get, images, journal, bar, concurrency, image_base=image_base, **limits))
+            _get_all, to_get, images, journal, bar, concurrency, image_base=image_base, refused=refused, **limits))
+    _warn_of_refused(refused, images)
     manifest = _fold_journal(folder, items["item"])
     if not online:
         n_ok = int((manifest.status == "ok").sum())
@@ -661,8 +684,8 @@ def download_images(
 ) -> pd.DataFrame:
     """Download images and return the manifest. Can be stopped and run again at any point.
 
-    A valid image that you put into `images/` yourself, where none was downloaded, is kept. Raises `DataError` when the
-    network is gone.
+    A valid image that you put into `images/` yourself, where none was downloaded, is kept; one that is refused is renamed
+    to `<name>.refused`, with a warning. Raises `DataError` when the network is gone.
     """
     with locked(Path(folder) / "images", f"images of {Path(folder).name}"):
         return _download_alone(items, Path(folder), image_base, concurrency, retry_refused, attempts=attempts, wait=wait,
@@ -722,11 +745,15 @@ def write_defaults(folder: Path, name: str) -> None:
     write_atomically(path, lambda p: p.write_text("\n".join(lines) + "\n"))
 
 # %% ../nbs/00a_amazon.ipynb #eee88773
-def report_missing_images(manifest: pd.DataFrame, folder: Path) -> None:
+def report_missing_images(
+    manifest: pd.DataFrame,  # of `download_images`
+    folder: Path,  # of the data set
+    others: bool = False,  # whether it has images that were not downloaded
+) -> None:
     "Count the missing images by reason in a warning. Raises `DataError` if there is no image at all."
     reasons = manifest.error.dropna().value_counts()
     counted = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
-    if not (manifest.status == "ok").any():
+    if not others and not (manifest.status == "ok").any():
         raise DataError(f"None of {len(manifest):,} images could be downloaded ({counted}; see "
                         f"{folder / 'manifest.parquet'}). Name a mirror with image_base (and retry_refused=True), "
                         "or say images=False to do without.")
@@ -740,6 +767,14 @@ def check_category(category: str) -> None:
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_]*", category):
         raise DataError(f"category={category!r} is no category: a name has letters, digits and _, such as baby or "
                         "Musical_Instruments.")
+
+
+def _check_known(release, text_fields):
+    "Raise `DataError` for a release, or a column of text, that there is not."
+    if release not in FILES:
+        raise DataError(f"release={release} is not known. Allowed: {', '.join(map(str, FILES))}.")
+    if unknown := [field for field in text_fields if field not in TEXT_FIELDS]:
+        raise DataError(f"text_fields: '{unknown[0]}' is not known. Allowed: {', '.join(TEXT_FIELDS)}.")
 
 # %% ../nbs/00a_amazon.ipynb #1f5a8cca
 def _prepare_alone(short, official, release, folder, raw, base_url, text_fields, images, split_seed, download):
@@ -776,15 +811,13 @@ def prepare(
     baselines. Run again after any interruption. Raises `DataError`.
     """
     check_category(category)
-    if release not in FILES or not set(text_fields) <= set(TEXT_FIELDS):
-        raise DataError(f"release is one of {', '.join(map(str, FILES))} (not {release}); text_fields are some of "
-                        f"{', '.join(TEXT_FIELDS)} (not {', '.join(text_fields)}).")
+    _check_known(release, text_fields)
     short = {official[release]: name for name, official in SHORT_NAMES.items()}.get(category, category)
     official = SHORT_NAMES[short][release] if short in SHORT_NAMES else category
     folder = data_dir() / (short if release == 2014 else f"{short}-{release}")
     with locked(folder, f"data set {folder.name}"):
-        return _prepare_alone(short, official, release, folder, Path(raw or folder / "raw"), base_url, text_fields, images,
-                              split_seed, download)
+        return _prepare_alone(short, official, release, folder, checked_path(raw or folder / "raw"), base_url, text_fields,
+                              images, split_seed, download)
 
 # %% ../nbs/00a_amazon.ipynb #d007df13
 def find_or_prepare(dataset: str | Path) -> Path:

@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'SPLIT_NAMES', 'SPLIT_FILE', 'MAX_RATING', 'ARCHIVES', 'SPL
            'PIXELS', 'TURNS', 'RESIZE_MODES', 'INTERPOLATIONS', 'LONGEST', 'checked_path', 'search_places', 'find_path',
            'split_files', 'interaction_files', 'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings',
            'progress', 'read_interactions', 'k_core', 'random_split', 'check_split', 'make_split', 'Interactions',
-           'Modality', 'RecData', 'odd_values', 'noting', 'load_data', 'data_of_frames', 'PictureError',
+           'Modality', 'RecData', 'walk_folder', 'odd_values', 'noting', 'load_data', 'data_of_frames', 'PictureError',
            'too_many_scans', 'open_picture', 'upright', 'as_rgb', 'load_image', 'image_map', 'describe', 'show_items',
            'show_statistics']
 
@@ -705,7 +705,7 @@ def _item_texts(table):
     return plain
 
 # %% ../nbs/00_data.ipynb #2541063a
-def _walk(folder):
+def walk_folder(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
     "Each folder below `folder`, linked ones too, and the names of its files; no folder twice, whatever the links."
     seen = {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -719,7 +719,7 @@ def _files_by_name(folder, endings, table):
     "{item id: file} of a folder and the folders in it. Raises `DataError` if no file is named after an item."
     if not folder.is_dir():
         return {}
-    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, names in _walk(folder)
+    nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, names in walk_folder(folder)
                     for name in names if name.lower().endswith(endings) and name[0] != ".")
     as_id = {unicodedata.normalize("NFC", item): item for item in table.index}  # macOS writes é as two characters
     stems = ((os.path.splitext(name)[0], path) for _, name, path in sorted(nested, key=lambda entry: -entry[0]))

@@ -42,7 +42,7 @@ from .stage1 import label
 from .stage2 import variant_name
 from .visualisation import (ORANGE, Catalogue, RunView, SheetRow, attention_shares, category_colours, embedding_map,
                                   in_style, item_pixels, item_tables, items_of, most_frequent, nearest, principal_plane,
-                                  sheet, skewed, turned_onto, under_attention, user_number, view)
+                                  sheet, skewed, turned_onto, under_attention, unit_rows, user_number, view)
 
 # %% ../nbs/07a_explorers.ipynb #427f00b8
 def data_uri(pixels: np.ndarray) -> str:
@@ -530,7 +530,7 @@ class UserExplorer(Explorer):
 # %% ../nbs/07a_explorers.ipynb #6fd5fd79
 def unit_tables(run: Run | RunView) -> dict[str, torch.Tensor]:
     "`item_tables` with rows of length 1: made once, so that a click need not."
-    return {name: torch.nn.functional.normalize(table.float(), dim=1) for name, table in item_tables(run).items()}
+    return {name: unit_rows(table) for name, table in item_tables(run).items()}
 
 
 def neighbour_rows(
@@ -690,6 +690,7 @@ class ItemExplorer(Explorer):
         for kind, gallery in zip(self.kinds, self.galleries):
             rows = near[near.space == (kind if kind == "ID" else f"{kind} {modality}")].set_index("item")
             shared = "" if kind == "ID" else f": {rows.in_id.sum()} of {len(rows)} are ID neighbours, too"
+            shared = shared if len(rows) else f": the item has no {modality}"
             title = "ID embeddings of Stage 1" if kind == "ID" else f"{kind} {modality} features{shared}"
             gallery.show(title, rows.index, lambda other, rows=rows: f"cosine {rows.cosine[other]:.2f}",
                          rows.index[rows.in_id] if shared else ())

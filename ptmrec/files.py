@@ -146,7 +146,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 # %% ../nbs/00i_files.ipynb #931da3c6
 def _to_disk(path):
     "Have the system write a file or folder to the disk now."
-    number = os.open(path, os.O_RDONLY)
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows wants a file open for writing
     try:
         os.fsync(number)
     finally:
@@ -170,6 +170,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
     return path
 
 # %% ../nbs/00i_files.ipynb #539d9990
+# names of `scratch_folder`, and those that older versions gave to half-made files of the cache
+_HALF_MADE = r"\.tmp-[\w.]*-\d+-[0-9a-f]+|\.\d+-(features|images|split|tokens)-.+\.(npy|safetensors)"
+
+
 def _is_left(path):
     "Whether a hidden file or folder was left by a process that is gone."
     age = time.time() - path.stat().st_mtime
@@ -177,7 +181,7 @@ def _is_left(path):
     lives = told is not None and psutil.pid_exists(int(told[1]))
     if lives and age < 60:  # its owner may be about to lock it
         return False
-    if not (path / "owner").exists():  # killed before it made that; or left by an older version or a library
+    if not (path / "owner").exists():  # killed before it made that; or left by an older version
         return old or told is not None and not lives
     try:
         with FileLock(path / "owner", blocking=False):
@@ -190,7 +194,7 @@ def _is_left(path):
 
 def sweep(folder: Path) -> list[str]:
     "Delete what killed processes left half-made in `folder`; returns the names."
-    names = [n for n in os.listdir(folder) if re.match(r"\.(tmp|\d+-)", n)] if folder.is_dir() else []
+    names = [n for n in os.listdir(folder) if re.fullmatch(_HALF_MADE, n)] if folder.is_dir() else []
     left = []
     for path in (folder / name for name in names):
         with suppress(OSError):  # its owner, or another process, was faster; or it is of a colleague
@@ -253,7 +257,7 @@ def _can_write(folder):
 
 
 def cache_dir() -> Path:
-    "Where derived files are kept, safe to delete at any time: in the data folder, or else in the user's cache folder."
+    "Where derived files are kept, which are made anew if they are gone: in the data folder, or the user's cache folder."
     folder = data_dir() / ".cache"
     if _can_write(folder):
         return folder
@@ -332,14 +336,16 @@ def cached(
 
 # %% ../nbs/00i_files.ipynb #70bac8c7
 def list_cache() -> pd.DataFrame:
-    "The files of the cache, the last used first: columns file, MB, last_used."
+    "The files of the cache, the last used first: columns file, MB, last_used. Half-made files are left out."
     rows = []
-    for path in sorted(cache_dir().rglob("*")):
-        with suppress(FileNotFoundError):  # another process deletes as well
-            if path.is_file() and path.suffix not in (".sum", ".lock"):
-                used = max(p.stat().st_mtime for p in (path, _companion(path)) if p.exists())
-                name = str(path.relative_to(cache_dir()))
-                rows.append((name, path.stat().st_size / 1e6, pd.Timestamp.fromtimestamp(used)))
+    for folder, inner, names in os.walk(cache_dir()):
+        inner[:] = [name for name in inner if not re.fullmatch(_HALF_MADE, name)]
+        for path in (Path(folder, name) for name in names):
+            with suppress(FileNotFoundError):  # another process deletes as well
+                if path.is_file() and path.suffix not in (".sum", ".lock"):
+                    used = max(p.stat().st_mtime for p in (path, _companion(path)) if p.exists())
+                    name = str(path.relative_to(cache_dir()))
+                    rows.append((name, path.stat().st_size / 1e6, pd.Timestamp.fromtimestamp(used)))
     table = pd.DataFrame(rows, columns=["file", "MB", "last_used"])
     return table.sort_values("last_used", ascending=False, ignore_index=True)
 
@@ -347,7 +353,12 @@ def list_cache() -> pd.DataFrame:
 def empty_cache(
     keep: float = 0.0,  # GB that may stay
 ) -> pd.DataFrame:
-    "Delete what was used longest ago, until at most `keep` GB are left; returns the deleted rows of `list_cache`."
+    """Delete what was used longest ago, until at most `keep` GB are left; returns the deleted rows of `list_cache`.
+
+    Half-made files go as well if their process is gone. Those of running processes stay.
+    """
+    for folder, *_ in os.walk(cache_dir()):
+        sweep(Path(folder))
     table = list_cache()
     delete = table[table.MB.cumsum() > 1000 * keep]
     for path in (cache_dir() / file for file in delete.file):

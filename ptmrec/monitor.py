@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -269,7 +270,8 @@ class Monitor(Callback):
 
         loop.name, self.began = self.name, time.monotonic()
         self.ends = deque([self.began], maxlen=21)
-        self.picture, self.line, self.stop, self.box = panel(lambda: self.clicked(loop))
+        here = weakref.ref(loop)  # ipywidgets keep an open widget as long as the kernel lives, and all that it calls
+        self.picture, self.line, self.stop, self.box = panel(lambda: self.clicked(here()))
         self.draw(loop)
         self.place = display(self.box, display_id=True)
 
@@ -289,10 +291,11 @@ class Monitor(Callback):
         deaf = waited > 5 and not clicks_arrive()
         self.line.value, self.stop.layout.display = words(loop, self.name, seconds, waited, deaf), "none" if deaf else None
 
-    def clicked(self, loop: Loop) -> None:  # in a thread of its own
-        loop.end_by_hand()
-        self.stop.disabled, self.stop.description = True, "Stopping"
-        self.write(loop)
+    def clicked(self, loop: Loop | None) -> None:  # in a thread of its own; None: the training has long been over
+        if loop is not None:
+            loop.end_by_hand()
+            self.stop.disabled, self.stop.description = True, "Stopping"
+            self.write(loop)
 
     def after(self, loop: Loop, ended: str | None = None) -> None:
         if self.place is not None:

@@ -25,10 +25,10 @@ import psutil
 @functools.cache
 def exit_with_parent() -> None:
     "Have this process exit when its parent does."
-    parent = os.getppid()
+    parent = psutil.Process(os.getppid())
 
     def watch():
-        while os.getppid() == parent:
+        while os.getppid() == parent.pid and parent.is_running():  # Windows goes on naming a parent that is gone
             time.sleep(0.5)
         os._exit(1)
 

@@ -42,6 +42,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .clip_prompting import Clip, encode_image, encode_text, frozen_features, load_clip
@@ -262,7 +263,12 @@ def _encoded(name, paths):
     encode, there = MODALITIES[name].encode, np.array([path is not None for path in paths])
 
     def write(temporary):
-        found = np.asarray(encode([path for path in paths if path]), np.float32)
+        try:
+            found = np.asarray(encode([path for path in paths if path]), np.float32)
+        except (OSError, SafetensorError) as error:  # of what it reads; else it would count as one of the cache's disk
+            said = " ".join(str(error).split()).rstrip(".")
+            raise DataError(f"The encoder of the modality '{name}' failed ({type(error).__name__}: {said}). Put that "
+                            "right, and call again.") from error
         if found.ndim != 2 or len(found) != there.sum() or not np.isfinite(found).all():
             raise DataError(f"The encoder of the modality '{name}' must return finite numbers, a row for each of the "
                             f"{there.sum():,} files; it has returned a table of shape {found.shape}.")

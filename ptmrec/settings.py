@@ -11,6 +11,7 @@ __all__ = ['TYPE_NAMES', 'LIMIT_NAMES', 'RESERVED', 'setting', 'Settings', 'Sett
 
 # %% ../nbs/00d_settings.ipynb #3ae07117
 import ast
+import contextlib
 import difflib
 import functools
 import importlib
@@ -495,12 +496,14 @@ def write_parameters_cell(notebook: str | Path, function: Callable) -> None:
 
 # %% ../nbs/00d_settings.ipynb #d7d7db7d
 def assigned_names(sources: Iterable[str]) -> list[str]:
-    "Names that the cells among `sources` assign whose first line begins with `# Parameters`."
-    found = {}
+    "Names that the cells among `sources` assign whose first line begins with `# Parameters`; of one run again, the last."
+    cells = {}
     for source in sources:
-        if source.lstrip().startswith("# Parameters"):
-            found |= {t.id: None for line in ast.parse(source).body if isinstance(line, ast.Assign) for t in line.targets}
-    return list(found)
+        with contextlib.suppress(SyntaxError):  # a cell that did not run
+            if source.lstrip().startswith("# Parameters"):
+                cells[source.lstrip().splitlines()[0]] = ast.parse(source)
+    names = (node for cell in cells.values() for node in ast.walk(cell) if isinstance(node, ast.Name))
+    return list(dict.fromkeys(node.id for node in names if isinstance(node.ctx, ast.Store)))
 
 
 def notebook_parameters(

@@ -26,10 +26,11 @@ from .amazon import (HOME, PUBLISHED, PUBLISHED_2023, SHORT_NAMES, download_imag
                            report_missing_images)
 from .amazon import find_or_prepare as find_or_prepare_amazon
 from .amazon import prepare as prepare_amazon
-from .data import IMAGE_ENDINGS, data_dir, find_dataset, has_interactions, write_atomically
+from .data import (ARCHIVES, IMAGE_ENDINGS, checked_path, data_dir, find_dataset, has_interactions, walk_folder,
+                         write_atomically)
 from .files import locked, sweep, writing
-from .tables import (TEXT_FIELDS, DataError, bare_ids, column_names, integers_if_lossless, open_text, read_raw,
-                           standard_columns)
+from .tables import (TABLE_ENDINGS, TEXT_FIELDS, DataError, bare_ids, column_names, integers_if_lossless, open_text,
+                           read_raw, reading, standard_columns)
 
 # %% ../nbs/00g_sources.ipynb #37e62f8f
 @dataclass(frozen=True)
@@ -117,28 +118,33 @@ SOURCES |= {f"ninerec-{name.lower().replace('_', '-')}": Source(
              (f"{name}_url.csv", ("item", "image_url")))) for name, published in NINEREC.items()}
 
 # %% ../nbs/00g_sources.ipynb #7df59b02
+def _fits(name, pattern):
+    "Whether a file is a table whose name fits a pattern, packed or not."
+    return name.lower().endswith(TABLE_ENDINGS) and fnmatch.fnmatch(name.lower().removesuffix(".gz"), pattern.lower())
+
+
 def _matching(raw, patterns):
-    "Files below `raw` whose name fits a pattern, in the order of the patterns, packed or not."
-    files = [p for p in sorted(raw.rglob("*")) if p.is_file() and p.name[0] != "." and p.suffix != ".part"]
-    fits = [(p, q) for q in patterns for p in files
-            if fnmatch.fnmatch(p.name.lower().removesuffix(".gz"), q.lower())]
-    return list(dict.fromkeys(p for p, _ in fits))
+    "Tables below `raw` whose name fits a pattern, in the order of the patterns."
+    files = sorted(Path(root, name) for root, names in walk_folder(raw) for name in names if name[0] != ".")
+    return list(dict.fromkeys(p for q in patterns for p in files if _fits(p.name, q) and p.is_file()))
 
 # %% ../nbs/00g_sources.ipynb #f2279aa3
 def _names_of(source, path):
     "The column names of a file without a header; None if it has one."
-    names = next((names for pattern, names in source.headers if fnmatch.fnmatch(path.name.lower(), pattern.lower())), None)
+    names = next((names for pattern, names in source.headers if _fits(path.name, pattern)), None)
     return None if names and {"user", "item"} & set(column_names(path)) else names
 
 # %% ../nbs/00g_sources.ipynb #3ed355e2
 def _read_without_header(path, names):
-    "A table without a header as text; its last column takes the rest of the line."
-    with open_text(path) as file:
+    "A table without a header as text; its last column takes the rest of the line. Raises `DataError`."
+    with reading(path), open_text(path) as file:
         rows = [row for row in csv.reader(file) if row]
-    n = min(len(names), max(map(len, rows), default=0))
-    rows = [[*row[: n - 1], ",".join(row[n - 1 :])] for row in rows]
-    table = pd.DataFrame(rows, columns=list(names[:n]), dtype=str)
-    return table.assign(**{c: pd.to_numeric(table[c]) for c in ("rating", "timestamp") if c in table})
+        n = min(len(names), max(map(len, rows), default=0))
+        if n < 2:
+            raise DataError(f"{path} is empty, or has no commas: expected lines of {', '.join(names)}.")
+        rows = [[*row[: n - 1], ",".join(row[n - 1 :])] for row in rows]
+        table = pd.DataFrame(rows, columns=list(names[:n]), dtype=str)
+        return table.assign(**{c: pd.to_numeric(table[c]) for c in ("rating", "timestamp") if c in table})
 
 # %% ../nbs/00g_sources.ipynb #b7d7e6e2
 def read_source_table(source: Source, path: Path) -> pd.DataFrame:
@@ -153,8 +159,7 @@ def read_source_table(source: Source, path: Path) -> pd.DataFrame:
 def find_source_files(source: Source, raw: Path) -> dict[str, list[Path]]:
     "{role: files} of what a raw folder has of a source: `interactions`, `items`, and `pictures` (folders)."
     columns = {p: set(_names_of(source, p) or column_names(p)) for p in _matching(raw, source.interactions + source.items)}
-    folders = [Path(root) for root, _, names in os.walk(raw, followlinks=True)
-               if any(n.lower().endswith(IMAGE_ENDINGS) for n in names)]
+    folders = [Path(root) for root, names in walk_folder(raw) if any(n.lower().endswith(IMAGE_ENDINGS) for n in names)]
     named = [f for f in folders for part in f.relative_to(raw).parts
              if any(fnmatch.fnmatch(part.lower(), q.lower()) for q in source.pictures)]
     return {"interactions": [p for p in _matching(raw, source.interactions) if {"user", "item"} <= columns[p]][:1],
@@ -162,28 +167,33 @@ def find_source_files(source: Source, raw: Path) -> dict[str, list[Path]]:
             "pictures": list(dict.fromkeys(named))}
 
 # %% ../nbs/00g_sources.ipynb #535afaef
-def _is_wanted(source, member):
-    "Whether a member of an archive is one of the files of a source."
-    name = member.lower().split("/")[-1]
-    patterns = source.interactions + source.items
-    return name.endswith(IMAGE_ENDINGS) or any(fnmatch.fnmatch(name.removesuffix(".gz"), q.lower()) for q in patterns)
+def _is_wanted(source, member, images):
+    "Whether a member of an archive is one of the tables of a source, or, with `images`, a picture."
+    name = member.split("/")[-1]
+    is_table = any(_fits(name, pattern) for pattern in source.interactions + source.items)
+    return is_table or images and name.lower().endswith(IMAGE_ENDINGS)
 
 # %% ../nbs/00g_sources.ipynb #2d7dba8a
-def unpack(source: Source, raw: Path) -> None:
+def unpack(
+    source: Source,
+    raw: Path,  # folder of the raw files
+    images: bool = True,  # pictures as well
+) -> None:
     "Unpack what a source needs of its archives in the raw folder, once. Raises `DataError` for a damaged one."
     for path in [raw / name for name in source.archives if name.endswith(".zip") and (raw / name).exists()]:
         target, done = path.with_suffix(""), path.with_name(f".{path.name}.unpacked")
-        if done.exists() and target.exists():
+        tables = done.with_suffix(".tables-unpacked")
+        if target.exists() and (done.exists() or not images and tables.exists()):
             continue
         try:
             with zipfile.ZipFile(path) as archive, writing(target):
-                archive.extractall(target, [m for m in archive.namelist() if _is_wanted(source, m)])
+                archive.extractall(target, [m for m in archive.namelist() if _is_wanted(source, m, images)])
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
             raise DataError(f"{path} cannot be unpacked ({e}). Delete it, and run again.") from None
         except (NotImplementedError, RuntimeError) as e:  # of Windows, or encrypted
             raise DataError(f"{path} cannot be unpacked here ({e}). Unpack it into {raw} with another program, and move it "
                             "away.") from None
-        done.touch()
+        (done if images else tables).touch()
 
 # %% ../nbs/00g_sources.ipynb #a058a5cd
 def _missing(source, files, images):
@@ -195,6 +205,15 @@ def _missing(source, files, images):
     return [patterns[0] + f" with {role}" * (patterns[0] in shared) for role, patterns in roles.items()
             if patterns and not files[role]]
 
+# %% ../nbs/00g_sources.ipynb #8d0f4b6a
+def _warn_of_packed(source, raw):
+    "Warn of an archive in `raw` that is named as a folder of pictures, and that nothing unpacks."
+    names = [name.lower() for name in source.pictures]
+    for path in sorted(raw.iterdir()):
+        stem = path.name.partition(".")[0]
+        if stem.lower() in names and path.name.lower().endswith(ARCHIVES) and path.name not in source.archives:
+            warnings.warn(f"{path} is not read. Unpack it into {raw / stem}/, if it has the pictures.")
+
 # %% ../nbs/00g_sources.ipynb #5bb31aca
 def source_files(
     source: Source,
@@ -203,18 +222,20 @@ def source_files(
     images: bool = True,  # pictures that an archive brings are needed
 ) -> dict[str, list[Path]]:
     "{role: files} of a source, downloaded and unpacked if necessary. Raises `DataError` that says what to put where."
-    unpack(source, raw)
+    unpack(source, raw, images)
     files, servers = find_source_files(source, raw), [*addresses, *source.addresses]
     if missing := _missing(source, files, images):
         get = [name for name in source.archives if not (raw / name).exists()
                and (images or Path(name).stem not in source.pictures)]
         why = download_missing(get, raw, servers) if get and servers else ""
-        unpack(source, raw)
+        unpack(source, raw, images)
         files = find_source_files(source, raw)
         if missing := _missing(source, files, images):
             packed = "".join(f"{name} or " for name in source.archives if name.endswith(".zip"))
             raise DataError(f"{source.title}: {' and '.join(missing)} {why or 'are not there'}. Get them from {source.home} "
                             f"and put {packed}these files into {raw}.")
+    if images and not files["pictures"]:
+        _warn_of_packed(source, raw)
     return files
 
 # %% ../nbs/00g_sources.ipynb #794ed6d1
@@ -233,16 +254,24 @@ def _pictures_in(folders, folder):
     files = sorted(p for f in folders for p in f.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
     return {p.stem: os.path.relpath(p, folder) for p in files}
 
+# %% ../nbs/00g_sources.ipynb #4fc08d57
+def _have_addresses(items):
+    "Which items (I,) have the address of a picture, and no file."
+    return items.image.astype(str).str.startswith(("http://", "https://"))
+
 # %% ../nbs/00g_sources.ipynb #6faf753a
-def _download_covers(items, folder, **download):
-    "Download the pictures whose address is known; a warning counts those that are missing, by reason."
-    wanted = items[items.image.astype(str).str.startswith(("http://", "https://"))]
+def _download_covers(items, folder, others, **download):
+    """Download the pictures whose address is known; a warning counts those that are missing, by reason.
+
+    `others`: whether some items have a picture anyway.
+    """
+    wanted = items[_have_addresses(items)]
     usable = wanted[[Path(i).name == i for i in wanted["item"]]].rename(columns={"image": "image_url"})
     if len(usable) < len(wanted):
         warnings.warn(f"{len(wanted) - len(usable):,} item ids cannot be names of files; their pictures are left out.")
     if len(usable):
         addresses = usable[["item", "image_url"]].reset_index(drop=True)
-        report_missing_images(download_images(addresses, folder, **download), folder)
+        report_missing_images(download_images(addresses, folder, **download), folder, others)
 
 # %% ../nbs/00g_sources.ipynb #48d962bd
 def check_counts(source: Source, found: tuple[int, int, int]) -> None:
@@ -262,12 +291,14 @@ def _write_items(source, files, item_ids, folder, images, download):
     known = pd.DataFrame({"item": list(pictures), "image": list(pictures.values())}, dtype=str)
     items = join_item_tables([known, *tables])
     items = items[items["item"].isin(item_ids.astype(str))].reset_index(drop=True)
-    if images and not pictures:
-        _download_covers(items, folder, **download)
-    elif pictures and (without := len(item_ids) - int(items["item"].isin(pictures).sum())):
-        first = item_ids[~item_ids.astype(str).isin(list(pictures))][0]
-        warnings.warn(f"{without:,} of {len(item_ids):,} items have no picture in {os.path.commonpath(files['pictures'])} "
-                      f"(the first without: {first}).")
+    has = {*pictures, *(items["item"][_have_addresses(items)] if images else ())}
+    without = item_ids[~item_ids.astype(str).isin(list(has))]
+    if pictures and len(without):
+        where = os.path.commonpath(files["pictures"]) + " and no address of one" * images
+        warnings.warn(f"{len(without):,} of {len(item_ids):,} items have no picture in {where} (the first without: "
+                      f"{without[0]}).")
+    if images:
+        _download_covers(items, folder, bool(pictures), **download)
     write_atomically(folder / "items.parquet", lambda path: items.to_parquet(path, index=False))
 
 # %% ../nbs/00g_sources.ipynb #7bdddc49
@@ -293,7 +324,7 @@ def prepare_source(
         raise DataError(f"No public set '{name}'. Known: {', '.join(SOURCES)}.")
     folder = data_dir() / name
     with locked(folder, f"data set {name}"):
-        return _prepare_alone(name, folder, Path(raw or folder / "raw"), addresses, images, download)
+        return _prepare_alone(name, folder, checked_path(raw or folder / "raw"), addresses, images, download)
 
 
 def _prepare_alone(name, folder, raw, addresses, images, download):

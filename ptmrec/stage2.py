@@ -515,11 +515,11 @@ def tune_and_try(
 # %% ../nbs/05_stage2.ipynb #6e0fd5a7
 def need_of(model: Stage2, batch_by: str, batch_size: int, accumulate: int = 1) -> MemoryNeed:
     "Memory that training `model` takes, by one batch (`batch_by`, `batch_size`) and `accumulate`. Draws from no generator."
-    backbone = model.backbone.train()
-    with torch.random.fork_rng():
+    backbone, device = model.backbone.train(), model.backbone.user.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # or torch wakes every GPU of the machine
         backbone.start_epoch()
         user, pos = next(iter(make_batches(batch_by, backbone.user.cpu(), backbone.item.cpu(), batch_size)))
-        return memory_need(model, *(x.to(backbone.user.device) for x in (user, pos)), accumulate)
+        return memory_need(model, user.to(device), pos.to(device), accumulate)
 
 # %% ../nbs/05_stage2.ipynb #0e43399d
 def new_model(
@@ -631,10 +631,10 @@ def check_gain(runs: list[Run], controls: dict[str, list[Run]]) -> dict:
     metric, found = runs[0].params["metric"], {}
     for name, group in {"tuned": runs, **controls}.items():
         found[name] = float(np.mean([m["valid"][metric] for m in metrics_of(group, best_variant(group))]))
-    if found["tuned"] <= found.get("projections alone", -math.inf):
+    if runs[0].params["tuning"] != "none" and found["tuned"] <= found.get("projections alone", -math.inf):
         warnings.warn(f"CLIP had nothing to learn here: the best validation {metric} is {found['tuned']:.4f} with a tuned "
-                      f"CLIP, and {found['projections alone']:.4f} with projections alone. Change n_ctx, prompt_depth or "
-                      "prompt_lr, or take another tuning.")
+                      f"CLIP, and {found['projections alone']:.4f} with projections alone. Change the settings of the "
+                      "tuning, its learning rate first, or take another one.")
     longer = next(name for name in controls if name.startswith("Stage 1"))
     if found["tuned"] <= found[longer]:
         warnings.warn(f"Stage 2 gains no more than longer training does: the best validation {metric} is "
@@ -704,13 +704,13 @@ def plot_results(
     first, *others = ((variant_name(v), runs, v) for v in runs[0].metrics())
     rows = [first, *((name, group, best_variant(group)) for name, group in (controls or {}).items()), *others]
     figure, axes = plt.subplots(1, len(metrics), figsize=(3.4 * len(metrics), 0.5 * len(rows) + 1), sharey=True,
-                                layout="constrained")
-    for ax, metric in zip(axes, metrics):
+                                squeeze=False, layout="constrained")
+    for ax, metric in zip(axes[0], metrics):
         for y, (_, group, variant) in enumerate(rows):
             _dot(ax, y, per_user_values(group, variant, metric), "C0" if y == 0 else "C1" if group is runs else "C7")
         ax.set(title=f"test {label(metric)}", xlim=(0, None))
         ax.set(yticks=range(len(rows)), yticklabels=[name for name, *_ in rows])
-        ax.invert_yaxis() if ax is axes[0] else None
+    axes[0, 0].invert_yaxis()
     return figure
 
 

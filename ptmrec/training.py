@@ -13,6 +13,7 @@ import atexit
 import builtins
 import copy
 import ctypes
+import errno
 import math
 import os
 import platform
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -180,7 +182,7 @@ def leaves_within(
         writer.close()
 
 # %% ../nbs/03b_training.ipynb #860becdd
-def _leave(code, seconds=8):
+def _leave(code, seconds=2):
     "End this process with what libraries do at exit, for which they have so many seconds, and nothing else."
     limit = threading.Timer(seconds, os._exit, [code])
     limit.daemon = True
@@ -214,11 +216,11 @@ class Loop:
         self, module: torch.nn.Module, optimiser: torch.optim.Optimizer,
         train_epoch: Callable, validate: Callable,  # of an epoch's number; each returns {name: number}, perhaps empty
         callbacks: Iterable[Callback] = ()):
-        self.module, self.optimiser, self.callbacks = module, optimiser, callbacks
+        self.module, self.optimiser, self.callbacks = module, optimiser, list(callbacks)
         self.train_epoch, self.validate = train_epoch, validate
         self.history, self.stop, self.asked, self.by_hand, self.cut = [], False, False, False, {}
-        for callback in callbacks:
-            callback.state = callback.state or {}  # its own, where it has made none
+        for callback in (c for c in self.callbacks if "state" not in vars(c)):  # that of its class is for all
+            callback.state = copy.deepcopy(callback.state)
 
     def _epochs(self):
         while len(self.history) < self.epochs and not self.stop:
@@ -372,7 +374,20 @@ def restore(loop: Loop, saved: dict) -> None:
     for set_state, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), saved["random"]):
         set_state(state)
 
-# %% ../nbs/03b_training.ipynb #bb6fbe24
+# %% ../nbs/03b_training.ipynb #4c92f6ab
+def _plain(content):
+    "What callbacks remember, as a file can hold it. Raises `DataError` for what is no tensor, number or text."
+    if isinstance(content, dict):
+        return type(content)({_plain(key): _plain(value) for key, value in content.items()})
+    if isinstance(content, list | tuple):
+        return type(content)(_plain(value) for value in content)
+    content = content.item() if isinstance(content, np.generic) else content
+    if not isinstance(content, Tensor | str | int | float | None):
+        raise DataError(f"The `state` of a callback holds the type {type(content).__name__}, and a checkpoint cannot. Use "
+                        "tensors, numbers and texts, in lists and dicts.")
+    return content
+
+# %% ../nbs/03b_training.ipynb #d26f8b15
 def _leaves(content):
     "All that a nested structure holds, in order: arrays of bytes, numbers and texts."
     if isinstance(content, Tensor):
@@ -388,15 +403,15 @@ def _leaves(content):
     else:
         yield content
 
-
+# %% ../nbs/03b_training.ipynb #bb6fbe24
 def _place(path):
     "The place of a checkpoint: its run's folder, whose name is the key, and its own name."
     return f"{Path(path).resolve().parent.name}/{Path(path).name}"
 
 
 def write_snapshot(path: Path, saved: dict) -> None:
-    "Write a snapshot, with its place and a checksum."
-    saved = saved | {"place": _place(path)}
+    "Write a snapshot, with its place and a checksum. Raises `DataError` if a callback remembers what cannot be read again."
+    saved = saved | {"place": _place(path), "callbacks": _plain(saved["callbacks"])}
     saved["checksum"] = fingerprint(*_leaves(saved))
     write_atomically(path, lambda temporary: torch.save(saved, temporary))
 
@@ -406,7 +421,9 @@ def read_snapshot(path: Path) -> dict:
     try:
         saved = dict(torch.load(path, weights_only=True, map_location="cpu"))
         checksum = saved.pop("checksum")
-    except Exception:  # torch raises almost anything for a damaged file
+    except Exception as error:  # torch raises almost anything for a damaged file, EINVAL for half a file
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
+            raise  # of the machine or the disk, and the file may be whole
         raise DataError("it is damaged, or no checkpoint") from None
     if checksum != fingerprint(*_leaves(saved)):
         raise DataError("it has changed since it was written")
@@ -478,7 +495,8 @@ def check_features(features: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     for m, r in report.items():
         if r["mean cosine"] > 0.98 or r["effective rank"] < 2:
             warnings.warn(f"The {m} features have collapsed (mean cosine {r['mean cosine']:.3f}, effective rank "
-                          f"{r['effective rank']:.1f}): items look alike. Lower prompt_lr, raise tau, or use fewer epochs.")
+                          f"{r['effective rank']:.1f}): items look alike. Lower the learning rate of the tuning (prompt_lr, "
+                          "lora_lr, ...) or stage2_epochs; in two stages, raise tau.")
     return report
 
 # %% ../nbs/03b_training.ipynb #dcc427df
@@ -535,7 +553,6 @@ class LowerRate(Callback):
     def recovers(self, loop: "Loop", error: Exception) -> bool:
         said = f"{loop.name}, epoch {loop.epoch}, {error}."
         if self.good is None or self.state["lowered"] == self.times:
-            _notify(loop, "interrupted")
             raise Diverged(f"{said} {self.remedy}") from None
         lowered = self.state["lowered"] + 1
         restore(loop, copy.deepcopy(self.good))

@@ -224,6 +224,35 @@ def test_a_process_whose_grid_was_killed_leaves_its_output_alone(tmp_path):
     assert said.splitlines()[-1] == '{"error": null}' and os.listdir(tmp_path) == ["out.txt"]
 
 
+LEFT = """
+import os, subprocess, sys, time
+if sys.argv[1] == "parent":
+    subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[3], sys.argv[2]])
+    time.sleep(600)
+from ptmrec.processes import exit_with_parent
+if sys.argv[1] == "as on Windows":
+    parent = os.getppid()
+    os.getppid = lambda: parent
+exit_with_parent()
+print("ready", flush=True)
+time.sleep(30)
+print("left behind", flush=True)
+"""
+
+
+@pytest.mark.parametrize("where", ["here", "as on Windows"])
+def test_a_process_ends_with_its_parent(where):
+    "The number of a parent that is gone stays the same on Windows; elsewhere a parent may be gone and not buried."
+    command = [sys.executable, "-c", LEFT, "parent", LEFT, where]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    if where == "as on Windows":
+        parent.wait()
+    assert parent.stdout.read() == ""
+    parent.wait()
+
+
 # ---------------------------------------------------------------- the engine, without
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -255,7 +256,9 @@ def test_files_put_there_or_changed_by_hand(server, tmp_path):
     (images / "B000000000.PNG").write_bytes(GOOD["PNG"])
     (images / "B000000001.jpg").write_text("<html>no</html>")
     items, limits = some_items(4), dict(image_base=server.address, wait=0.01)
-    manifest = download_images(items, tmp_path, **limits)
+    with pytest.warns(UserWarning, match="1 files that were put .*the first: B000000001.jpg.refused, HTML page"):
+        manifest = download_images(items, tmp_path, **limits)
+    (images / "B000000001.jpg.refused").unlink()
     assert (manifest.status == "ok").all() and manifest.url.isna().tolist() == [True, False, False, False]
     assert "/I/0.jpg" not in server.asked and (images / "B000000000.PNG").read_bytes() == GOOD["PNG"]
     whole(tmp_path, manifest)
@@ -267,6 +270,27 @@ def test_files_put_there_or_changed_by_hand(server, tmp_path):
     whole(tmp_path, manifest)
     (images / "B000000002.png").write_bytes(GOOD["PNG"])  # the refused one is found elsewhere
     assert (download_images(items, tmp_path, **limits).status == "ok").all()
+
+
+def test_a_refused_picture_of_ones_own_is_renamed_and_said(server, tmp_path):
+    "The user's files stay, whatever becomes of the download, and no other file is overwritten."
+    server.way_of = lambda path: "gone" if path.endswith("0.jpg") else "JPEG"
+    (images := tmp_path / "images").mkdir()
+    own = {"B000000000.jpg": bomb(), "B000000001.png": b"an AVIF", "B000000001.png.refused": b"of last week"}
+    for name, content in own.items():
+        (images / name).write_bytes(content)
+    with pytest.warns(UserWarning) as caught:
+        manifest = download_images(some_items(2), tmp_path, image_base=server.address, wait=0.01)
+    said, = (str(w.message) for w in caught)
+    assert said.startswith(f"2 files that were put into {images} cannot be used, and are renamed to end in .refused (")
+    assert "B000000000.jpg.refused, too many pixels" in said or "B000000001.png.refused.refused, not an image" in said
+    assert manifest.error.tolist()[:1] == ["HTTP 404"] and manifest.status.tolist() == ["refused", "ok"]
+    assert {p.name: p.read_bytes() for p in images.iterdir()} == {
+        "B000000000.jpg.refused": own["B000000000.jpg"], "B000000001.png.refused": b"of last week",
+        "B000000001.png.refused.refused": b"an AVIF", "B000000001.jpg": GOOD["JPEG"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert download_images(some_items(2), tmp_path, image_base=server.address, wait=0.01).equals(manifest)
 
 
 def test_a_bitmap_put_there_is_kept_and_one_from_a_server_becomes_a_png(server, tmp_path, monkeypatch):
@@ -304,6 +328,21 @@ def test_download_goes_on_where_it_broke(files, tmp_path):
     with pytest.raises(DataError, match="b.gz is not a complete gzip file"):
         fetch_file(f"{files.address}/b.gz", tmp_path / "b.gz", wait=0.01)
     assert sorted(os.listdir(tmp_path)) == ["a.gz", "c.gz"]
+
+
+@pytest.mark.parametrize("kind", ["Deflate64", "encrypted"])
+def test_a_whole_zip_that_python_cannot_unpack_is_no_damaged_one(files, tmp_path, kind):
+    "Who unpacks it says what to do; see test_sources."
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", bytes(5000))
+    content = bytearray(buffer.getvalue())
+    entry = content.find(b"PK\x01\x02")
+    place, value = (2, 9) if kind == "Deflate64" else (0, 1)  # in the local header from 6, in the directory from 8
+    content[6 + place] = content[entry + 8 + place] = value
+    files.content = {"/a.zip": bytes(content), "/b.zip": bytes(content[:-9])}
+    assert fetch_file(f"{files.address}/a.zip", tmp_path / "a.zip").read_bytes() == content
+    with pytest.raises(DataError, match="b.zip is not a complete zip file"):
+        fetch_file(f"{files.address}/b.zip", tmp_path / "b.zip")
 
 
 def packed(records, write=json.dumps):
@@ -422,6 +461,20 @@ def test_release_2023(home):
     items, inter = (pd.read_parquet(folder / f"{name}.parquet") for name in ("items", "interactions"))
     assert len(inter) == 30 and inter.timestamp.max() == 1_400_000_000 and items.image_url[3] == "http://x/3"
     assert load_data(folder).texts[0] == "Cup. Acme. A B. one two" and folder.name == "Toys-2023"
+
+
+@pytest.mark.filterwarnings("ignore:.*have no")
+def test_raw_files_in_the_users_home(home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home / "me"))
+    toys(home / "me" / "amazon")
+    assert len(load_data(prepare("Toys", raw="~/amazon", images=False)).inter) == 30
+
+
+def test_a_release_and_text_fields_that_are_not_known(home):
+    with pytest.raises(DataError, match="^release=2018 is not known. Allowed: 2014, 2023.$"):
+        prepare("baby", release=2018)
+    with pytest.raises(DataError, match="^text_fields: 'colour' is not known. Allowed: title, brand, categories, desc"):
+        prepare("baby", text_fields=["title", "colour"])
 
 
 @pytest.mark.filterwarnings("ignore:.*have no", "ignore:.*lacks 1 of 5 items")

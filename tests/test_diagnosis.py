@@ -3,7 +3,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ptmrec.diagnosis import RIDGE, diagnose, diagnosis_in_words, foretell, shared_neighbours, standardised
+from ptmrec.diagnosis import RIDGE, diagnose, diagnosis_in_words, predict_out_of_fold, shared_neighbours, standardised
 
 
 def plain_neighbours(x, k):
@@ -31,13 +31,13 @@ def test_equal_items_have_as_many_neighbours_as_others():
         assert (found <= at_most + 1e-6).all() and found.any()
 
 
-def test_what_is_foretold_of_an_item_does_not_depend_on_it():
+def test_what_is_predicted_of_an_item_does_not_depend_on_it():
     x, e = (torch.randn(50, d, generator=torch.Generator().manual_seed(d)) for d in (7, 3))
     x = standardised(x)
-    told = foretell(x, e)
+    told = predict_out_of_fold(x, e)
     changed = e.clone()
     changed[4] = -5 * e[4] + 1
-    again = foretell(x, changed)
+    again = predict_out_of_fold(x, changed)
     fold = torch.randperm(50, generator=torch.Generator().manual_seed(0)) % 5
     own = fold == fold[4]
     assert torch.equal(again[own], told[own]) and not torch.allclose(again[~own], told[~own])
@@ -59,6 +59,16 @@ def test_items_without_training_interactions_are_left_out():
         "Stage 2 is worth trying on this data, because teaching finds more neighbours.")
     nothing = diagnose(taste, {"image": torch.randn(200, 8, generator=torch.Generator().manual_seed(5))}, trained)
     assert diagnosis_in_words(nothing).startswith("Stage 2 is unlikely to help on this data")
+
+
+def test_items_without_a_picture_are_left_out():
+    "They share the mean feature, and would be each other's nearest."
+    taste, other = (torch.randn(200, 4, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    pictures, lost = torch.cat([taste, 3 * other], 1), torch.arange(200) % 20 == 3
+    pictures[lost] = pictures[~lost].mean(0)
+    found = diagnose(taste, {"image": pictures, "text": other}, torch.arange(200) < 150)
+    assert found == diagnose(taste, {"image": pictures, "text": other}, (torch.arange(200) < 150) & ~lost)
+    assert found["items"] == 150 - int(lost[:150].sum())
 
 
 def test_too_few_items_are_said_and_stop_nothing():

@@ -21,15 +21,17 @@ from safetensors.torch import load_file
 from small import N_ITEMS, SHORT, hugging_face_clips, make_shop
 
 import ptmrec.clip_prompting
+import ptmrec.distributed
 import ptmrec.runs
 import ptmrec.stage2
 import ptmrec.training
 from ptmrec.clip_prompting import Clip, ItemEncoder, encode_in_blocks, frozen_features, load_clip
 from ptmrec.data import cache_dir, load_data
-from ptmrec.distributed import all_reduce, init_distributed, rank, sum_gradients, world_size
+from ptmrec.distributed import RankLost, all_reduce, init_distributed, rank, sum_gradients, together, world_size
 from ptmrec.peft import attach
 from ptmrec.ranking import Evaluator
 from ptmrec.runs import new_run, set_seed
+from ptmrec.settings import SettingError
 from ptmrec.stage1 import build_backbone
 from ptmrec.stage2 import Stage2, run_stage2, tune
 
@@ -306,6 +308,44 @@ def test_a_rank_that_waits_for_another_ends_with_a_sentence(tmp_path, how, gone,
         assert len(re.findall(f"^{said}", errors, re.M)) == 1, errors
     finally:
         both[gone].kill(), both[gone].communicate()
+
+
+@pytest.mark.parametrize("device, n, gpus, said", [
+    ("cuda:0", 2, 2, r"^device='cuda:0' gives the 2 processes of this machine one GPU\. Leave device out"),
+    ("auto", 2, 1, r"^2 processes on this machine need 2 GPUs, and it has 1\. Start 1, or set device='cpu'\.$"),
+    ("cuda", 4, 2, "^4 processes on this machine need 4 GPUs, and it has 2"),
+    ("auto", 2, 2, None), ("cpu", 2, 1, None), ("auto", 2, 0, None), ("cuda:1", 1, 2, None)])  # the last one of two machines
+def test_processes_that_would_share_a_gpu_are_refused_before_they_join(monkeypatch, device, n, gpus, said):
+    class Joins(Exception):
+        pass
+
+    def join(**how):
+        raise Joins
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("accelerate.PartialState", join)
+    with pytest.raises(SettingError if said else Joins, match=said):
+        init_distributed(device)
+
+
+def test_a_fault_of_a_ranks_own_gpu_is_no_lost_neighbour(monkeypatch):
+    "A GPU reports it late: when the block begins, it is raised as it is; in the block, it is the cause of what is raised."
+    def synchronize():
+        if faults.pop(0):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    faults = [True]
+    with pytest.raises(RuntimeError, match="^CUDA error") as fault, together():
+        pytest.fail("the block has begun")
+    assert type(fault.value) is RuntimeError and not faults
+    faults = [False, True]
+    with pytest.raises(RankLost, match="CUDA error: device-side") as lost, together():
+        pass
+    assert str(lost.value.__cause__).startswith("CUDA error") and ptmrec.distributed._waiting_since is None
 
 
 ENDS = """

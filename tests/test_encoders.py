@@ -1,5 +1,6 @@
 """CLIPs of two towers that were pretrained apart, and text towers by Hugging Face."""
 import copy
+import importlib
 import json
 import os
 import pickle
@@ -157,9 +158,14 @@ def test_a_clip_that_reads_texts_otherwise_is_another_one(mine):
     from transformers import BertTokenizer
 
     BertTokenizer(str(mine / "swapped.txt")).save_pretrained(mine / "swapped")
-    others = [load(mine, {"text_cfg": SMALL["text_cfg"] | change})
-              for change in ({}, {"context_length": 12}, {"hf_tokenizer_name": "swapped"})]
-    assert len({clip.name for clip in others}) == 1 and len({clip.fingerprint() for clip in others}) == 3
+    BertTokenizer(str(mine / "vocab.txt"), do_lower_case=False).save_pretrained(mine / "cased")  # the same words
+    others = [load(mine, {"text_cfg": SMALL["text_cfg"] | change}) for change in (
+        {}, {"context_length": 12}, {"hf_tokenizer_name": "swapped"}, {"hf_tokenizer_name": "cased"})]
+    assert not torch.equal(others[0].tokenize("Red MUG"), others[3].tokenize("Red MUG"))
+    keys = [clip.fingerprint() for clip in others]
+    assert len({clip.name for clip in others}) == 1 and len(set(keys)) == 4
+    others[0].tokenize(["red mug"], context_length=5)  # what it has read leaves no trace
+    assert others[0].fingerprint() == keys[0]
 
 
 @pytest.mark.parametrize("config, message", [
@@ -264,6 +270,22 @@ def test_image_towers_of_timm_are_loaded_and_tuned(mine, tower, pool, size):
         (mine / "other.json").write_text(json.dumps(config))
         with pytest.raises(DataError, match='has "timm_pool": "token" in vision_cfg.$'):
             load_clip(str(mine / "other.json"), f"image={mine / tower}.pth,text={mine / 'towers' / 'text'}")
+
+
+@pytest.mark.parametrize("bad", ["conv_stem.weight", "bn1.running_var"])
+def test_numbers_of_a_tower_that_are_none_are_those_of_its_file(mine, tmp_path, bad):
+    weights = torch.load(mine / "towers" / "image.pth", weights_only=True)["state_dict"]
+    torch.save(weights | {bad: weights[bad] * torch.nan}, tmp_path / "image.pth")
+    with warnings.catch_warnings(), pytest.raises(DataError, match=f"^{tmp_path}/image.pth: {bad} has values that are not"):
+        warnings.simplefilter("ignore", UserWarning)
+        load_clip(str(mine / "mine.json"), f"image={tmp_path / 'image.pth'},text={mine / 'towers' / 'text'}")
+
+
+def test_a_path_with_an_equals_sign_is_a_path(mine, tmp_path):
+    (tmp_path / "seed=1").symlink_to(mine / "towers")
+    clip = load(mine, pretrained=str(tmp_path / "seed=1"))
+    save_file(clip.model.state_dict(), tmp_path / "lr=0.1.safetensors")
+    assert load_clip(str(mine / "mine.json"), str(tmp_path / "lr=0.1.safetensors")).words == clip.words
 
 
 # MiniLM and EfficientNet, with their weights
@@ -377,3 +399,91 @@ def test_what_a_model_hub_has_is_one_sentence_where_it_does_not_answer(monkeypat
     with pytest.raises(DataError, match="The tokenizer of ViT-B-16-SigLIP, '.+', is not on this machine") as error:
         load_clip("ViT-B-16-SigLIP", "webli")
     assert "\n" not in str(error.value)
+
+
+# files and tags of open_clip's own architectures
+
+
+def file_of_tiny(folder, preprocess_cfg=None):
+    "A weights file of the tiny CLIP, and a config file beside it, as hubs have them."
+    shutil.copy(SAMPLE / "tiny.safetensors", folder / "w.safetensors")
+    if preprocess_cfg is not None:
+        config = {"model_cfg": json.loads((SAMPLE / "tiny.json").read_text()), "preprocess_cfg": preprocess_cfg}
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return str(folder / "w.safetensors")
+
+
+def way(clip):
+    return clip.mean.tolist(), clip.std.tolist(), clip.interpolation, clip.resize_mode
+
+
+SIGLIP, HALF = open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli"), [0.5] * 3
+OPENAI = open_clip.get_pretrained_cfg("ViT-B-32", "openai")
+
+
+def test_images_for_a_file_are_prepared_as_its_config_or_all_tags_say(tmp_path, monkeypatch):
+    stock = way(load_clip())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert way(load_clip("tiny", file_of_tiny(tmp_path))) == stock  # no tags: open_clip's default
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"one": SIGLIP, "two": dict(SIGLIP)})
+        assert way(load_clip("tiny", file_of_tiny(tmp_path))) == (HALF, HALF, "bicubic", "squash")
+        assert way(load_clip("tiny", str(tmp_path))) == (HALF, HALF, "bicubic", "squash")  # its folder
+        its = {"mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear", "resize_mode": "shortest"}
+        assert way(load_clip("tiny", file_of_tiny(tmp_path, its))) == ([0] * 3, [1] * 3, "bilinear", "shortest")
+        assert way(load_clip("tiny", file_of_tiny(tmp_path, {}))) == (HALF, HALF, "bicubic", "squash")
+
+
+def test_tags_that_differ_are_said_once_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"one": OPENAI, "two": SIGLIP})
+    with pytest.warns(UserWarning) as caught:
+        assert way(load_clip("tiny", file_of_tiny(tmp_path))) == way(load_clip())
+    said, = (str(w.message) for w in caught if "w.safetensors" in str(w.message))
+    assert "the tags of tiny differ in mean, std, resize_mode" in said and "open_clip_config.json" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_clip("tiny", file_of_tiny(tmp_path, {"mean": HALF, "std": HALF}))
+
+
+def test_every_architecture_says_how_images_for_a_file_are_prepared(tmp_path):
+    "As its tags are, where they agree; three architectures have tags that differ, and none has been left out."
+    differ = []
+    for name in open_clip.list_models():
+        tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = cp.file_preparation(name, tmp_path / "w.pt")
+        assert all(found[what] == tag[what] for tag in tags for what in found)
+        assert caught or not tags or len(found) == 4
+        differ += [name] * bool(caught)
+    assert {"ViT-L-14", "ViT-H-14"} <= set(differ) and len(differ) < 6
+
+
+def test_a_tokenizer_by_hugging_face_names_the_extra_that_it_needs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("open_clip.get_tokenizer", lambda name: importlib.import_module("no_transformers_here"))
+    with pytest.raises(DataError, match=r"tokenizer of ViT-B-16-SigLIP is by Hugging Face.*'.\[encoders\]'$"):
+        load_clip("ViT-B-16-SigLIP", "webli")
+
+
+def test_a_download_that_fails_is_one_sentence(monkeypatch):
+    def broken(*_, **__):
+        raise OSError("the connection\nbroke")
+
+    monkeypatch.setattr(cp, "check_download", lambda *_: None)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", broken)
+    with pytest.raises(DataError, match=r"'openai' of ViT-B-32 cannot be downloaded \(the connection broke\). Run"):
+        load_clip("ViT-B-32", "openai")
+
+
+def test_a_file_that_does_not_fit_has_no_text_tower_downloaded(mine, tmp_path, monkeypatch):
+    def downloads(*_, **__):
+        raise AssertionError("the text tower's own weights are asked for")
+
+    monkeypatch.chdir(mine)
+    (tmp_path / "by_hugging_face.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(tmp_path / "by_hugging_face.json")
+    monkeypatch.setattr("open_clip.hf_model.AutoModel.from_pretrained", downloads)
+    save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(DataError, match="w.safetensors cannot be used for by_hugging_face: .* is missing"):
+        load_clip("by_hugging_face", str(tmp_path / "w.safetensors"))

@@ -1,4 +1,5 @@
 """Files that are hostile, damaged or half-made, disks that are full or read-only, and two processes at once."""
+import errno
 import hashlib
 import io
 import json
@@ -413,6 +414,16 @@ def test_what_is_a_colleagues_is_left_alone(tmp_path, monkeypatch):
     assert sweep(tmp_path) == [left.name]
 
 
+def test_hidden_folders_of_ones_own_are_left_alone(tmp_path):
+    "In the folder of a data set, however old they are."
+    mine = [".tmpnotes", ".tmp.driveupload", ".tmp-old", ".2024-backup", ".2024-interactions.csv", ".tmp"]
+    for name in mine:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+        os.utime(tmp_path / name, (1, 1))
+    assert sweep(tmp_path) == [] and sorted(os.listdir(tmp_path)) == sorted(mine)
+
+
 def test_names_of_half_made_files_differ_where_process_numbers_do_not(tmp_path):
     "As of two containers on one volume."
     names = set()
@@ -436,6 +447,20 @@ def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda self, to: (done.append("renamed"), replace(self, to)))
     write_atomically(tmp_path / "a", lambda path: path.write_text("x"))
     assert [Path(d).name for d in done] == ["a", "renamed", tmp_path.name]
+
+
+def test_files_are_open_for_writing_when_they_go_to_the_disk(tmp_path, monkeypatch):
+    "Windows refuses it otherwise, and cannot open folders."
+    fcntl, done = pytest.importorskip("fcntl"), []
+
+    def fsync(number):
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "read-only")
+        done.append(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomically(tmp_path / "a", lambda path: path.write_text("x"))
+    assert (tmp_path / "a").read_text() == "x" and len(done) == 1
 
 
 # disks
@@ -569,6 +594,23 @@ def test_the_cache_is_listed_and_emptied(shop):
     command = [sys.executable, "-m", "ptmrec.files", "--keep", "0"]
     out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout
     assert "Deleted 2 files, 8.0 MB." in out and "The cache is empty." in out and not list(cache_dir().iterdir())
+
+
+def test_emptying_the_cache_leaves_what_a_process_is_writing(shop):
+    "At the top and in a folder of blocks; what a killed process left there goes, and so does what is whole."
+    process = python(KILLED, 32)
+    assert process.stdout.readline() == "half\n"
+    cached("whole.npy", lambda path: np.save(path, np.zeros(9)))
+    blocks = cache_dir() / "features.blocks"
+    (left := blocks / f".tmp-{ptmrec.files._host()}-99999999-ab").mkdir(parents=True)
+    (left / "0.safetensors").touch()
+    writing, = cache_dir().glob(".tmp*")
+    half_made = sorted(writing.iterdir())
+    assert list_cache().file.tolist() == ["whole.npy"] and len(half_made) > 1
+    assert empty_cache().file.tolist() == ["whole.npy"] and not left.exists() and sorted(writing.iterdir()) == half_made
+    process.kill()
+    process.wait()
+    assert empty_cache().empty and not writing.exists()
 
 
 # two at once

@@ -1,8 +1,11 @@
 """The training monitor: a stop by hand is a finished run that says so for ever; watching changes nothing."""
+import gc
 import json
 import random
 import threading
+import weakref
 import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -155,6 +158,27 @@ def test_what_ends_otherwise_leaves_a_picture_too(places, error, words):
         loop_of([0.1] * 9, watcher, train_epoch=train_epoch).run(9)
     assert len(places.shown) == 2 and repr(places.shown[-1]) == f"Toy, {words}"
     assert words in places.shown[-1]._repr_svg_() and watcher.stop.disabled
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_a_training_that_is_over_is_let_go(error):
+    "ipywidgets keeps open widgets as long as the kernel lives; the model and the optimiser are not to stay with them."
+    def train_epoch(epoch):
+        if epoch == 2 and error:
+            raise error
+        return {"loss": 1.0}
+
+    def over():
+        loop = loop_of([0.1, 0.2, 0.3], watcher, train_epoch=train_epoch)
+        with suppress(Stopped, ValueError):
+            loop.run(3)
+        return weakref.ref(loop), weakref.ref(loop.module)
+
+    watcher = Monitor("Toy", TITLES)
+    gone = over()
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    watcher.stop.click()  # a front end may keep a click until the cell is done
 
 
 def test_an_error_before_the_first_epoch_is_the_one_that_is_seen():

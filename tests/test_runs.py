@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import SafetensorError
 from small import SHORT, make_shop
 
 import ptmrec.runs
@@ -18,7 +19,7 @@ import ptmrec.stage1 as stage1
 import ptmrec.stage2 as stage2
 import ptmrec.training as training
 from ptmrec.backbones import BACKBONES
-from ptmrec.data import DataError, load_data
+from ptmrec.data import MODALITIES, DataError, Modality, load_data
 from ptmrec.ranking import METRICS, paired_test
 from ptmrec.runs import code_of, compare, list_runs, new_run, open_run, per_user_values
 from ptmrec.settings import SettingError, resolve
@@ -90,6 +91,22 @@ def test_a_metric_that_is_registered_or_changed_later_is_scored_without_training
         assert set(run.load_table("per_user.parquet")["share@20"]) == {share}
     monkeypatch.delitem(METRICS, "share")
     assert run_stage2("shop", **how)[0].metrics() == run.metrics()
+
+
+@pytest.mark.parametrize("raised, said", [
+    (OSError("image file is truncated (3 bytes\nnot processed)."), r"\(OSError: image file is truncated \(3 bytes not proc"),
+    (SafetensorError("Error while deserializing header"), "SafetensorError: Error while deserializing header"),
+    (DataError("Song 3 is silent."), r"^Song 3 is silent\.$")], ids=["OSError", "SafetensorError", "DataError"])
+def test_an_encoder_that_fails_is_no_full_disk(small, monkeypatch, raised, said):
+    def encode(files):
+        raise raised
+
+    monkeypatch.setitem(MODALITIES, "audio", Modality("audio", "sounds", (".raw",), encode))
+    with pytest.raises(DataError, match=said) as caught:
+        ptmrec.runs._encoded("audio", [small / "interactions.csv"])
+    if not isinstance(raised, DataError):
+        assert str(caught.value).startswith("The encoder of the modality 'audio' failed (")
+        assert caught.value.__cause__ is raised
 
 
 def test_one_more_round_is_the_control(monkeypatch):

@@ -16,7 +16,8 @@ from ptmrec.data import MODALITIES, DataError, Modality
 from ptmrec.ranking import METRICS, register_metric
 from ptmrec.runs import list_runs, open_run
 from ptmrec.search import search
-from ptmrec.settings import SettingError, Settings, parameters_cell, resolve, setting
+from ptmrec.settings import (SettingError, Settings, assigned_names, notebook_parameters, parameters_cell, resolve,
+                             setting)
 from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import run_stage2
 
@@ -325,6 +326,16 @@ def test_a_wrong_setting_stops_the_notebook_at_its_check(runs, tmp_path, noteboo
     error, = (o for c in cells for o in c.outputs if o.output_type == "error")
     assert "notebook_parameters" in ran[-1].source and len(error.traceback) == 1
     assert not runs.exists()
+
+
+def test_a_parameters_cell_that_is_run_again_counts_as_it_is_now():
+    "Not what an earlier version of it named; and whatever way it assigns."
+    first = "# Parameters of run_stage2"
+    cells = [f"{first}\nn_seed = 1", f"{first}\nlr, epochs = 1e-3, 5\nn_seeds: int = 2", f"{first}\nlr = = 3"]
+    assert sorted(assigned_names(cells)) == ["epochs", "lr", "n_seeds"]
+    given = notebook_parameters(run_stage2, {"In": cells, "n_seed": 1, "lr": 1e-3, "epochs": 5, "n_seeds": 2})
+    assert given == {"lr": 1e-3, "epochs": 5, "n_seeds": 2}
+    assert assigned_names([*cells, "# Parameters\nknn_k = 5"])[-1] == "knn_k"  # papermill's, beside it
 
 
 def test_parameters_cells_are_generated():

@@ -184,6 +184,35 @@ def test_packed_files_are_found(home):
     assert prepared("movielens-32m")[0].texts[0] == text
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["ninerec-qb", "microlens-100k"])
+def test_packed_files_without_a_header_are_found(home, name):
+    files, text, n_pictures = LAYOUTS[name]
+    tables = {n: c if isinstance(c, bytes) else c.encode() for n, c in files.items() if n.endswith(".csv")}
+    packed = {f"{n}.gz": gzip.compress(c) for n, c in tables.items()}
+    put(home / name / "raw", packed | {n: c for n, c in files.items() if n not in tables})
+    data, _ = prepared(name)
+    assert data.texts[0] == text and sum(p is not None for p in data.images) == n_pictures
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_linked_folders_of_raw_files_are_searched_and_loops_are_not_followed(home):
+    raw, posters = home / "movielens-1m" / "raw", {f"posters/{n}": c for n, c in COVERS.items()}
+    put(home / "disk", ML | posters)
+    raw.mkdir(parents=True)
+    (raw / "films").symlink_to(home / "disk")
+    (home / "disk" / "posters" / "again").symlink_to(home / "disk" / "posters")
+    files = source_files(SOURCES["movielens-1m"], raw)
+    assert files["interactions"] == [raw / "films" / "ratings.dat"] and files["pictures"] == [raw / "films" / "posters"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_raw_files_in_the_users_home(home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home / "me"))
+    put(home / "me" / "films", ML)
+    assert len(prepared("movielens-1m", raw="~/films")[0].inter) == 30
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_offline_one_sentence_says_what_to_put_where(home, name):
     with pytest.raises(DataError) as e:
@@ -239,6 +268,20 @@ def test_an_archive_that_is_broken_inside_packed_otherwise_or_too_large_is_told_
     assert (raw / "ml-1m" / "ml-1m" / "ratings.dat").exists()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_stay_packed_until_they_are_wanted(home):
+    raw = home / "movielens-1m" / "raw"
+    put(raw, {"ml-1m.zip": zipped(LAYOUTS["movielens-1m"][0] | {f"ml-1m/posters/{n}": c for n, c in COVERS.items()})})
+    for images, n in ((False, 0), (False, 0), (True, 5), (False, 5)):
+        data, _ = prepared("movielens-1m", images=images)
+        assert sum(map(bool, data.images)) == len(list(raw.rglob("*.jpg"))) == n
+    ratings = raw / "ml-1m" / "ml-1m" / "ratings.dat"
+    before = ratings.stat().st_mtime_ns
+    for images in (True, False):
+        unpack(SOURCES["movielens-1m"], raw, images)
+    assert ratings.stat().st_mtime_ns == before
+
+
 def test_no_archive_writes_outside(home):
     archive = zipped(ML | {"../../../movies.dat": "x", "/tmp/ptmrec_ratings.dat": "x"})
     put(home / "movielens-1m" / "raw", {"ml-1m.zip": archive})
@@ -270,6 +313,37 @@ def test_covers_of_books_by_address(home, server):
     assert all(prepared("goodbooks-10k", image_base=server.address, wait=0.01)[0].images)
 
 
+def test_pictures_that_are_there_and_addresses_of_the_others(home, server):
+    "The file wins over the address; addresses that lead nowhere, and an item with neither, stop nothing."
+    files, _, _ = LAYOUTS["goodbooks-10k"]
+    books = files["books.csv"]
+    for i in (1, 2, 3):
+        books = books.replace(f"Games {i},", f"Games {i},http://covers.example/c/{i}.jpg")
+    put(home / "goodbooks-10k" / "raw", files | {"books.csv": books, "covers/1.jpg": picture(size=(50, 70))})
+    for pages, there in (({}, [1]), ({f"/c/{i}.jpg": picture() for i in ITEMS}, [1, 2, 3])):
+        server.content, server.asked[:] = pages, []
+        data, said = prepared("goodbooks-10k", image_base=server.address, wait=0.01, retry_refused=True)
+        assert [i for i, path in zip(ITEMS, data.images) if path] == there and {p for p, _ in server.asked} == {
+            "/c/2.jpg", "/c/3.jpg"}
+        assert any("2 of 5 items have no picture in" in s and "no address of one (the first without: 4)" in s for s in said)
+        assert any("2 of 2 images are missing: 2 HTTP 404" in s for s in said) == (not pages)
+    assert Image.open(data.images[0]).size == (50, 70)
+    (home / "goodbooks-10k" / "raw" / "covers" / "4.jpg").write_bytes(picture())
+    _, said = prepared("goodbooks-10k", images=False)
+    assert any("3 of 5 items have no picture in" in s and "covers (the first without: 2)" in s for s in said)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_pictures_are_no_table_and_are_said(home):
+    raw = home / "movielens-1m" / "raw"
+    put(raw, ML | {"posters.zip": zipped(COVERS)})
+    said = prepared("movielens-1m")[1]
+    assert f"{raw / 'posters.zip'} is not read. Unpack it into {raw / 'posters'}/, if it has the pictures." in said
+    put(raw / "posters", COVERS)
+    data, said = prepared("movielens-1m")
+    assert all(data.images) and not any("posters.zip" in s for s in said)
+
+
 def test_books_in_both_layouts_join_by_the_id_of_the_ratings(home):
     files, text, _ = LAYOUTS["goodbooks-10k"]
     new = "book_id,goodreads_book_id,best_book_id,work_id,isbn,authors,original_title,title,image_url\n" + "".join(
@@ -291,6 +365,15 @@ def test_items_without_a_picture_are_counted(home):
     files, _, _ = LAYOUTS["ninerec-qb"]
     put(home / "ninerec-qb" / "raw", {n: c for n, c in files.items() if "v1.jpg" not in n})
     assert any("1 of 5 items have no picture in" in s and "QB_cover" in s for s in prepared("ninerec-qb")[1])
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "is empty, or has no commas: expected lines of user, item, timestamp"), ("u1\nu2\n", "has no commas"),
+    ("u1,v1,1000\nu2,v2,yesterday\n", "cannot be read as a table: .*yesterday")])
+def test_a_table_without_a_header_that_cannot_be_read_is_named(home, content, message):
+    put(home / "ninerec-qb" / "raw", LAYOUTS["ninerec-qb"][0] | {"QB_pair.csv": content})
+    with pytest.raises(DataError, match=f"QB_pair.csv .*{message}"):
+        prepare_source("ninerec-qb")
 
 
 def test_counts_are_compared_with_the_published(home):

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from contextlib import redirect_stderr
+from inspect import signature
 from types import SimpleNamespace
 
 import nbformat
@@ -21,12 +22,12 @@ from nbclient.exceptions import CellExecutionError
 from small import make_shop
 
 import ptmrec.training
-from ptmrec.data import load_data
+from ptmrec.data import DataError, load_data
 from ptmrec.ranking import Evaluator
 from ptmrec.stage1 import check_fit, most_bought
 from ptmrec.stage2 import check_gain
 from ptmrec.training import (Callback, Checkpoint, Diverged, Health, KeepBest, Loop, LowerRate, Stopped, check_features,
-                             check_losses, read_snapshot, sigterm_stops, write_snapshot)
+                             check_losses, leaves_within, read_snapshot, sigterm_stops, write_snapshot)
 
 TOY = '''
 import os, signal, sys, time
@@ -126,6 +127,12 @@ def test_a_stopped_program_says_one_line_and_goes_on(tmp_path, number, code):
     (history, weights), (whole, wanted) = (torch.load(p + ".end") for p in (path, path + ".whole"))
     assert history == whole and all(torch.equal(weights[n], w) for n, w in wanted.items())
     assert len(whole["loss"]) == 12 and [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_a_stopped_program_leaves_within_ten_seconds():
+    "By SIGTERM: what its main thread may take to notice, and then what libraries may at exit."
+    first, then = (signature(part).parameters["seconds"].default for part in (leaves_within, ptmrec.training._leave))
+    assert first + then <= 10
 
 
 def test_a_stop_before_anything_is_kept_says_so(tmp_path):
@@ -277,6 +284,73 @@ def test_each_callback_has_a_state_of_its_own():
     assert first.state == {"epochs": 3} and second.state == {"epochs": 2} and Callback.state == {}
 
 
+def test_a_state_that_a_class_gives_is_copied_for_each_callback():
+    class Counts(Callback):
+        state = {"epochs": 0, "losses": []}
+
+        def after_epoch(self, loop):
+            self.state["epochs"] += 1
+            self.state["losses"].append(loop.history[-1]["loss"])
+
+    counts = [Counts(), Counts()]  # as of two seeds
+    for callback in counts:
+        Loop(None, None, lambda epoch: {"loss": 1.0}, lambda epoch: {}, [callback]).run(2)
+    assert [c.state for c in counts] == [{"epochs": 2, "losses": [1.0, 1.0]}] * 2
+    assert Counts.state == {"epochs": 0, "losses": []}
+
+
+def test_callbacks_may_come_from_a_generator():
+    keep = KeepBest("score", 9)
+    loop = Loop(torch.nn.Linear(1, 1), None, lambda epoch: {}, lambda epoch: {"score": epoch}, (c for c in [keep]))
+    loop.run(3)
+    assert keep.state["epoch"] == 3
+
+
+class Remembers(Callback):
+    "Remembers something of each epoch."
+
+    def __init__(self, what):
+        self.what = what
+
+    def after_epoch(self, loop):
+        self.state[len(loop.history)] = self.what
+
+
+def test_numbers_of_numpy_that_a_callback_remembers_are_kept_by_a_checkpoint(tmp_path):
+    what = {"best": np.float64(0.1), "seen": [np.int64(3), (np.bool_(True), None)], np.int64(7): torch.ones(2)}
+    toy(Remembers(what), Checkpoint(tmp_path / "c.pt", seconds=0, share=1)).run(2)
+    again = Remembers(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy(again, Checkpoint(tmp_path / "c.pt", seconds=0, share=1)).run(3)
+    first, _, third = again.state.values()
+    assert torch.equal(first.pop(7), torch.ones(2)) and first == {"best": 0.1, "seen": [3, (True, None)]} and third is None
+    assert type(first["best"]) is float
+
+
+@pytest.mark.parametrize("what", [np.ones(3), {1, 2}, [signal]])
+def test_what_a_checkpoint_cannot_hold_is_refused_when_it_is_written(tmp_path, what):
+    kind = type(what[0] if isinstance(what, list) else what).__name__
+    with pytest.raises(DataError, match=f"^The `state` of a callback holds the type {kind}, and a checkpoint cannot"):
+        toy(Remembers(what), Checkpoint(tmp_path / "c.pt", seconds=0, share=1)).run(2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_disk_or_a_machine_that_fails_is_no_damaged_checkpoint(tmp_path, monkeypatch, error):
+    "The file may be whole, so the training does not start anew."
+    toy(Checkpoint(tmp_path / "c.pt", seconds=0, share=1)).run(3)
+    before = (tmp_path / "c.pt").read_bytes()
+
+    def load(*args, **how):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(torch, "load", load)
+        toy(Checkpoint(tmp_path / "c.pt", seconds=0, share=1)).run(6)
+    assert (tmp_path / "c.pt").read_bytes() == before
+
+
 def test_numbers_of_numpy_and_torch_are_kept_by_a_checkpoint(tmp_path):
     model = torch.nn.Linear(1, 1)
 
@@ -349,6 +423,23 @@ def test_a_lowered_rate_is_lowered_three_times_at_most():
     assert [factor for _, factor in tried] == pytest.approx([1, 1, 0.1, 0.01, 0.001])
 
 
+def test_a_training_that_diverges_has_failed_and_was_not_interrupted():
+    told = []
+
+    class Told(Callback):
+        def interrupted(self, loop):
+            told.append("interrupted")
+
+        def failed(self, loop):
+            told.append("failed")
+
+    loop = falling("stop", fails=(2,))[0]
+    loop.callbacks.append(Told())
+    with pytest.raises(Diverged):
+        loop.run(5)
+    assert told == ["failed"]
+
+
 def test_a_lowered_rate_survives_a_stop(tmp_path):
     def start(stops):
         loop, rate, _ = falling("lower_lr", fails=(3,))
@@ -399,9 +490,10 @@ def test_poor_results_are_warnings_with_their_numbers(tmp_path):
 
     metric = {"metric": "recall@20"}
 
-    def runs(value):
+    def runs(value, tuning="lora"):
         "A run of Stage 2 with this validation metric."
-        return [SimpleNamespace(finished=True, params=metric, metrics=lambda: {"as_is": {"valid": {"recall@20": value}}})]
+        return [SimpleNamespace(finished=True, params=metric | {"tuning": tuning},
+                                metrics=lambda: {"as_is": {"valid": {"recall@20": value}}})]
 
     def stage1(value):
         return [SimpleNamespace(finished=True, params=metric, metrics=lambda: {"valid": {"recall@20": value}, "test": {}})]
@@ -409,6 +501,7 @@ def test_poor_results_are_warnings_with_their_numbers(tmp_path):
     good, alike = torch.randn(30, 8), torch.ones(30, 8) + torch.randn(30, 8) / 1000
     line, = said(check_features, {"image": good, "text": alike})
     assert re.match(r"The text features have collapsed \(mean cosine 1\.000, effective rank \d\.\d\): items look", line)
+    assert line.endswith("rate of the tuning (prompt_lr, lora_lr, ...) or stage2_epochs; in two stages, raise tau.")
     history = pd.DataFrame({"valid recall@20": [0.0, popular / 2]})
     line, = said(check_fit, history, inter, evaluator)
     assert f"recall@20 is {popular / 2:.4f}, and showing everybody the most bought items has {popular:.4f}" in line
@@ -416,6 +509,9 @@ def test_poor_results_are_warnings_with_their_numbers(tmp_path):
     controls = {"Stage 1, two rounds": stage1(0.11), "projections alone": runs(0.12)}
     line, = said(check_gain, runs(0.115), controls)
     assert "nothing to learn here: the best validation recall@20 is 0.1150 with a tuned CLIP, and 0.1200 with proj" in line
+    assert line.endswith("Change the settings of the tuning, its learning rate first, or take another one.")
+    same = runs(0.12, "none")  # projections alone are their own control
+    assert not said(check_gain, same, {"Stage 1, two rounds": stage1(0.11), "projections alone": same})
     line, = said(check_gain, runs(0.1), {"Stage 1, two rounds": stage1(0.11)})
     assert "no more than longer training does: the best validation recall@20 is 0.1000 after it, and 0.1100 after" in line
     assert not said(check_gain, runs(0.13), controls)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small import SHORT, TEXT, VISION, make_shop, small_clips
+from small import SHORT, TEXT, VISION, hugging_face_clips, make_shop, small_clips
 
 from ptmrec import visualisation as vis
 from ptmrec.clip_prompting import Clip, DeepPrompts, encode_image
@@ -22,7 +22,7 @@ from ptmrec.data import DataError, Interactions, RecData, load_data
 from ptmrec.ranking import Evaluator
 from ptmrec.settings import SettingError
 from ptmrec.stage1 import run_stage1
-from ptmrec.stage2 import run_stage2
+from ptmrec.stage2 import plot_results, run_stage2
 
 ODD = ["Mug for $5, not $9", "a_b^c $\\frac$ {x}", "猫の形をした青いマグカップ", "كوب أزرق كبير", "Gift box 🎁🫠",
        "tab\tand\nnew line", "Supercalifragilisticexpialidocious and more",
@@ -371,3 +371,84 @@ def test_posters(movielens, tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert all(vis.shown_title(catalogue, i, 13, 2) for i in range(len(catalogue)))
         assert len(vis.sheet(catalogue, [vis.SheetRow("first", range(10))]).axes[0].images) == 10
+
+
+def test_items_without_a_picture_have_and_are_no_visual_neighbours(tuned):
+    "They share the mean feature; the shop has one of them, and another is made here."
+    seen = vis.RunView(tuned)
+    features = seen.inputs.features["image"].clone()
+    lost = int(vis.without_content(features).nonzero())
+    others = torch.ones(len(features), dtype=torch.bool).index_fill(0, torch.tensor([lost, 8]), False)
+    features[[lost, 8]] = features[others].mean(0)
+    assert [len(vis.neighbours(features, item, 4)[0]) for item in (lost, 8)] == [0, 0]
+    assert not {lost, 8} & {i for item in range(len(features)) for i in vis.neighbours(features, item, 36)[0].tolist()}
+    assert written(vis.neighbour_sheet(tuned, lost, spaces=["frozen image"]))[0] == "the item"
+
+
+def test_only_what_was_tuned_is_shown_as_tuned(shop):
+    text_alone = run_stage2(dataset=str(shop), **SHORT, tuned_towers="text")[0]
+    texts = written(vis.show_what_changed(text_alone))
+    assert [kind in " ".join(texts) for kind in ("tuned text features", "image features")] == [True, False]
+    assert list(vis.attention_shares(text_alone, vis.item_pixels(text_alone, [0]))) == ["frozen"]
+    untuned = run_stage2(dataset=str(shop), **{k: v for k, v in SHORT.items() if not k.startswith(("n_ctx", "prompt"))},
+                         tuning="none")[0]
+    assert "features" not in " ".join(written(vis.show_what_changed(untuned)))
+    assert list(vis.attention_shares(untuned, vis.item_pixels(untuned, [0]))) == ["frozen"]
+
+
+def test_the_gap_of_runs_that_have_none_is_one_sentence(shop):
+    others = plt.get_fignums()
+    joint = run_stage2(dataset=str(shop), training="joint", tuning="prompt", n_ctx=2, prompt_depth=2, epochs=1, n_seeds=1,
+                       device="cpu")[0]
+    with pytest.raises(DataError, match="was trained jointly"):
+        vis.domain_gap(joint)
+    with pytest.raises(DataError, match="used no features"):
+        vis.domain_gap(run_stage1(dataset=str(shop), backbone="bpr", epochs=1, n_seeds=1, device="cpu")[0])
+    assert plt.get_fignums() == others
+
+
+def test_a_gap_in_nats_is_a_number_where_probabilities_are_none(tuned):
+    seen = vis.RunView(tuned)
+    seen.settings.tau = 1e-4
+    assert not [text for text in written(vis.domain_gap(seen)) if "nan" in text or "inf" in text]
+
+
+def test_a_loss_is_drawn_as_far_out_as_a_gain():
+    heights = {}
+    for gain in (0.05, 0.25, 0.75, 1.0):
+        figure, ax = plt.subplots()
+        vis._gain_histogram(ax, pd.Series([gain, -gain]), "recall@10")
+        heights[gain] = np.array([bar.get_height() for bar in ax.patches])
+        plt.close(figure)
+    assert all((found == found[::-1]).all() and found.sum() == 2 for found in heights.values())
+
+
+def test_wrong_layers_and_spaces_are_one_sentence(tuned):
+    with pytest.raises(DataError, match="layer=9 is not in the image tower of tiny"):
+        vis.attention_maps(tuned, layer=9)
+    with pytest.raises(SettingError, match="'tuned images'.*Did you mean tuned image"):
+        vis.neighbour_sheet(tuned, 3, spaces=["tuned images"])
+
+
+def test_attention_leaves_out_pictures_that_cannot_be_read(tuned):
+    seen = vis.RunView(tuned)
+    seen.catalogue.picture = lambda item, size=96: None if item == 0 else np.zeros((size, size, 3), np.uint8)
+    titles = written(vis.attention_maps(seen))
+    assert vis.shown_title(seen.catalogue, 1, 14, 3) in titles and vis.shown_title(seen.catalogue, 0, 14, 3) not in titles
+
+
+def test_tokens_near_prompts_of_a_hugging_face_text_tower():
+    clip = Clip("small", hugging_face_clips()["bert"](), lambda texts: None, 32, torch.zeros(3), torch.ones(3))
+    clip.tokenize.decode = lambda tokens: f"word {tokens[0]}"
+    table = clip.model.text.transformer.get_input_embeddings().weight
+    assert vis.nearest_tokens(clip, table[[7, 9]], 1).token.tolist() == ["word 7", "word 9"]
+
+
+def test_a_second_round_is_named(shop):
+    run = run_stage1(dataset=str(shop), epochs=2, rounds=2, n_seeds=1, device="cpu")[0]
+    assert "Stage 1, round 2" in written(vis.training_curves(run))
+
+
+def test_results_of_one_metric(tuned):
+    assert [ax.get_title() for ax in plot_results([tuned], metrics=("ndcg@20",)).axes] == ["test NDCG@20"]
+    plt.close()
