@@ -122,7 +122,7 @@ def check_gpus(device: str | torch.device) -> None:
     if ":" in str(device):
         raise SettingError(f"device='{device}' gives the {n} processes of this machine one GPU. Leave device out, and each "
                            "takes its own.")
-    if n > gpus:
+    if n > gpus and not (gpus == 1 and os.environ.get("CUDA_VISIBLE_DEVICES")):  # a launcher may show each its own
         raise SettingError(f"{n} processes on this machine need {n} GPUs, and it has {gpus}. Start {gpus}, or set "
                            "device='cpu'.")
 

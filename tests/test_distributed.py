@@ -326,8 +326,13 @@ def test_processes_that_would_share_a_gpu_are_refused_before_they_join(monkeypat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr("accelerate.PartialState", join)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(SettingError if said else Joins, match=said):
         init_distributed(device)
+    if gpus == 1 and device == "auto":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # as a launcher does that shows each process its own GPU
+        with pytest.raises(Joins):
+            init_distributed(device)
 
 
 def test_a_fault_of_a_ranks_own_gpu_is_no_lost_neighbour(monkeypatch):
