@@ -186,7 +186,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc, as on Linux")
-@pytest.mark.parametrize("to_group", [False, True])
+@pytest.mark.parametrize("to_group", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ctrl_c_ends_the_runs_on_a_cluster(shop, runs, here, tmp_path, to_group):
     "To the process alone, as by the Stop button, and to all, as in a terminal: no process is left, and the call goes on."
     pytest.importorskip("distributed", reason="pip install -e '.[cluster]'")

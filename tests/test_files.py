@@ -750,7 +750,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("what", ["stage1", "stage2", pytest.param("search", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["stage2", *(pytest.param(what, marks=pytest.mark.slow) for what in ("stage1", "search"))])
 def test_two_that_want_the_same_run_train_it_once(shop, tmp_path, monkeypatch, what):
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})" + RUN.format(
         stage="stage2" if what == "stage2" else "stage1", call=CALLS[what])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+import pytest
 from conftest import ROOT
 from small import make_shop
 
@@ -47,6 +48,7 @@ def test_short_form_as_written(runs, tmp_path):
         assert {"recall@10", "recall@20", "ndcg@10", "ndcg@20"} < variant["valid"].keys() == variant["test"].keys()
 
 
+@pytest.mark.slow
 def test_a_study_whose_rows_are_parts_of_runs(runs, tmp_path, monkeypatch):
     "The name that the notebook checks is known by then, and no costs are drawn of parts."
     monkeypatch.setenv("IN_TEST", "1")  # a miniature
@@ -92,6 +94,7 @@ def test_progress_and_result_reach_a_terminal_and_nothing_is_said_of_the_sample(
     assert not [text for text in texts if re.search(r"\b[Tt]he sample\b", text)]
 
 
+@pytest.mark.slow
 def test_real_posters(runs, tmp_path, movielens):
     "Stage 1 on MovieLens posters, from the folder as it is; test_browser has both stages."
     result = papermill("nbs/04_stage1.ipynb", tmp_path / "out.ipynb", dataset=movielens, min_rating=4, core=5, epochs=3,

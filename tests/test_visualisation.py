@@ -278,7 +278,7 @@ def test_maps_are_aligned():
     assert torch.allclose(before, after, atol=1e-4)
 
 
-@pytest.mark.parametrize("method, library", [("tsne", "openTSNE"), ("umap", "umap")])
+@pytest.mark.parametrize("method, library", [("tsne", "openTSNE"), pytest.param("umap", "umap", marks=pytest.mark.slow)])
 def test_maps_with_extra_libraries(method, library, monkeypatch):
     table = torch.cat([torch.randn(40, 5) + 4, torch.randn(40, 5) - 4])
     with monkeypatch.context() as patch:
