@@ -122,7 +122,7 @@ def endless(folder):
 
 def until_checkpoint(process, folder):
     "Wait until a training has written one."
-    while not list(folder.rglob("checkpoint.pt")):
+    while not list((folder / "stage1").glob("*/*/checkpoint.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
 
