@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BASE_URL', 'HOME', 'FILES', 'SHORT_NAMES', 'PUBLISHED', 'PUBLISHED_2023', 'PATIENCE', 'UNPARSABLE', 'MAX_LINE',
            'ASIN', 'REVIEW', 'META', 'MAX_BYTES', 'MAX_PIXELS', 'MIN_SIDE', 'ENDINGS', 'MANIFEST', 'PUBLISHED_SETTINGS',
-           'retry_after', 'back_off', 'leads_inside', 'fetch_file', 'download_missing', 'raw_files', 'read_lines',
-           'read_reviews', 'make_interactions', 'in_short', 'check_published', 'read_meta', 'ImageRefused',
-           'ImageFailed', 'check_image', 'Network', 'read_manifest', 'download_images', 'read_image_features',
-           'write_release', 'write_defaults', 'report_missing_images', 'check_category', 'prepare', 'find_or_prepare']
+           'retry_after', 'back_off', 'NotDelivered', 'check_address', 'leads_inside', 'fetch_file', 'download_missing',
+           'raw_files', 'read_lines', 'read_reviews', 'make_interactions', 'in_short', 'check_published', 'read_meta',
+           'ImageRefused', 'ImageFailed', 'check_image', 'Network', 'read_manifest', 'Earlier', 'download_images',
+           'read_image_features', 'write_release', 'write_defaults', 'report_missing_images', 'check_category',
+           'prepare', 'find_or_prepare']
 
 # %% ../nbs/00a_amazon.ipynb #adaf8956
 import ast
@@ -18,6 +19,7 @@ import hashlib
 import io
 import ipaddress
 import json
+import lzma
 import re
 import socket
 import time
@@ -25,7 +27,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import mktime_tz, parsedate_tz
 from functools import cache, partial
 from pathlib import Path
@@ -39,8 +41,8 @@ from PIL import Image
 from pyarrow import parquet
 from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from .data import (IMAGE_ENDINGS, MAX_RATING, TEXT_FIELDS, DataError, checked_path, find_dataset, has_interactions,
-                         k_core, make_split, progress, too_many_scans)
+from .data import (IMAGE_ENDINGS, MAX_RATING, TEXT_FIELDS, DataError, NotFound, checked_path, find_dataset,
+                         has_interactions, k_core, make_split, progress, too_many_scans)
 from .files import data_dir, locked, scratch_folder, sweep, write_atomically, writing
 from .tables import plain_text, storable
 
@@ -87,6 +89,27 @@ def _may_pass(error):
     return isinstance(error, httpx2.TransportError) and not isinstance(
         error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol))
 
+# %% ../nbs/00a_amazon.ipynb #3e9d5b62
+class NotDelivered(DataError):
+    "A file that an address does not deliver, for the `reason` given; another address may."
+
+    def __init__(self, reason: str, advice: str):
+        super().__init__(reason, advice)
+        self.reason = reason
+
+    def __str__(self):
+        return "{}. {}".format(*self.args)
+
+# %% ../nbs/00a_amazon.ipynb #d05c7e18
+def check_address(url: str) -> None:
+    "Raise `NotDelivered` for what is no address of a server."
+    try:
+        fine = httpx2.URL(url).scheme in ("http", "https") and urlsplit(url).hostname
+    except (httpx2.InvalidURL, ValueError):
+        fine = False
+    if not fine:
+        raise NotDelivered(f"{url} is no address", "Give one that begins with http:// or https:// and a server's name.")
+
 # %% ../nbs/00a_amazon.ipynb #7b30cfdc
 @cache
 def leads_inside(host: str) -> bool:
@@ -99,13 +122,13 @@ def leads_inside(host: str) -> bool:
 
 # %% ../nbs/00a_amazon.ipynb #6ff63c01
 def _refuse_inside(url):
-    "A check of requests to `url` and of redirects: raises `DataError` if one leads inside, and `url` does not name it."
+    "A check of requests to `url` and of redirects: raises `NotDelivered` if one leads inside, and `url` does not name it."
     trusted = urlsplit(url).hostname
 
     def check(request):
         if request.url.host != trusted and leads_inside(request.url.host):
-            raise DataError(f"{url} redirects to {request.url.host}, an address of this machine or its network. Give the "
-                            "address itself as base_url if that is right.")
+            raise NotDelivered(f"{url} redirects to {request.url.host}, an address of this machine or its network",
+                               "Give the address itself as base_url if that is right.")
 
     return check
 
@@ -139,7 +162,7 @@ def _what_is_wrong(part, ending):
                 return f"{broken} is damaged" if (broken := archive.testzip()) else ""
         with part.open("rb") as file:
             return "it is a web page" if ending != ".html" and b"<html" in file.read(1000).lower() else ""
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as e:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
         return str(e)
     except RuntimeError:  # encrypted, or packed by a method that Python lacks: whole perhaps, and who unpacks it says so
         return ""
@@ -153,8 +176,10 @@ def fetch_file(
 ) -> Path:
     """Download a file to `path`; a broken download continues where it stopped, now or in the next call.
 
-    Raises `httpx2.HTTPError` if the server does not deliver, `DataError` if a `.gz` or `.zip` is not complete.
+    Raises `httpx2.HTTPError` if the server does not deliver, `NotDelivered` for what is no address, no complete `.gz` or
+    `.zip`, or a web page, and `DataError` for a full disk.
     """
+    check_address(url)
     path = Path(path)
     with locked(path):
         return path if path.exists() else _fetch_alone(url, path, attempts, wait)
@@ -170,7 +195,7 @@ def _fetch_alone(url, path, attempts, wait):
     if wrong := _what_is_wrong(part, path.suffix):
         part.unlink()
         kind = path.suffix[1:].replace("gz", "gzip")
-        raise DataError(f"{url} is not a complete {kind} file ({wrong}). Run again, or name another address.")
+        raise NotDelivered(f"{url} is not a complete {kind} file ({wrong})", "Run again, or name another address.")
     return part.replace(path)
 
 # %% ../nbs/00a_amazon.ipynb #6b953d77
@@ -178,6 +203,8 @@ def _try_address(url, path):
     "Download a file, and return why that failed (empty: it is there)."
     try:
         fetch_file(url, path)
+    except NotDelivered as e:
+        return e.reason
     except httpx2.HTTPStatusError as e:
         return f"{e.request.url} answers HTTP {e.response.status_code}"
     except httpx2.HTTPError as e:
@@ -190,7 +217,10 @@ def download_missing(
     folder: Path,  # where they go
     addresses: Sequence[str],  # of folders on servers, tried in this order
 ) -> str:
-    "Download files, and return why the first one that no address delivers cannot be had (empty: all are there)."
+    """Download files, and return why the first one that no address delivers cannot be had (empty: all are there).
+
+    Raises `DataError` for a full disk.
+    """
     for name in names:
         why = []
         for address in addresses:
@@ -540,17 +570,32 @@ def _fold_journal(folder, item_ids):
     return table
 
 # %% ../nbs/00a_amazon.ipynb #d6e0019b
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _files_of_items(images):
+    "{item: its files}, first the one that `load_data` uses."
+    files = {}
+    for path in sorted(images.iterdir(), key=lambda p: p.name, reverse=True):
+        if path.suffix.lower() in IMAGE_ENDINGS:
+            files.setdefault(path.stem, []).append(path)
+    return files
+
+# %% ../nbs/00a_amazon.ipynb #1ba8c6f3
 def _settled(items, manifest, images, retry_refused):
-    "Items that need no download; and {item: file} of the files that were put there by hand."
-    files = {p.stem: p for p in images.iterdir() if p.suffix.lower() in IMAGE_ENDINGS}
+    "Items that need no download; {item: files} put there by hand; and {item: (files, sha256)} of earlier downloads."
+    files = _files_of_items(images)
     tried = items.merge(manifest[["item", "url", "status", "sha256"]], on="item")
     tried = tried[(tried.image_url == tried.url) | (tried.url.isna() & (tried.image_url.isna() | (tried.status == "ok")))]
     settled = set() if retry_refused else set(tried["item"][tried.status == "refused"]) - set(files)
     for row in tried[tried.status == "ok"].itertuples():
-        if row.item in files and hashlib.sha256(files[row.item].read_bytes()).hexdigest() == row.sha256:
+        if row.sha256 in map(_sha256, files.get(row.item, ())):
             settled.add(row.item)
-    fetched = set(manifest["item"][(manifest.status == "ok") & manifest.url.notna()])
-    return settled, {item: path for item, path in files.items() if item not in settled | fetched}
+    fetched = manifest[(manifest.status == "ok") & manifest.url.notna()].set_index("item").sha256.to_dict()
+    open_files = {item: paths for item, paths in files.items() if item not in settled}
+    return (settled, {item: paths for item, paths in open_files.items() if item not in fetched},
+            {item: (paths, fetched[item]) for item, paths in open_files.items() if item in fetched})
 
 # %% ../nbs/00a_amazon.ipynb #3d97912f
 def _ok(content, width, height):
@@ -575,19 +620,46 @@ def _warn_of_refused(refused, images):
         warnings.warn(f"{len(refused):,} files that were put into {images} cannot be used, and are renamed to end in "
                       f".refused (the first: {path.name}, {reason}).")
 
+# %% ../nbs/00a_amazon.ipynb #26d9e0b4
+@dataclass
+class Earlier:
+    "Pictures of earlier downloads, {item: (files, sha256)}: `kept` says why no new one came, `changed` were set aside."
+
+    files: dict
+    kept: dict = field(default_factory=dict)
+    changed: list = field(default_factory=list)
+
+    def clear(self, item: str) -> None:
+        "Delete an item's files; one that is not as it was downloaded is set aside."
+        paths, sha256 = self.files.pop(item, ((), None))
+        for path in filter(Path.exists, paths):
+            path.unlink() if _sha256(path) == sha256 else self.changed.append(_set_aside(path))
+
+# %% ../nbs/00a_amazon.ipynb #7d13fa50
+def _warn_of_earlier(earlier, images):
+    "Warn of pictures that could not be renewed, and of files that were set aside."
+    if earlier.kept:
+        item, reason = next(iter(earlier.kept.items()))
+        warnings.warn(f"{len(earlier.kept):,} pictures could not be downloaded anew; those of an earlier download stay in "
+                      f"{images}, and the server is asked again next time (the first: {item}, {reason}).")
+    if earlier.changed:
+        warnings.warn(f"{len(earlier.changed):,} files in {images} are not as they were downloaded: somebody has changed "
+                      "them, or the disk has. They are renamed to end in .refused, and the server was asked again (the "
+                      f"first: {earlier.changed[0].name}).")
+
 # %% ../nbs/00a_amazon.ipynb #cb152df6
 async def _get_image(client, network, item, url, by_hand, image_base, max_pixels, refused, **limits):
     """An item's row of the manifest, and (ending, content) to write, or None.
 
-    `by_hand`: a file that is already there; if it is refused, it is set aside, and `refused` gets {new path: reason}.
+    `by_hand`: files that are already there; those that are refused are set aside, and `refused` gets {new path: reason}.
     """
     row = dict.fromkeys(MANIFEST) | {"item": item}
-    if by_hand:
+    for path in by_hand:
         try:
-            content = by_hand.read_bytes()
+            content = path.read_bytes()
             return row | _ok(content, *(await asyncio.to_thread(check_image, content, max_pixels))[2:]), None
         except ImageRefused as e:
-            refused[_set_aside(by_hand)] = str(e)
+            refused[_set_aside(path)] = str(e)
     row["url"] = url if isinstance(url, str) else None
     try:
         body = await _fetch_image(client, network, _request_url(url, image_base), **limits)
@@ -597,21 +669,22 @@ async def _get_image(client, network, item, url, by_hand, image_base, max_pixels
     return row | _ok(content, width, height), (ending, content)
 
 # %% ../nbs/00a_amazon.ipynb #49312b5c
-def _save_image(row, image, images, scratch, journal):
+def _save_image(row, image, images, scratch, journal, earlier):
     "Write an item's line of the journal, then its image, by way of `scratch`: only files of other origin have no line."
+    if row["status"] == "failed" and row["item"] in earlier.files:
+        earlier.kept[row["item"]] = row["error"]
+        return
     with writing(images):
         journal.write(json.dumps(row) + "\n")
         journal.flush()
-        if image or row["status"] != "ok":
-            for other in IMAGE_ENDINGS:
-                (images / f"{row['item']}{other}").unlink(missing_ok=True)
+        earlier.clear(row["item"])
         if image:  # no fsync: the next run compares with the journal's sha256
             (scratch / row["item"]).write_bytes(image[1])
             (scratch / row["item"]).replace(images / f"{row['item']}{image[0]}")
 
 # %% ../nbs/00a_amazon.ipynb #645cf4e8
-async def _get_all(to_get, images, journal, bar, concurrency, image_base, **arguments):
-    "Get `to_get`, triples (item, url, file by hand), with `concurrency` workers; returns whether the network held."
+async def _get_all(to_get, images, journal, bar, concurrency, image_base, earlier, **arguments):
+    "Get `to_get`, triples (item, url, files by hand), with `concurrency` workers; returns whether the network held."
     network, to_get = Network(3 * concurrency), iter(to_get)
 
     async def work():
@@ -619,7 +692,7 @@ async def _get_all(to_get, images, journal, bar, concurrency, image_base, **argu
             row, image = await _get_image(client, network, item, url, by_hand, image_base, **arguments)
             if network.lost:
                 return
-            _save_image(row, image, images, scratch, journal)
+            _save_image(row, image, images, scratch, journal, earlier)
             bar.update()
 
     try:
@@ -655,13 +728,14 @@ def _image_folder(folder, items):
 def _download_alone(items, folder, image_base, concurrency, retry_refused, **limits):
     "`download_images`: no other process does."
     images, refused = _image_folder(folder, items), {}
-    settled, by_hand = _settled(items, _fold_journal(folder, items["item"]), images, retry_refused)
-    to_get = [(item, url, by_hand.get(item)) for item, url in zip(items["item"], items.image_url) if item not in settled]
+    settled, by_hand, files = _settled(items, _fold_journal(folder, items["item"]), images, retry_refused)
+    to_get = [(item, url, by_hand.get(item, ())) for item, url in zip(items["item"], items.image_url) if item not in settled]
+    earlier = Earlier(files)
     with (folder / ".manifest.jsonl").open("w") as journal, progress(
             desc="Images", total=len(items), initial=len(settled), unit="image") as bar, start_blocking_portal() as portal:
         online = portal.call(partial(
-            _get_all, to_get, images, journal, bar, concurrency, image_base=image_base, refused=refused, **limits))
-    _warn_of_refused(refused, images)
+            _get_all, to_get, images, journal, bar, concurrency, image_base, earlier, refused=refused, **limits))
+    _warn_of_refused(refused, images), _warn_of_earlier(earlier, images)
     manifest = _fold_journal(folder, items["item"])
     if not online:
         n_ok = int((manifest.status == "ok").sum())
@@ -685,8 +759,11 @@ def download_images(
     """Download images and return the manifest. Can be stopped and run again at any point.
 
     A valid image that you put into `images/` yourself, where none was downloaded, is kept; one that is refused is renamed
-    to `<name>.refused`, with a warning. Raises `DataError` when the network is gone.
+    to `<name>.refused`, with a warning. A downloaded one stays until a new one arrives or the server refuses it; if it was
+    changed, it is renamed then, too. Raises `DataError` when the network is gone, and if `image_base` is no address.
     """
+    if image_base:
+        check_address(image_base)
     with locked(Path(folder) / "images", f"images of {Path(folder).name}"):
         return _download_alone(items, Path(folder), image_base, concurrency, retry_refused, attempts=attempts, wait=wait,
                                timeout=timeout, max_bytes=max_bytes, max_pixels=max_pixels)
@@ -821,11 +898,11 @@ def prepare(
 
 # %% ../nbs/00a_amazon.ipynb #d007df13
 def find_or_prepare(dataset: str | Path) -> Path:
-    "Folder of a data set; `baby`, `sports` and `clothing` are prepared if they are not there. Raises `DataError`."
+    "Folder of a data set; `baby`, `sports` and `clothing` are prepared if missing or half-made. Raises `DataError`."
     if dataset not in SHORT_NAMES:
         return find_dataset(dataset, downloadable=list(SHORT_NAMES))
     try:
         folder = find_dataset(dataset)
-    except DataError:
+    except NotFound:
         return prepare(dataset)
     return folder if has_interactions(folder) else prepare(dataset)

@@ -6,11 +6,11 @@
 __all__ = ['SPLITS', 'SPLIT_NAMES', 'SPLIT_FILE', 'MAX_RATING', 'ARCHIVES', 'SPLIT_RULES', 'TIMED_RULES', 'IMAGE_ENDINGS',
            'MODALITIES', 'ENTITY', 'PICTURE_BYTES', 'OUTSIDE', 'UNITS', 'FORMATS', 'PICTURE_PIXELS', 'PICTURE_SCANS',
            'PIXELS', 'TURNS', 'RESIZE_MODES', 'INTERPOLATIONS', 'LONGEST', 'checked_path', 'search_places', 'find_path',
-           'split_files', 'interaction_files', 'has_interactions', 'dataset_names', 'find_dataset', 'PlainWarnings',
-           'progress', 'read_interactions', 'k_core', 'random_split', 'check_split', 'make_split', 'Interactions',
-           'Modality', 'RecData', 'walk_folder', 'odd_values', 'noting', 'load_data', 'data_of_frames', 'PictureError',
-           'too_many_scans', 'open_picture', 'upright', 'as_rgb', 'load_image', 'image_map', 'describe', 'show_items',
-           'show_statistics']
+           'split_files', 'interaction_files', 'has_interactions', 'dataset_names', 'NotFound', 'find_dataset',
+           'PlainWarnings', 'progress', 'read_interactions', 'k_core', 'random_split', 'check_split', 'make_split',
+           'Interactions', 'Modality', 'RecData', 'walk_folder', 'odd_values', 'noting', 'load_data', 'data_of_frames',
+           'PictureError', 'too_many_scans', 'open_picture', 'upright', 'as_rgb', 'load_image', 'image_map', 'describe',
+           'show_items', 'show_statistics']
 
 # %% ../nbs/00_data.ipynb #5cd4bdd3
 import difflib
@@ -64,8 +64,11 @@ def search_places(path: str | Path) -> list[Path]:
 
 # %% ../nbs/00_data.ipynb #3235594d
 def find_path(path: str | Path) -> Path | None:
-    "The first of `search_places(path)` that exists, a file or a folder, as an absolute path; None if there is none."
-    return next((place.resolve() for place in search_places(path) if place.exists()), None)
+    """The first of `search_places(path)` that exists, a file or a folder, as an absolute path; None if there is none.
+
+    A link keeps its name, since a name's ending says what a file is, and a model hub's cache links to files without one.
+    """
+    return next((place.absolute() for place in search_places(path) if place.exists()), None)
 
 # %% ../nbs/00_data.ipynb #59b85f68
 SPLITS = ("train", "valid", "test")  # x_label 0, 1, 2
@@ -111,10 +114,19 @@ def has_interactions(folder: Path) -> bool:
     return folder.is_dir() and bool(interaction_files(folder))
 
 # %% ../nbs/00_data.ipynb #3aad4cfb
+def _listed(folder):
+    "Names of the folders and of the files in a folder; none if it cannot be read, as `lost+found`."
+    return next(os.walk(folder), ("", [], []))[1:]
+
+
 def dataset_names() -> list[str]:
     "Names of the data sets in the data folder and in the checkout."
-    folders = [f for d in (data_dir(), repo_root() / "data") if d.is_dir() for f in d.iterdir() if f.is_dir()]
-    return sorted({f.name for f in folders if f.name[0] != "." and any(x.is_file() for x in f.iterdir())})
+    places = [Path(d, name) for d in (data_dir(), repo_root() / "data") for name in _listed(d)[0] if name[0] != "."]
+    return sorted({place.name for place in places if _listed(place)[1]})
+
+# %% ../nbs/00_data.ipynb #b7c2915e
+class NotFound(DataError):
+    "A data set that is nowhere."
 
 # %% ../nbs/00_data.ipynb #48f1a3f1
 def find_dataset(
@@ -123,7 +135,7 @@ def find_dataset(
 ) -> Path:
     """Folder of a data set: the first of `search_places` with interactions, or else the first that is there.
 
-    Raises `DataError` with the known names, close ones first, and the places that were tried.
+    Raises `NotFound`, with the known names, close ones first, and the places that were tried; `DataError` for a file.
     """
     if not isinstance(dataset, str | os.PathLike):
         raise DataError(f"A data set is given by its name or folder, not as {type(dataset).__name__}. RecData.from_frames "
@@ -138,8 +150,8 @@ def find_dataset(
     guess = f" Did you mean {near[0]}?" if near else ""
     others = f"prepared on first use: {others}" if others else "public sets are prepared by ptmrec.sources.find_or_prepare"
     known = (", ".join(names) or "none") + f"; {others}"
-    raise DataError(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
-                    f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
+    raise NotFound(f"No data set '{dataset}'.{guess} Known by name: {known}. Looked for {', '.join(map(str, places))}. "
+                   f"Give a folder that has an interactions file, or make {data_dir() / dataset}.")
 
 # %% ../nbs/00_data.ipynb #cf09f38b
 class PlainWarnings:
@@ -288,10 +300,22 @@ def _check_floats(folder, names, tables):
                             f"{tables[floats.index(True)][column].iloc[0]}), those of {first[1]} are not. Save both as one "
                             "type.")
 
+# %% ../nbs/00_data.ipynb #4a9f6d13
+def _stacked(tables):
+    "Tables below each other. Ids that are int64 in some and uint64 in others become int64 if all of them fit, else text."
+    for column in ("user", "item"):
+        ids = [table[column] for table in tables if column in table]
+        if {i.dtype.kind for i in ids} == {"i", "u"} and any(i.dtype.kind == "u" and i.dtype.itemsize == 8 for i in ids):
+            fit = all(i.notna().all() and (i <= np.iinfo(np.int64).max).all() for i in ids)
+            tables = [table.assign(**{column: table[column].astype(np.int64) if fit else
+                                      table[column].map(str, na_action="ignore")}) if column in table else table
+                      for table in tables]
+    return pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
+
 # %% ../nbs/00_data.ipynb #95043e77
 def _joined(tables, text):
     "Tables below each other; ids of text files, or of several types, become integers if that loses nothing, else text."
-    table = _with_history(pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0])
+    table = _with_history(_stacked(tables))
     for column in ("user", "item"):
         if text or table[column].dtype == object and table[column].map(type).nunique() > 1:
             ids = table[column].map(str).astype(str) if table[column].dtype == object else table[column]
@@ -632,6 +656,12 @@ def _warn_of_few(source, what, names, known):
         warnings.warn(f"{source}: {int(matched.sum()):,} of {len(names):,} items have a {what} (the first without: "
                       f"{names[~matched][0]}){unused}.")
 
+# %% ../nbs/00_data.ipynb #95fa07b2
+def _as_spelt(names):
+    "A function that gives an id as `names` spell it, where they have it with accents in one piece or in two."
+    known, by_look = set(names), {unicodedata.normalize("NFC", name): name for name in names}
+    return lambda text: text if text in known else by_look.get(unicodedata.normalize("NFC", text), text)
+
 # %% ../nbs/00_data.ipynb #60f078b3
 def _warn_of_repeated(source, table, ids):
     "Warn of items that a table describes twice, and of those with different titles."
@@ -652,7 +682,7 @@ def _join_items(source, table, item_ids):
                         f"{', '.join(map(str, table.columns))}. The header must have a name like "
                         f"{', '.join(SPELLINGS['item'].split()[:4])}.")
     _raise_if_any(table.item.isna(), source, table, "item", "is not an id")
-    ids = table.item.astype(str)
+    ids = table.item.astype(str).map(_as_spelt(names))
     known = ids.isin(names).to_numpy()
     if not known.any():
         first = table.item.tolist()[0] if len(table) else "nothing"
@@ -671,7 +701,7 @@ def _item_table(folder, item_ids):
     if not tables:
         _warn_of_unread(folder)
     for parts in tables:
-        table = pd.concat(map(read_table, parts), ignore_index=True) if len(parts) > 1 else read_table(parts[0])
+        table = _stacked([read_table(part) for part in parts])
         table = _join_items(parts[0] if len(parts) == 1 else folder, table, item_ids)
         columns.update({c: table[c] for c in table if c != "item"})
         sources.update({c: [*sources.get(c, []), parts[0].name] for c in table if c != "item"})
@@ -721,9 +751,9 @@ def _files_by_name(folder, endings, table):
         return {}
     nested = sorted((len(Path(root).parts), name, Path(root, name)) for root, names in walk_folder(folder)
                     for name in names if name.lower().endswith(endings) and name[0] != ".")
-    as_id = {unicodedata.normalize("NFC", item): item for item in table.index}  # macOS writes é as two characters
+    as_id = _as_spelt(table.index)
     stems = ((os.path.splitext(name)[0], path) for _, name, path in sorted(nested, key=lambda entry: -entry[0]))
-    found = {as_id.get(unicodedata.normalize("NFC", stem), stem): path for stem, path in stems}
+    found = {as_id(stem): path for stem, path in stems}
     if found and "image" not in table and table.index.isin(list(found)).sum() == 0:
         name = min(nested)[1]
         raise DataError(f"{folder}: none of its {len(found):,} files is named after an item (the first is {name}, "
@@ -742,7 +772,7 @@ OUTSIDE = "lead outside the data set (to allow it, name their folder in $PTMREC_
 
 def _file_check(folder, most, known=()):
     "A function that says why a file is not used for the data set in `folder`, or \"\". `known`: folders that are its own."
-    more = filter(None, os.environ.get("PTMREC_IMAGES", "").split(os.pathsep))
+    more = map(os.path.expanduser, filter(None, os.environ.get("PTMREC_IMAGES", "").split(os.pathsep)))
     real = cache(os.path.realpath)
     places = (folder, *known, *more)
     roots = tuple(os.path.join(real(place), "") for place in places)
@@ -802,7 +832,11 @@ def _warn_of_stray(folder):
 def _item_images(folder, table):
     "One image file per item, or None: the file in its `image` column if it can be used, else the one with its id."
     folders = [p for p in sorted(folder.iterdir(), key=lambda p: p.name.lower()) if p.name.lower() in ("images", "posters")]
-    files = {k: v for place in folders for k, v in _files_by_name(place, IMAGE_ENDINGS, table).items()}
+    found = [_files_by_name(place, IMAGE_ENDINGS, table) for place in folders]
+    files = {item: path for by_name in found for item, path in by_name.items()}
+    if twice := [item for item in table.index if sum(item in by_name for by_name in found) > 1]:
+        warnings.warn(f"{folder}: {len(twice):,} items have files in several of {', '.join(p.name for p in folders)} (the "
+                      f"first: {twice[0]}); those in the last of these folders are used.")
     named = [[by_column, *inside] if by_column else [] for by_column, *inside in
              zip(*(_images_by_column(place, table) for place in (folder, *folders)))]
     choices = [[*paths, *filter(None, [files.get(i)])] for i, paths in zip(table.index, named)]
@@ -991,15 +1025,16 @@ def _as_frame(table, what):
             names = ", ".join(map(str, unknown)) or "nothing"
             raise DataError(f"{what}: tables of a split are called {', '.join(SPLIT_NAMES)}, not {names}.")
         frames = [_as_frame(t, what).assign(split=SPLIT_NAMES[name]) for name, t in table.items()]
-        return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0].drop(columns="split")
+        return _stacked(frames) if len(frames) > 1 else frames[0].drop(columns="split")
     table = table.to_pandas() if hasattr(table, "to_pandas") else table
     if not isinstance(table, pd.DataFrame):
         raise DataError(f"{what}: expected a DataFrame, or a table with a method to_pandas, not {type(table).__name__}.")
     names = set(map(standard_name, table.columns))
     ids = [n for n in table.index.names if standard_name(n) in ("user", "item") and standard_name(n) not in names]
     table = bare_ids(standard_columns((table.reset_index(ids) if ids else table).reset_index(drop=True), what), what)
-    table = joined_lists(table)
-    return table.astype({c: t.categories.dtype for c, t in table.dtypes.items() if isinstance(t, pd.CategoricalDtype)})
+    kinds = {c: t.categories.dtype for c, t in table.dtypes.items() if isinstance(t, pd.CategoricalDtype)}
+    return joined_lists(table).astype({c: object if kind.kind in "iub" and table[c].isna().any() else kind
+                                       for c, kind in kinds.items()})
 
 # %% ../nbs/00_data.ipynb #ee47e9ca
 def data_of_frames(

@@ -7,6 +7,7 @@ __all__ = ['with_interactions', 'thinned', 'with_cold_items', 'without', 'shuffl
            'derive']
 
 # %% ../nbs/04d_derived.ipynb #4789e27f
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .data import (MODALITIES, DataError, RecData, find_dataset, has_interactions, load_data, runs_dir,
                          write_atomically)
@@ -171,6 +173,14 @@ def _feature_rows(features, ids, name):
     rows[ids] = features
     return rows
 
+# %% ../nbs/04d_derived.ipynb #7c41d0aa
+def _is_written(data, folder):
+    "Whether a folder has this data set already, with its times, which are no part of its key."
+    if not has_interactions(folder):
+        return False
+    there = load_data(folder)
+    return there.fingerprint() == data.fingerprint() and np.array_equal(there.inter.time, data.inter.time)
+
 # %% ../nbs/04d_derived.ipynb #9e6f113e
 def write_data(
     data: RecData,  # of a folder, or of tables in memory
@@ -179,17 +189,17 @@ def write_data(
 ) -> Path:
     """Write a data set into `folder`; returns the folder, which every experiment takes as its `dataset`.
 
-    Raises `DataError` if other files are there. A folder that has the same data already stays as it is.
+    Raises `DataError` if other files are there. A folder that has the same data already, times included, stays as it is.
     """
     inter, folder = data.inter, Path(folder)
     if data.files:
         raise DataError(f"'{data.name}' has files of {', '.join(data.files)}, which cannot be carried over yet. Put "
                         f"ready-made features beside them: {', '.join(MODALITIES[m].feature_file for m in data.files)}.")
     if folder.is_dir() and any(folder.iterdir()):
-        if has_interactions(folder) and load_data(folder).fingerprint() == data.fingerprint():
+        if _is_written(data, folder):
             return folder
-        raise DataError(f"{folder} is not empty, and has other files than those of '{data.name}'. Give a new folder, or "
-                        "empty this one.")
+        raise DataError(f"{folder} is not empty, and has other files than those of '{data.name}', or other times. Give a "
+                        "new folder, or empty this one.")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for modality, features in data.features.items():
@@ -204,6 +214,21 @@ def write_data(
     table = table if inter.time is None else table.assign(timestamp=inter.time)
     write_atomically(folder / "interactions.parquet", lambda path: table.to_parquet(path, index=False))
     return folder
+
+# %% ../nbs/04d_derived.ipynb #b1e5a7c3
+def _by_content(value):
+    "For JSON: arrays, tables and files by their content, which they do not print in full; other values as they print."
+    if isinstance(value, Path) and value.exists():
+        files = sorted(p for p in value.rglob("*") if p.is_file()) if value.is_dir() else [value]
+        return [str(value), [(str(p.relative_to(value)), fingerprint(p)) for p in files]]
+    if isinstance(value, pd.DataFrame | pd.Series | pd.Index):
+        table = value if isinstance(value, pd.DataFrame) else value.to_frame()
+        return [list(table), table.index.to_numpy(), *(table.iloc[:, n].to_numpy() for n in range(table.shape[1]))]
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, np.ndarray):
+        return value.tolist() if value.dtype.hasobject else fingerprint(value)
+    return str(value)
 
 # %% ../nbs/04d_derived.ipynb #f5a03c1f
 def derive(
@@ -221,7 +246,9 @@ def derive(
     data, defaults = load_data(source, **read or {}), source / "defaults.toml"
     words = [source.name, name, *map(str, how.values())]
     name = "-".join(re.sub(r"[^\w.]+", "_", word).strip("_") for word in words)
-    made_of = fingerprint(data.fingerprint(), own_code(change), own_code(write_data), how,
+    name = name.encode()[:100].decode(errors="ignore")  # a folder's name has at most 255 bytes
+    made_of = fingerprint(data.fingerprint(), own_code(change), own_code(write_data),
+                          json.dumps([how, data.inter.time, data.items], default=_by_content),
                           *([defaults] if defaults.exists() else []))
     folder = runs_dir() / "derived" / made_of / name
     if not (folder / "interactions.parquet").exists():

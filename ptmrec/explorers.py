@@ -9,9 +9,9 @@ __all__ = ['CARD_LAYOUT', 'ONLY', 'ORDERS', 'FAR', 'GAIN', 'RULES', 'ASPECTS', '
            'side_by_side', 'DataBrowser', 'moves', 'rank_text', 'move_text', 'order_users', 'run_name', 'open_rows',
            'runs_alike', 'variants_of', 'list_name', 'Lists', 'user_rows', 'UserPicker', 'UserExplorer', 'unit_tables',
            'neighbour_rows', 'vocabulary', 'encode_words', 'nearest_words', 'attention_html', 'Words', 'about_item',
-           'ItemPicker', 'ItemExplorer', 'layouts', 'between', 'colour_columns', 'colour_values', 'ScatterMap',
-           'StillMap', 'new_map', 'EmbeddingMap', 'different_parameters', 'validation_curves', 'tested', 'safe_csv',
-           'run_rows', 'RunExplorer', 'explore']
+           'ItemPicker', 'ItemExplorer', 'layouts', 'between', 'colour_columns', 'in_steps', 'step_colours',
+           'colour_values', 'ScatterMap', 'StillMap', 'new_map', 'EmbeddingMap', 'different_parameters',
+           'validation_curves', 'tested', 'safe_csv', 'run_rows', 'RunExplorer', 'explore']
 
 # %% ../nbs/07a_explorers.ipynb #23ad5d20
 import base64
@@ -375,7 +375,8 @@ def order_users(
 def run_name(run: Run) -> str:
     "A run in a few words: backbone, tuning, seed, the first digits of its key."
     made = " + ".join(str(run.params[k]) for k in ("backbone", "tuning") if k in run.params)
-    return f"{made}, seed {run.params.get('seed')} ({run.key[:6]})"
+    seed = f", seed {run.params['seed']}" if "seed" in run.params else ""  # a yardstick has none
+    return f"{made}{seed} ({run.key[:6]})"
 
 
 def open_rows(table: pd.DataFrame) -> list[Run]:
@@ -384,11 +385,11 @@ def open_rows(table: pd.DataFrame) -> list[Run]:
 
 
 def runs_alike(run: Run) -> list[Run]:
-    "`run`, then all other finished runs on the same data that rank the same items, the newest first."
+    "`run`, then all other finished runs on the same data that were evaluated alike, the newest first; no yardsticks."
     table = list_runs(dataset=run.about["dataset"])
-    others = open_rows(table[table.state == "finished"]) if len(table) else []
+    others = open_rows(table[(table.state == "finished") & (table.experiment != "yardstick")]) if len(table) else []
     return [run] + [other for other in others if other.about["data"] == run.about["data"] and other.key != run.key
-                    and evaluated_by(other)["candidates"] == evaluated_by(run)["candidates"]]
+                    and evaluated_by(other) == evaluated_by(run)]
 
 
 def variants_of(run: Run) -> list[str]:
@@ -400,11 +401,13 @@ def list_name(run: Run, variant: str) -> str:
     "The name of a list: its variant and its run; that of Stage 1 is of the run that Stage 2 went on from."
     if variant not in ("", "stage1"):
         return f"{variant_name(variant)}: {run_name(run)}"
+    if run.about["experiment"] == "yardstick":
+        return f"Yardstick: {run_name(run)}"
     return f"Stage 1: {run.params['backbone']}, seed {run.params.get('seed')} ({run.params.get('stage1', run.key)[:6]})"
 
 # %% ../nbs/07a_explorers.ipynb #23d5a318
 class Lists:
-    "The lists of a run and of all finished runs on its data: `choices` {name: (run, variant)}, those of the run first."
+    "The lists of a run and of all `runs_alike`: `choices` {name: (run, variant)}, those of the run first."
 
     def __init__(self, run: Run | RunView):
         self.seen, self.views = view(run), {}
@@ -428,16 +431,22 @@ class Lists:
         "The first `FAR` items for user number `user` in each choice."
         return [self.view_of(name).recommended(user, self.choices[name][1], FAR) for name in names]
 
+    def wanted(self, user: int) -> list[int]:
+        "Test items of user number `user` that count, the latest first where times are known; the same in all choices."
+        _, counted = self.seen.evaluator.positives["test"].rows(torch.tensor([user]))
+        return [item for item in items_of(self.seen.data.inter, user, "test") if item in counted]
+
 # %% ../nbs/07a_explorers.ipynb #3969fcaa
 def user_rows(
     inter: Interactions,
     user: int,  # number
+    test: Sequence[int],  # items to be found
     before: Sequence[int],  # all items, the best first
     after: Sequence[int],  # likewise
     k: int = 10,  # shown of each list
 ) -> list[tuple]:
     "History, test items with their ranks, and the first `k` of two lists: (title, items, note(item), framed) for `Gallery`."
-    (history, test), moved = (items_of(inter, user, split) for split in ("train", "test")), moves(before, after)
+    history, moved = items_of(inter, user, "train"), moves(before, after)
     moved = moved.reindex(moved.index.union(test))
     how = ", latest first" * (inter.time is not None)
     rows = [(f"User {inter.user_ids[user]} has{how}", history, lambda item: "", ()),
@@ -477,7 +486,7 @@ class UserPicker:
 
     def pick(self, user: int) -> None:
         "Say which user it is, and call `picked`."
-        gain = f"{label(GAIN)} {self.gain[user]:+.3f}" if user in self.gain.index else "not in the test split"
+        gain = f"{label(GAIN)} {self.gain[user]:+.3f}" if user in self.gain.index else "no test item that counts"
         place = f", {self.rule.value}: number {self.at + 1:,} of {len(self.order):,}" if user == self.order[self.at] else ""
         self.about.value = html.escape(gain + place)
         self.id.placeholder, self.id.value = str(self.data.inter.user_ids[user]), ""
@@ -517,7 +526,7 @@ class UserExplorer(Explorer):
 
     def draw(self, user: int) -> None:
         "Show user number `user`: history, test items with their ranks, and both lists."
-        lists = self.lists.lists(user, self.before.value, self.after.value)
+        lists = self.lists.wanted(user), *self.lists.lists(user, self.before.value, self.after.value)
         for gallery, row in zip(self.galleries, user_rows(self.lists.seen.data.inter, user, *lists)):
             gallery.show(*row)
         self.item.value = ""
@@ -602,6 +611,10 @@ class Words:
 
     def nearest(self, space: str, feature: torch.Tensor) -> dict[str, str]:
         "The words nearest to `feature` (d_t,) in a `space` of `item_tables`, \"frozen image\", ...: {word: cosine}."
+        if not self.words:
+            raise DataError("The texts of this data set have no word of three letters or more, so no word is near an item.")
+        if not feature.any():
+            raise DataError(f"The item has no {space.split()[-1].replace('image', 'picture')}, so no word is near.")
         run = self.seen.run if space.startswith("tuned") else self.seen.run.stage1
         if run.key not in self.features:
             self.features[run.key] = encode_words(run.encoder(), self.words)
@@ -627,6 +640,8 @@ def about_item(
         return plain_table(item_facts(words.seen.catalogue, item).items())
     if aspect == "attention":
         return attention_html(words.seen, item)
+    if not spaces:
+        raise DataError(f"Run {words.seen.run.key} used no features, so no word is near an item.")
     found = {space: words.nearest(space, tables[space][item]) for space in spaces}
     return "".join(f"<b>{space}</b>" + plain_table(near.items()) for space, near in found.items())
 
@@ -670,7 +685,7 @@ class ItemExplorer(Explorer):
 
     def __init__(self, run: Run | RunView, item: int | None = None):
         self.seen, self.tables, self.words, self.item = view(run), unit_tables(run), Words(run), widgets.HTML()
-        self.kinds = ("ID", "frozen", "tuned") if "tuning" in self.seen.run.params else ("ID", "frozen")
+        self.kinds = list(dict.fromkeys(name.split()[0] for name in self.tables))  # ID, and frozen and tuned if there are
         self.picker = ItemPicker(self.seen.catalogue, lambda _: self.draw())
         self.modality, self.aspect = (widgets.ToggleButtons(options=options, style={"button_width": "80px"})
                                       for options in (list(self.seen.inputs.features), ASPECTS))
@@ -731,11 +746,29 @@ def colour_columns(table: pd.DataFrame, color: str) -> list[str]:
                            f"{', '.join(columns)}.")
     return columns
 
+# %% ../nbs/07a_explorers.ipynb #a113fc42
+def in_steps(
+    numbers: pd.Series,  # NaN where one is missing
+    n: int = 5,  # steps at most
+) -> pd.Series:
+    "Numbers as text in steps of about as many different values, missing ones as `(none)`; an ordered categorical."
+    values = np.unique(numbers.dropna().astype(float))
+    tops = np.unique(np.quantile(values, np.arange(1, n + 1) / n, method="inverted_cdf")) if len(values) else []
+    steps = pd.cut(numbers.astype(float), [-np.inf, *tops], labels=[f"up to {top:,.10g}" for top in tops])
+    return steps.cat.add_categories(["(none)"] * bool(numbers.isna().any())).fillna("(none)")
+
+# %% ../nbs/07a_explorers.ipynb #cc21c554
+def step_colours(steps: pd.Series) -> dict:
+    "A colour for each category of `in_steps`, from dark to light as numbers have them; grey for missing ones."
+    names = [name for name in steps.cat.categories if name != "(none)"]
+    return category_colours(steps) | dict(zip(names, plt.get_cmap("viridis")(np.linspace(0, 1, len(names))).tolist()))
+
 
 def colour_values(column: pd.Series) -> pd.Series:
-    "A column to colour by: numbers as they are, anything else as its most frequent values."
-    number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-    return column if number else most_frequent(column)
+    "A column to colour by: numbers as they are, or `in_steps` if one is missing, anything else as its most frequent values."
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return most_frequent(column)
+    return in_steps(column) if column.isna().any() else column
 
 # %% ../nbs/07a_explorers.ipynb #4de76f36
 class ScatterMap:
@@ -756,11 +789,12 @@ class ScatterMap:
         self.scatter.xy(*points.T, animate=False, **self.limits)
 
     def paint(self, values: pd.Series, title: str) -> None:
-        "Colour the points by `values` (I,); the legend has a `title`."
+        "Colour the points by `values` (I,) of `colour_values`; the legend has a `title`, and counts the items without."
         number = not isinstance(values.dtype, pd.CategoricalDtype)
         norm = SymLogNorm(1, vmin=values.min(), vmax=values.max()) if number and skewed(values) else None
-        colours = "auto" if number else category_colours(values)
-        self.scatter.color(by=values, map=colours, norm=norm, labeling={"variable": title})
+        colours = "auto" if number else step_colours(values) if values.cat.ordered else category_colours(values)
+        missing = f" ({n:,} item{'s' * (n > 1)} without)" if (n := int((values == "(none)").sum())) else ""
+        self.scatter.color(by=values, map=colours, norm=norm, labeling={"variable": title + missing})
 
 # %% ../nbs/07a_explorers.ipynb #5281d56c
 NO_MAP = "A map to hover over and to slide needs jupyter-scatter: pip install -e '.[maps]'."
@@ -849,10 +883,12 @@ def different_parameters(runs: Sequence[Run]) -> pd.DataFrame:
 
 @in_style
 def validation_curves(runs: Sequence[Run]) -> plt.Figure:
-    "The validation metric of each run over its epochs, as one figure."
+    "A validation metric of all runs over their epochs, as one figure: that of the first run whose metric all have."
+    histories = [run.load_table("history.csv") for run in runs]
+    asked = [f"valid {metric}" for metric in (*(run.params["metric"] for run in runs), "recall@20")]  # the last: in each
+    metric = next((name for name in asked if all(name in history for history in histories)), asked[0])
     figure, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
-    for run in runs:
-        history, metric = run.load_table("history.csv"), f"valid {run.params['metric']}"
+    for run, history in zip(runs, histories):
         history = history.dropna(subset=[metric])
         ax.plot(history.epoch, history[metric], marker=".", label=run_name(run))
     ax.margins(y=0.1)

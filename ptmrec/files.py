@@ -46,12 +46,12 @@ def repo_root() -> Path:
 # %% ../nbs/00i_files.ipynb #1dc50f19
 def data_dir() -> Path:
     "The folder that holds one folder per data set: `$PTMREC_DATA`, else `data/` of the checkout."
-    return Path(os.environ.get("PTMREC_DATA") or repo_root() / "data")
+    return Path(os.path.expanduser(os.environ.get("PTMREC_DATA") or repo_root() / "data")).absolute()
 
 # %% ../nbs/00i_files.ipynb #e947063d
 def runs_dir() -> Path:
     "The folder that experiments write to: `$PTMREC_RUNS`, else `runs/` of the checkout."
-    return Path(os.environ.get("PTMREC_RUNS") or repo_root() / "runs")
+    return Path(os.path.expanduser(os.environ.get("PTMREC_RUNS") or repo_root() / "runs")).absolute()
 
 # %% ../nbs/00i_files.ipynb #4ce131d1
 class DataError(ValueError):
@@ -117,7 +117,10 @@ def _hashed_bytes(part):
 
 # %% ../nbs/00i_files.ipynb #9475f7ba
 def fingerprint(*parts) -> str:
-    "A 16-digit key of the content of arrays, files (`Path`), strings and JSON-able values."
+    """A 16-digit key of the content of arrays, files (`Path`), strings and JSON-able values, each a part of its own.
+
+    An array or a path inside another value counts as the text that it prints.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         for piece in _hashed_bytes(part):

@@ -554,5 +554,6 @@ def grid(
     watch = Watch(cells, at_once or 1, cells[0].settings.metric)
     run_left(notebook, cells, left, folder, watch, threads, client, papermill and test, test)
     if told := stopped_by_hand({cell.run.key: cell.run for cell in cells if cell.run}.values()):
-        warnings.warn(f"Runs of this grid were stopped by hand, and may fall short; rerun=True makes them anew:\n{told}")
+        warnings.warn("Runs of this grid were stopped by hand, and may fall short; run_stage1 or run_stage2 with these "
+                      f"settings and rerun=True makes them anew:\n{told}")
     return pd.read_parquet(folder / "table.parquet")

@@ -981,6 +981,16 @@ def check_seeds(runs: list[Run]) -> list[Run]:
         if different := [k for k in its_own | settings[0] if its_own.get(k) != settings[0].get(k)]:
             raise DataError(f"Runs {runs[0].key} and {run.key} differ in {', '.join(different[:3])}, and runs of one list "
                             "may differ in their seed alone. Compare them with each other instead.")
+        if changed := [what for what in ("code", "encoder", "data") if run.about.get(what) != runs[0].about.get(what)]:
+            older = min(runs[0], run, key=lambda run: run.about.get("created") or "")
+            raise DataError(f"Runs {runs[0].key} and {run.key} were made with different {' and '.join(changed)}, and runs "
+                            f"of one list may differ in their seed alone. Leave out {older.key}, the older one, or call its "
+                            f"experiment again with seed {older.params.get('seed')} for one that fits.")
+    seeds = [run.params.get("seed") for run in runs]
+    for n, seed in enumerate(seeds):
+        if seed in seeds[:n]:
+            raise DataError(f"Runs {runs[seeds.index(seed)].key} and {runs[n].key} have the same seed, {seed}. Leave one of "
+                            "them out.")
     return runs
 
 # %% ../nbs/03c_runs.ipynb #6a342b52

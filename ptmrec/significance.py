@@ -102,7 +102,10 @@ def in_words(
     what = (f"{name} against {against}, {metric}: {row['before']:.4f} -> {row['after']:.4f}{gain}; per user "
             f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p = {row['p_holm']:.2g} after Holm")
     if row["p_holm"] < 0.05:
-        inside, found = row["low"] <= 0 <= row["high"], "better" if row["difference"] > 0 else "worse"
+        found, inside = "better" if row["difference"] > 0 else "worse", row["low"] <= 0 <= row["high"]
+        if row["seeds"] == 1:
+            found += " in one run of each"
+            return f"{what}: {found}" + (", though the interval over users includes 0." if inside else ".")
         return f"{what}: {found}" + (" on these seeds; with other seeds the difference may vanish." if inside else ".")
     smallest = row["smallest"]
     shows = (f"the smallest gain that this data could show is {smallest:.4f}" +

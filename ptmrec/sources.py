@@ -11,11 +11,13 @@ __all__ = ['GROUPLENS', 'POSTERS', 'WESTLAKE', 'MOVIELENS_LICENCE', 'movielens',
 import csv
 import fnmatch
 import json
+import lzma
 import os
 import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +28,11 @@ from .amazon import (HOME, PUBLISHED, PUBLISHED_2023, SHORT_NAMES, download_imag
                            report_missing_images)
 from .amazon import find_or_prepare as find_or_prepare_amazon
 from .amazon import prepare as prepare_amazon
-from .data import (ARCHIVES, IMAGE_ENDINGS, checked_path, data_dir, find_dataset, has_interactions, walk_folder,
-                         write_atomically)
-from .files import locked, sweep, writing
+from .data import (ARCHIVES, IMAGE_ENDINGS, NotFound, checked_path, data_dir, find_dataset, has_interactions,
+                         walk_folder, write_atomically)
+from .files import fingerprint, locked, sweep, writing
 from .tables import (TABLE_ENDINGS, TEXT_FIELDS, DataError, bare_ids, column_names, integers_if_lossless, open_text,
-                           read_raw, reading, standard_columns)
+                           read_raw, reading, standard_columns, warn_of_swallowed)
 
 # %% ../nbs/00g_sources.ipynb #37e62f8f
 @dataclass(frozen=True)
@@ -149,8 +151,11 @@ def _read_without_header(path, names):
 # %% ../nbs/00g_sources.ipynb #b7d7e6e2
 def read_source_table(source: Source, path: Path) -> pd.DataFrame:
     "A table of a source with standard column names, ids as they are written."
-    names = _names_of(source, path)
-    table = bare_ids(standard_columns(_read_without_header(path, names), path), path) if names else read_raw(path)
+    if names := _names_of(source, path):
+        table = bare_ids(standard_columns(_read_without_header(path, names), path), path)
+        warn_of_swallowed(path, table, header=False)
+    else:
+        table = read_raw(path)
     if source.item_column in table and "user" not in table:
         table = table.drop(columns="item", errors="ignore").rename(columns={source.item_column: "item"})
     return table
@@ -174,26 +179,48 @@ def _is_wanted(source, member, images):
     return is_table or images and name.lower().endswith(IMAGE_ENDINGS)
 
 # %% ../nbs/00g_sources.ipynb #2d7dba8a
+@contextmanager
+def _opened(path):
+    "An archive to read; what it raises in the block because it is damaged, or packed otherwise, is a `DataError`."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as e:
+        raise DataError(f"{path} cannot be unpacked ({e}). Delete it, and run again.") from None
+    except (NotImplementedError, RuntimeError) as e:  # of Windows, or encrypted
+        raise DataError(f"{path} cannot be unpacked here ({e}). Unpack it into {path.parent} with another program, and move "
+                        "it away.") from None
+
+# %% ../nbs/00g_sources.ipynb #5f1e33b8
+def _extract(archive, target, is_wanted):
+    "Unpack the members of an archive that are wanted. Raises `DataError` for a full disk."
+    with writing(target):
+        try:
+            archive.extractall(target, filter(is_wanted, archive.namelist()))
+        except OSError as e:  # that of a disk has a number, that of damaged content has none
+            raise e if e.errno else zipfile.BadZipFile(e) from None
+
+
+def _is_of(note, state):
+    "Whether a note on unpacking is there, and is of an archive in this state; an empty one, of an older version, counts."
+    return note.exists() and note.read_text() in ("", state)
+
+# %% ../nbs/00g_sources.ipynb #90b6d2f5
 def unpack(
     source: Source,
     raw: Path,  # folder of the raw files
     images: bool = True,  # pictures as well
 ) -> None:
-    "Unpack what a source needs of its archives in the raw folder, once. Raises `DataError` for a damaged one."
+    "Unpack what a source needs of its archives in the raw folder, once, and again if one is replaced. Raises `DataError`."
     for path in [raw / name for name in source.archives if name.endswith(".zip") and (raw / name).exists()]:
         target, done = path.with_suffix(""), path.with_name(f".{path.name}.unpacked")
         tables = done.with_suffix(".tables-unpacked")
-        if target.exists() and (done.exists() or not images and tables.exists()):
-            continue
-        try:
-            with zipfile.ZipFile(path) as archive, writing(target):
-                archive.extractall(target, [m for m in archive.namelist() if _is_wanted(source, m, images)])
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
-            raise DataError(f"{path} cannot be unpacked ({e}). Delete it, and run again.") from None
-        except (NotImplementedError, RuntimeError) as e:  # of Windows, or encrypted
-            raise DataError(f"{path} cannot be unpacked here ({e}). Unpack it into {raw} with another program, and move it "
-                            "away.") from None
-        (done if images else tables).touch()
+        with _opened(path) as archive:
+            state = fingerprint([(m.filename, m.file_size, m.CRC) for m in archive.infolist()])
+            if target.exists() and (_is_of(done, state) or not images and _is_of(tables, state)):
+                continue
+            _extract(archive, target, partial(_is_wanted, source, images=images))
+        write_atomically(done if images else tables, partial(Path.write_text, data=state))
 
 # %% ../nbs/00g_sources.ipynb #a058a5cd
 def _missing(source, files, images):
@@ -249,10 +276,17 @@ def join_item_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return joined.reset_index()
 
 # %% ../nbs/00g_sources.ipynb #5c6793a7
+def _place(folder, home):
+    "A folder as the data set in `home` names it: relative if it is in there, wherever links lead, else absolute."
+    real, home = Path(os.path.realpath(folder)), os.path.realpath(home)
+    return real.relative_to(home) if real.is_relative_to(home) else real
+
+
 def _pictures_in(folders, folder):
-    "{item: path relative to the data-set folder} of the pictures in folders that came with a set."
+    "{item: path, from the data-set folder or absolute} of the pictures in folders that came with a set."
+    places = {f: _place(f, folder) for f in folders}
     files = sorted(p for f in folders for p in f.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
-    return {p.stem: os.path.relpath(p, folder) for p in files}
+    return {p.stem: str(places[p.parent] / p.name) for p in files}
 
 # %% ../nbs/00g_sources.ipynb #4fc08d57
 def _have_addresses(items):
@@ -347,14 +381,14 @@ PUBLIC_SETS = [*SHORT_NAMES, *AMAZON_2023, *SOURCES]  # names that `find_or_prep
 
 # %% ../nbs/00g_sources.ipynb #91c6ebf3
 def find_or_prepare(dataset: str | Path) -> Path:
-    "Folder of a data set; a public set that is not there is prepared. Raises `DataError`."
+    "Folder of a data set; a public set that is missing or half-made is prepared. Raises `DataError`."
     if dataset in SHORT_NAMES:
         return find_or_prepare_amazon(dataset)
     try:
         folder = find_dataset(dataset, downloadable=PUBLIC_SETS)
         if has_interactions(folder) or dataset not in PUBLIC_SETS:
             return folder
-    except DataError:
+    except NotFound:
         if dataset not in PUBLIC_SETS:
             raise
     return prepare_source(dataset) if dataset in SOURCES else prepare_amazon(AMAZON_2023[dataset], release=2023)

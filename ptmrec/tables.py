@@ -6,8 +6,9 @@
 __all__ = ['SPELLINGS', 'OTHER_SPELLINGS', 'STANDARD_NAMES', 'TEXT_FIELDS', 'READ_AS_TEXT', 'TEXT_HEADERS', 'BLANKS',
            'LINE_BYTES', 'SEPARATORS', 'HEADERLESS', 'LISTS', 'READERS', 'ENDINGS', 'TABLE_ENDINGS', 'standard_name',
            'standard_columns', 'integers_if_lossless', 'bare_ids', 'find_encoding', 'table_kind', 'open_unpacked',
-           'check_size', 'pieces', 'file_encoding', 'open_text', 'find_separator', 'storable', 'plain_text', 'joined',
-           'joined_lists', 'reading', 'read_raw', 'read_table', 'location', 'column_names', 'find_tables']
+           'check_size', 'pieces', 'file_encoding', 'open_text', 'find_separator', 'warn_of_swallowed', 'storable',
+           'plain_text', 'joined', 'joined_lists', 'reading', 'read_raw', 'read_table', 'location', 'column_names',
+           'find_tables']
 
 # %% ../nbs/00f_tables.ipynb #5fb35742
 import codecs
@@ -289,21 +290,27 @@ def _shape(value):
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "9", str(value)))
 
 
-def _warn_of_swallowed(path, table):
-    "Warn of lines within fields that look like rows: as many fields, and ids like those of the table (standard columns)."
+def warn_of_swallowed(
+    path: Path,
+    table: pd.DataFrame,  # with standard column names
+    header: bool = True,  # without one: commas between the fields, and the last field takes the rest of the line
+) -> None:
+    "Warn of lines within fields that look like rows: as many fields, and ids like those of the table."
     texts = [c for c in table if c not in ("user", "item") and pd.api.types.is_string_dtype(table[c])]
     long = {c: table[c][table[c].str.contains("\n", regex=False).fillna(False)] for c in texts}
     if not any(map(len, long.values())):
         return
-    with open_text(path, warn=False) as file:
-        separator = _text_format(path, file)[0]
+    separator, most = ",", table.shape[1] - 1
+    if header:
+        with open_text(path, warn=False) as file:
+            separator, most = _text_format(path, file)[0], -1
     places = {n: set(map(_shape, table[c])) for n, c in enumerate(table) if c in ("user", "item")}
     found = [row for values in long.values() for row, value in values.items() for line in value.split("\n")[1:]
-             if len(fields := line.split(separator)) == table.shape[1] and places
+             if len(fields := line.split(separator, most)) == table.shape[1] and places
              and all(_shape(fields[n].strip(' "\r')) in shapes for n, shapes in places.items())]
     if found:
         warnings.warn(f"{path}: {len(found):,} lines are inside a field of another row and not read (first in "
-                      f"{location(path, found[0])}). A quote is probably not closed: close or remove it.")
+                      f"{location(path, found[0] - (not header))}). A quote is probably not closed: close or remove it.")
 
 # %% ../nbs/00f_tables.ipynb #eb449df4
 def storable(text: str) -> str:
@@ -455,7 +462,7 @@ def read_raw(path: str | Path) -> pd.DataFrame:
         table = READERS.get(table_kind(path), _read_text_table)(path)
         table = joined_lists(bare_ids(standard_columns(table, path), path))
         if table_kind(path) not in READERS:
-            _warn_of_swallowed(path, table)
+            warn_of_swallowed(path, table)
     return table
 
 # %% ../nbs/00f_tables.ipynb #7f3f59e2

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FONTS', 'COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'MAP_METHODS', 'POPULARITY', 'cut', 'letterbox',
            'item_statistics', 'Catalogue', 'unit_rows', 'nearest', 'neighbours', 'RunView', 'view', 'item_tables',
-           'user_number', 'installed_fonts', 'printable', 'in_style', 'save', 'shown_title', 'SheetRow', 'sheet',
-           'neighbour_sheet', 'user_gains', 'items_of', 'recommendation_sheet', 'show_what_changed', 'training_curves',
-           'principal_plane', 'turned_onto', 'aligned_maps', 'most_frequent', 'category_colours', 'skewed',
-           'embedding_map', 'random_cosines', 'batch_distributions', 'domain_gap', 'class_attention', 'item_pixels',
-           'attention_shares', 'under_attention', 'attention_maps', 'nearest_tokens', 'prompt_norms', 'on_front',
-           'cost_against_quality', 'hits_by_popularity', 'who_gains']
+           'moves', 'user_number', 'installed_fonts', 'printable', 'in_style', 'save', 'shown_title', 'SheetRow',
+           'sheet', 'neighbour_sheet', 'user_gains', 'items_of', 'recommendation_sheet', 'show_what_changed',
+           'training_curves', 'principal_plane', 'turned_onto', 'aligned_maps', 'most_frequent', 'category_colours',
+           'skewed', 'embedding_map', 'random_cosines', 'batch_distributions', 'domain_gap', 'class_attention',
+           'item_pixels', 'attention_shares', 'under_attention', 'attention_maps', 'nearest_tokens', 'prompt_norms',
+           'on_front', 'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
 # %% ../nbs/07_visualisation.ipynb #e9991fa6
 import contextlib
@@ -198,6 +198,14 @@ def item_tables(run: Run | RunView) -> dict[str, Tensor]:
     tuned = seen.run.load_weights("features") if "tuning" in seen.run.params else {}
     return ({"ID": seen.teacher[1]} | {f"frozen {m}": f for m, f in frozen.items()}
             | {f"tuned {m}": tuned[m] for m in frozen if m in tuned})
+
+# %% ../nbs/07_visualisation.ipynb #7c0de202
+def moves(run: Run | RunView) -> pd.Series:
+    "Mean cosine of items' frozen and tuned features for each tuned modality; the one that moved most comes first."
+    tables = item_tables(run)
+    pairs = {m: (tables[f"frozen {m}"], tables[f"tuned {m}"]) for m in view(run).inputs.features if f"tuned {m}" in tables}
+    cosines = {m: float(F.cosine_similarity(*pair).mean()) for m, pair in pairs.items() if not torch.equal(*pair)}
+    return pd.Series(cosines, name="mean cosine of frozen and tuned features", dtype=float).sort_values()
 
 # %% ../nbs/07_visualisation.ipynb #8fda2b9e
 def user_number(data: RecData, user: int | str) -> int:
@@ -428,8 +436,7 @@ def show_what_changed(run: Run | RunView) -> Figure:
     rows = [history._replace(name=f"{who}; {history.name}"), wanted, before, after]
     new = [item for item in after.items if item in after.marked - before.marked]
     item, what = (new[0], "the item found") if new else (after.items[0], "the first item")
-    changed = [m for m in seen.inputs.features if not torch.equal(tables[f"frozen {m}"], tables[f"tuned {m}"])]
-    for modality, when in itertools.product(changed[:1], ("frozen", "tuned")):  # none if no tower was tuned
+    for modality, when in itertools.product(moves(seen).index[:1], ("frozen", "tuned")):  # none if no tower was tuned
         near = neighbours(tables[f"{when} {modality}"], item, 4)[0].tolist()
         rows.append(SheetRow(f"{what}, and its nearest by {when} {modality} features", [item, *near]))
     return sheet(seen.catalogue, rows)
@@ -761,26 +768,36 @@ def attention_maps(
     figure.colorbar(scale, ax=axes, label="attention\n(1 = even share)", shrink=0.8)
     return figure
 
+# %% ../nbs/07_visualisation.ipynb #7c0de206
+def _token_text(text, token):
+    "What a token reads, or its number where that is nothing, an emoji, or a part of a character."
+    text = text.strip()
+    readable = text and text.isprintable() and not any(unicodedata.category(c) in ("So", "Sk") for c in text)
+    return text if readable else f"#{token}"
+
 # %% ../nbs/07_visualisation.ipynb #8f24fd5f
 def nearest_tokens(
     clip: Clip,
     vectors: Tensor,  # (n, w)
     k: int = 3,  # tokens per vector
 ) -> pd.DataFrame:
-    "The `k` tokens of the vocabulary nearest to each of `vectors` (n, w) by cosine: columns prompt, token, cosine."
+    "The `k` tokens of the vocabulary nearest to each of `vectors` (n, w) by cosine: columns prompt, id, token, cosine."
     text = text_module(clip)
     words = text.transformer.get_input_embeddings() if by_hugging_face(text) else text.token_embedding
     table = words.weight.detach()
     cosine = F.normalize(vectors.detach().float(), dim=1) @ F.normalize(table.float(), dim=1).T
     values, tokens = cosine.topk(k, dim=1)
     decode = getattr(clip.tokenize, "tokenizer", clip.tokenize).decode
-    rows = [(n + 1, decode([int(t)]).strip(), float(v)) for n in range(len(vectors)) for t, v in zip(tokens[n], values[n])]
-    return pd.DataFrame(rows, columns=["prompt", "token", "cosine"])
+    rows = [(n + 1, t, _token_text(decode([t]), t), v) for n in range(len(vectors))
+            for t, v in zip(tokens[n].tolist(), values[n].tolist())]
+    return pd.DataFrame(rows, columns=["prompt", "id", "token", "cosine"])
 
 # %% ../nbs/07_visualisation.ipynb #a6f74487
 def _token_list(ax, tokens):
-    "The nearest tokens of each prompt, a line per prompt."
-    lines = [f"{n}: " + ", ".join(printable(cut(t, 10)) for t in of.token) for n, of in tokens.groupby("prompt")]
+    "The nearest tokens of each prompt, a line per prompt; the number of a token that no font can write."
+    known = set().union(*installed_fonts().values())
+    words = tokens.token.where([all(ord(c) in known for c in word) for word in tokens.token], "#" + tokens.id.astype(str))
+    lines = [f"{n}: " + ", ".join(printable(cut(word, 10)) for word in of) for n, of in words.groupby(tokens.prompt)]
     ax.text(0, 1, "\n".join(lines), size=6, va="top", linespacing=1.4, transform=ax.transAxes)
     ax.set(title="tokens nearest to the\ntext prompts of layer 1")
     ax.axis("off")
@@ -819,18 +836,43 @@ def on_front(cost: Sequence[float], quality: Sequence[float]) -> np.ndarray:
     return ~(cheaper & better & strictly).any(1)
 
 # %% ../nbs/07_visualisation.ipynb #74252ca5
+_PLACES = [(5, 0), (-5, 0), (0, 8), (0, -8), (5, 8), (-5, 8), (5, -8), (-5, -8),
+           *((x, y) for distance in (16, 24, 32, 40) for y in (distance, -distance) for x in (0, 5, -5))]  # in points
+
+
+def _occupied(ax, points):
+    "Boxes on the screen where names must not be: around points (n, 2), and along the lines of an axis."
+    boxes = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in ax.transData.transform(points)]
+    for corners in (ax.transData.transform(line.get_path().vertices) for line in ax.lines):
+        boxes += [Bbox([np.minimum(a, b) - 1, np.maximum(a, b) + 1]) for a, b in itertools.pairwise(corners)]
+    return boxes
+
+# %% ../nbs/07_visualisation.ipynb #7c0de208
 def _name_points(ax, points, names):
-    "Write names (n,) beside points (n, 2), each in the first place where it covers no other name, or in the last one."
-    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in ax.transData.transform(points)]
+    "Write names (n,) beside points (n, 2), each in the first place where it covers nothing, with a line if it is far."
+    taken = _occupied(ax, points)
     for point, name in zip(points, names):
         text = ax.annotate(name, point, (5, 0), textcoords="offset points", size=6, va="center",
                            path_effects=[withStroke(linewidth=1.5, foreground="white")])
-        for x, y in [(5, 0), (-5, 0), (0, 8), (0, -8), (5, 8), (-5, 8), (5, -8), (-5, -8), (0, 15), (0, -15)]:
-            text.set(position=(x, y), ha={5: "left", -5: "right", 0: "center"}[x])
+        for x, y in _PLACES:
+            text.set(position=(x, y), ha="left" if x > 0 else "right" if x else "center")
             box = text.get_window_extent()
             if ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not any(box.overlaps(other) for other in taken):
                 break
+        if abs(y) > 8:
+            ax.annotate("", point, (x, y), textcoords="offset points", zorder=0,
+                        arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "0.6", "shrinkA": 4, "shrinkB": 2})
         taken.append(box)
+
+# %% ../nbs/07_visualisation.ipynb #7c0de209
+def _cost_axis(ax, cost, name):
+    "Name the axis of `cost`; a wide range has a log scale, which has no 0: it is linear up to the first power of 10."
+    positive = cost[cost > 0]
+    if positive.max() > 20 * positive.min():
+        limit = 10 ** np.ceil(np.log10(positive.min()))
+        ax.set_xscale("symlog", linthresh=limit)
+        name += f"\nlinear up to {limit:,g}, logarithmic above"
+    ax.set_xlabel(name)
 
 # %% ../nbs/07_visualisation.ipynb #7c821a5d
 @in_style
@@ -848,11 +890,9 @@ def cost_against_quality(
     ax.step(best[cost], best[quality], where="post", color=BLUE, lw=1, zorder=1)
     for color, part in ((BLUE, table[front]), ("white", table[~front])):
         ax.scatter(part[cost], part[quality], color=color, edgecolors=BLUE, s=22, zorder=2)
-    positive = table[cost][table[cost] > 0]
-    if positive.max() > 20 * positive.min():  # a log scale, which has no 0: linear up to the first power of 10
-        ax.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(positive.min())))
-    ax.set(xlabel=label(cost) + f" ({unit})" * bool(unit), ylabel=label(quality))
-    ax.margins(0.25, 0.15)
+    _cost_axis(ax, table[cost], label(cost) + f" ({unit})" * bool(unit))
+    ax.set_ylabel(label(quality))
+    ax.margins(0.25, 0.2)
     figure.draw_without_rendering()
     _name_points(ax, table[[cost, quality]].to_numpy(), [printable(cut(str(text), 24)) for text in table[name]])
     return figure

@@ -14,9 +14,11 @@ import time
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy import sparse
 
 from .data import MODALITIES, DataError, Interactions
+from .graphs import without_content
 from .memory import free_bytes
 from .ranking import METRICS, Evaluator
 from .runs import EVALUATED_BY, Run, alone, code_of, new_run, own_code, recommendation_table, with_all_metrics
@@ -62,7 +64,7 @@ def feature_knn(
     k: int = 50,  # neighbours per item
 ) -> np.ndarray:
     "B (I, I) of the `k` nearest items by the cosine of their `features` {modality: (I, d)}, averaged over modalities."
-    unit = [torch.nn.functional.normalize(f, dim=1) for f in features.values()]
+    unit = [F.normalize(f, dim=1).masked_fill(without_content(f)[:, None], 0) for f in features.values()]
     return keep_largest((sum(f @ f.T for f in unit) / len(unit)).cpu().numpy(), k)
 
 # %% ../nbs/04c_yardsticks.ipynb #cb66bca9

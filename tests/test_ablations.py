@@ -1049,8 +1049,8 @@ def test_a_space_may_have_values_that_are_no_numbers():
 def toy_row(*seeds):
     "A row with a run per seed, of 30 users."
     users = pd.DataFrame({"user": range(30), "recall@10": np.linspace(0, 1, 30)})
-    return ablations.Row([SimpleNamespace(load_table=lambda name: users, metrics=dict, params={"seed": seed})
-                          for seed in seeds], "")
+    return ablations.Row([SimpleNamespace(load_table=lambda name: users, metrics=dict, params={"seed": seed},
+                                          about={"data": "toy"}) for seed in seeds], "")
 
 
 def test_rows_without_a_common_seed_are_left_out_and_said():
@@ -1059,6 +1059,55 @@ def test_rows_without_a_common_seed_are_left_out_and_said():
     assert against.index.tolist() == ["B"] and against.seeds["B"] == 1
     result = ablations.StudyResult(ablations.Study("Q?", None, "A"), "shop", None, None, rows)
     assert verdicts(result, against).endswith("\n\n'C' has no seed in common with 'A', so they are not compared.")
+
+
+@pytest.mark.parametrize("setting, value", [("eval_items", "cold"), ("eval_users", "warm"), ("mask_valid", True),
+                                            ("candidates", "cold")])
+def test_rows_that_were_evaluated_differently_are_not_compared(setting, value):
+    rows = {"A": toy_row(0), "B": toy_row(0)}
+    rows["B"].runs[0].params[setting] = value
+    with pytest.raises(DataError, match=f"'B' and 'A' cannot be compared user by user: {setting} is {value!r} in the first"):
+        ablations.compared(rows, "A", "recall@10")
+    rows["A"].runs[0].params[setting] = value
+    assert ablations.compared(rows, "A", "recall@10").index.tolist() == ["B"]
+
+
+def fewer_users(data):
+    "The data set without its first ten users, so that numbers are of others."
+    kept = data.inter.user >= 10
+    inter = ablations.replace(data.inter, user=data.inter.user[kept] - 10, item=data.inter.item[kept],
+                              split=data.inter.split[kept], user_ids=data.inter.user_ids[10:])
+    return ablations.replace(data, inter=inter)
+
+
+@pytest.mark.parametrize("ids", [lambda user: user, lambda user: user.map("{:03d}".format), lambda user: user / 4])
+def test_rows_are_compared_on_the_same_users_alone(shop, runs, here, monkeypatch, ids):
+    "Whose numbers other data may give to other users."
+    table = pd.read_csv(f"{shop}/interactions.csv", dtype={"item": "int"})
+    table.assign(user=ids(table.user)).to_csv(f"{shop}/interactions.csv", index=False)
+    same = {"all": {}, "half the training": {"dataset": str(derive(shop, thinned, share=0.5))}}
+    other = {"without ten users": {"dataset": str(derive(shop, fewer_users))}}
+    monkeypatch.setitem(STUDIES, "mine", ablations.Study("Which?", lambda *_: {"04_stage1": {"data": changes}}, "all"))
+    base, changes = QUICK | {"backbone": "bpr"}, same
+    against = write_result(run_study("mine", shop, [0], base, at_once=1))
+    assert against.index.tolist() == ["half the training"] and against.users.tolist() == [60]
+
+    changes = same | other
+    result = run_study("mine", shop, [0], base, at_once=1)
+    (result.folder / "result.md").write_text("earlier")
+    with pytest.raises(DataError, match="'without ten users' and 'all' cannot be compared user by user: their data sets "
+                                        "have different users. Leave out the row, or the study's reference"):
+        write_result(result)
+    assert (result.folder / "result.md").read_text() == "earlier"
+
+
+def test_random_features_are_compared_with_those_of_the_same_users(shop, runs, here, monkeypatch):
+    "As in the study of controls, whose data are not the same."
+    axes = {"04_stage1": STUDIES["controls"].axes(shop, QUICK)["04_stage1"]}
+    monkeypatch.setitem(STUDIES, "mine", ablations.Study("Which?", lambda *_: axes, STUDIES["controls"].reference))
+    rows = run_study("mine", shop, [0], QUICK | {"backbone": "vbpr"}, at_once=1).rows
+    assert len({row.runs[0].about["data"] for row in rows.values()}) == 2
+    assert "Stage 1, random features" in ablations.compared(rows, "Stage 1", "recall@10").index
 
 
 def test_the_reference_is_the_yardstick_that_is_best_on_validation(shop, runs, here, monkeypatch):
@@ -1121,6 +1170,21 @@ def test_stage2_through_papermill_in_a_study(shop, runs, monkeypatch):
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["2"]
     ablations.plt.close(figure)
     assert resolve(grids.run_stage2.experiment, {"dataset": shop}).n_ctx == 8
+
+
+@pytest.mark.parametrize("low, seeds, starts", [(0.2, 3, True), (0.0, 3, False), (0.2, 1, True)])
+def test_a_figure_has_an_axis_around_the_data_and_seeds_below_their_mean(low, seeds, starts):
+    values = pd.DataFrame([{"row": "a", "kind": kind, "value": low + 0.01 * s, "half": 0.005}
+                           for kind in ("the Stage 1 it starts from", "tuned, best variant") for s in range(seeds)])
+    figure = ablations.plot_values(values, "A question?", "recall@10")
+    ax, = figure.axes
+    assert ax.get_xlim()[0] == (pytest.approx(low, abs=0.02) if starts else 0) and ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert ("does not start at 0" in ax.get_xlabel()) == starts and ("seeds" in ax.get_xlabel()) == (seeds > 1)
+    means, dots = ([line for line in ax.lines if line.get_marker() == marker] for marker in "o.")
+    assert len(means) == 2 and [len(line.get_xdata()) for line in dots] == ([seeds] * 2 if seeds > 1 else [])
+    heights = [line.get_ydata()[0] for pair in zip(means, dots) for line in pair]
+    assert all(a < b for a, b in zip(heights, heights[1:]))
+    ablations.plt.close(figure)
 
 
 # ---------------------------------------------------------------- trials, samplers, buckets, encoders

@@ -264,11 +264,72 @@ def test_files_put_there_or_changed_by_hand(server, tmp_path):
     (images / "B000000002.jpg").write_bytes(b"rotten")
     server.way_of = lambda path: "gone"
     server.asked.clear()
-    manifest = download_images(items, tmp_path, **limits)
+    with pytest.warns(UserWarning, match="1 files in .* are not as they were downloaded.*the first: B000000002.jpg.refused"):
+        manifest = download_images(items, tmp_path, **limits)
     assert set(server.asked) == {"/I/2.jpg"} and manifest.error[2] == "HTTP 404"
+    (images / "B000000002.jpg.refused").unlink()
     whole(tmp_path, manifest)
     (images / "B000000002.png").write_bytes(GOOD["PNG"])  # the refused one is found elsewhere
     assert (download_images(items, tmp_path, **limits).status == "ok").all()
+
+
+@pytest.mark.parametrize("why", ["address", "content"])
+def test_a_picture_stays_until_another_one_arrives_or_the_server_refuses_it(server, tmp_path, why):
+    "Downloaded before, and asked for again: the items have another address for it, or somebody has retouched it."
+    server.way_of = lambda path: "JPEG"
+    items, limits, images = some_items(3), dict(image_base=server.address, wait=0.01, attempts=1), tmp_path / "images"
+    first = download_images(items, tmp_path, **limits)
+    retouched = GOOD["PNG"] if why == "content" else GOOD["JPEG"]
+    if why == "content":
+        for item in items["item"]:
+            (images / f"{item}.jpg").write_bytes(retouched)
+    else:
+        items = items.assign(image_url=items.image_url.str.replace("/I/", "/new/"))
+    server.way_of = lambda path: "busy"
+    for _ in range(2):  # what stays is no picture of one's own in the next call
+        with pytest.warns(UserWarning) as caught:
+            manifest = download_images(items, tmp_path, **limits)
+        said, = (str(w.message) for w in caught)
+        assert said.startswith(f"3 pictures could not be downloaded anew; those of an earlier download stay in {images}")
+        assert "HTTP 503" in said and manifest.equals(first)
+        assert {p.name: p.read_bytes() for p in images.iterdir()} == {f"{item}.jpg": retouched for item in items["item"]}
+    ways = {"0": "gone", "1": "GIF", "2": "JPEG"}
+    server.way_of = lambda path: ways[path[-5]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        manifest = download_images(items, tmp_path, **limits)
+    assert [str(w.message).split(" in ")[0] for w in caught] == ["3 files"] * (why == "content")
+    aside = {f"{item}.jpg.refused": retouched for item in items["item"] if why == "content"}
+    kept = {p.name: p.read_bytes() for p in images.iterdir()}
+    assert aside.items() <= kept.items() and kept.keys() - aside.keys() == {"B000000001.png", "B000000002.jpg"}
+    assert manifest.status.tolist() == ["refused", "ok", "ok"] and kept["B000000002.jpg"] == GOOD["JPEG"]
+
+
+@pytest.mark.parametrize("good, bad", [("png", "jpg"), ("jpg", "png")])
+def test_of_two_files_of_ones_own_the_good_one_counts(server, tmp_path, good, bad):
+    (images := tmp_path / "images").mkdir()
+    items = some_items(10)  # in whatever order the folder lists their files
+    for item in items["item"]:
+        (images / f"{item}.{good}").write_bytes(GOOD["PNG"])
+        (images / f"{item}.{bad}").write_bytes(b"an AVIF")
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            manifest = download_images(items, tmp_path, image_base=server.address)
+        assert (manifest.status == "ok").all() and manifest.url.isna().all() and not server.asked
+        assert all((images / f"{item}.{good}").read_bytes() == GOOD["PNG"] for item in items["item"])
+    assert sorted(p.read_bytes() for p in images.iterdir()) == 10 * [b"an AVIF"] + 10 * [GOOD["PNG"]]
+
+
+def test_a_file_of_ones_own_beside_a_downloaded_one_stays(server, tmp_path):
+    server.way_of = lambda path: "JPEG"
+    items, images = some_items(10), tmp_path / "images"
+    manifest = download_images(items, tmp_path, image_base=server.address)
+    for item in items["item"]:
+        (images / f"{item}.png").write_bytes(GOOD["PNG"])
+    server.asked.clear()
+    assert download_images(items, tmp_path, image_base=server.address).equals(manifest) and not server.asked
+    assert {p.name for p in images.iterdir()} == {f"{item}.{ending}" for item in items["item"] for ending in ("jpg", "png")}
 
 
 def test_a_refused_picture_of_ones_own_is_renamed_and_said(server, tmp_path):
@@ -542,6 +603,37 @@ def test_raw_files_come_from_the_web(server, home, monkeypatch, to, said):
     with pytest.raises(DataError, match=said):
         prepare("Toys", base_url=server.address)
     assert not list(home.rglob("*.gz"))
+
+
+@pytest.mark.parametrize("address", ["snap.stanford.edu/data", "http://[::1/data", "ftp://files.example", "http:///data",
+                                     "http://files.example:port", "http://files.example/a\x01b"])
+def test_an_address_that_is_none_is_one_sentence(home, address):
+    with pytest.raises(DataError, match="cannot be downloaded: .* is no address. Download from") as e:
+        prepare("Toys", base_url=address)
+    assert "\n" not in str(e.value)
+    with pytest.raises(DataError, match="is no address. Give one that begins with http:// or https://"):
+        download_images(some_items(1), home / "Toys", image_base=address)
+    assert not list(home.rglob("*.*"))
+
+
+def test_an_archive_of_lzma_that_is_damaged_is_one_sentence(files, tmp_path):
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("ratings.csv", "1,2,3\n" * 1000)
+    broken = bytearray(buffer.getvalue())
+    broken[60:75] = b"\xff" * 15
+    files.content = {"/a.zip": bytes(broken)}
+    with pytest.raises(DataError, match="a.zip is not a complete zip file"):
+        fetch_file(f"{files.address}/a.zip", tmp_path / "a.zip")
+
+
+def test_a_folder_that_is_there_and_cannot_be_used_is_not_prepared(home, monkeypatch):
+    "The user's own folder of that name has a fault, which is what to hear of; nothing is downloaded into it."
+    monkeypatch.setattr("ptmrec.amazon.prepare", None)
+    (home / "baby").mkdir()
+    for name in ("a.train.inter", "b.train.inter"):
+        (home / "baby" / name).write_text("user\titem\n1\t2\n")
+    with pytest.raises(DataError, match="baby has several data sets: a.train, b.train. Give each its own folder"):
+        find_or_prepare("baby")
 
 
 @pytest.mark.parametrize("category", ["../../x", "/tmp/x", "a/b", "..", "", "a\0b", "CON:", "x" * 10 + "\n"])

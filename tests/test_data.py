@@ -17,8 +17,10 @@ from ptmrec.data import (
     DataError,
     Interactions,
     Modality,
+    NotFound,
     RecData,
     cache_dir,
+    dataset_names,
     describe,
     find_dataset,
     find_path,
@@ -97,6 +99,25 @@ def test_a_file_is_looked_for_in_the_same_places(tmp_path, monkeypatch, home):
         assert find_path("best.safetensors") == folder / "best.safetensors"
 
 
+def test_folders_that_cannot_be_read_are_no_data_sets(home, monkeypatch):
+    "A disk of one's own has a lost+found, which belongs to the system."
+    folder_of(home, interactions__csv=GOOD)
+    (home / "lost+found").mkdir()
+
+    def guarded(list_names):
+        def names(path="."):
+            if "lost+found" in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return list_names(path)
+        return names
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+    with pytest.raises(NotFound, match="No data set 'shp'. Did you mean shop"):
+        find_dataset("shp")
+    assert "shop" in dataset_names() and "lost+found" not in dataset_names()
+
+
 def test_objects_show_themselves_in_one_line(home):
     data = load_data("sample")
     assert repr(data) == "RecData('sample': 1,500 users, 1,486 items, 12,000 interactions; images 1,486, texts 1,486)"
@@ -166,6 +187,33 @@ def test_a_picture_may_spell_its_accents_differently(home, of_id, of_file):
     for file in files:
         Image.new("RGB", (8, 8)).save(file)
     assert load_data("shop").images == files
+
+
+@pytest.mark.parametrize("of_interactions, of_items", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_table_of_items_may_spell_its_accents_differently(home, of_interactions, of_items):
+    ids = [unicodedata.normalize(of_interactions, item) for item in ("café", "crème", "mug")]
+    spelt = [unicodedata.normalize(of_items, item) for item in ids]
+    pairs = [(u, item) for u in range(3) for item in ids]
+    folder_of(home, interactions__parquet=pd.DataFrame(pairs, columns=["user", "item"]),
+              items__parquet=pd.DataFrame({"item": spelt, "title": ["A", "B", "C"]}))
+    data = load_data("shop")
+    assert data.inter.item_ids.tolist() == sorted(ids)
+    assert dict(zip(data.inter.item_ids, data.texts)) == dict(zip(ids, "ABC"))
+    both = pd.DataFrame({"item": [*spelt[:1], *ids], "title": [*"DABC"]})
+    with pytest.warns(UserWarning, match="1 repeated items"):
+        data = RecData.from_frames(pd.DataFrame(pairs, columns=["user", "item"]), both)
+    assert dict(zip(data.inter.item_ids, data.texts)) == dict(zip(ids, "DBC"))
+
+
+def test_a_picture_in_two_folders_is_said(home):
+    folder = folder_of(home, interactions__csv=GOOD)
+    for place, items in (("images", (0, 1, 2)), ("posters", (1, 2, 3))):
+        (folder / place).mkdir()
+        for item in items:
+            Image.new("RGB", (8, 8)).save(folder / place / f"{item}.png")
+    with pytest.warns(UserWarning, match=r"2 items have files in several of images, posters \(the first: 1\); those in "):
+        data = load_data("shop")
+    assert [p.parent.name for p in data.images] == ["images", "posters", "posters", "posters"]
 
 
 def test_mmrec_folder_row_is_item_id(home):
@@ -363,6 +411,48 @@ def test_ids_of_split_files_are_of_one_type(home, kinds):
     inter = load_data("shop").inter
     assert inter.user_ids.tolist() == [*range(4)] and inter.item_ids.tolist() == [*range(6)]
     assert inter.cold("item").tolist() == [True, True, *[False] * 4]
+
+
+LARGE = 2**60  # as floats, neighbours are the same number
+
+
+@pytest.mark.parametrize("first, expected", [(LARGE, np.int64), (2**63 - 3, str)])
+@pytest.mark.parametrize("way", ["files of a split", "parts", "frames of a split"])
+def test_signed_and_unsigned_ids_stay_apart(home, way, first, expected):
+    pairs = pd.DataFrame([(first + u, i) for u in range(4) for i in range(6)], columns=["user", "item"])
+    kinds = {"train": "int64", "valid": "uint64", "test": "uint64"}
+    rows = {"train": pairs.item > 1, "valid": pairs.item == 0, "test": pairs.item == 1}
+    if first + 3 > np.iinfo(np.int64).max:
+        rows["train"] &= pairs.user <= np.iinfo(np.int64).max
+    parts = {name: pairs[rows[name]].astype({"user": kind}) for name, kind in kinds.items()}
+    if way == "frames of a split":
+        data = RecData.from_frames(parts)
+    else:
+        names = dict(zip(parts, ("ratings-0", "ratings-1", "ratings-2") if way == "parts" else parts))
+        folder_of(home, **{f"{names[name]}__parquet": part for name, part in parts.items()})
+        data = load_data("shop")
+    assert data.inter.user_ids.tolist() == [expected(n) for n in range(first, first + 4)]
+    assert len(data.inter) == sum(map(len, parts.values()))
+
+
+def test_parts_of_an_item_table_may_have_signed_and_unsigned_ids(home):
+    pairs = pd.DataFrame([(u, LARGE + i) for u in range(4) for i in range(4)], columns=["user", "item"])
+    items = pd.DataFrame({"item": [LARGE + i for i in range(4)], "title": [*"ABCD"]})
+    folder_of(home, interactions__parquet=pairs, **{"items-0__parquet": items[:2].astype({"item": "uint64"}),
+                                                    "items-1__parquet": items[2:]})
+    assert load_data("shop").texts == [*"ABCD"]
+
+
+def test_categories_that_are_numbers_may_be_missing():
+    pairs = pd.DataFrame([(u, i) for u in range(4) for i in range(4)], columns=["user", "item"])
+    items = pd.DataFrame({"item": range(4), "title": "Mug", "year": pd.Categorical([2014, None, 2015, 2014])})
+    data = RecData.from_frames(pairs, items)
+    assert data.texts == ["Mug"] * 4 and data.items.year.tolist()[::2] == [2014, 2015]
+    rated = pairs.assign(rating=pd.Categorical([5, None] * 8))
+    with pytest.raises(DataError, match="column 'rating': nan is not a number"):
+        RecData.from_frames(rated)
+    with pytest.raises(DataError, match="column 'item': nan is not an id"):
+        RecData.from_frames(pairs.assign(item=pd.Categorical([1, None] * 8)))
 
 
 def test_histories_of_frames_are_read_as_those_of_files(home):

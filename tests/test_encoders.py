@@ -148,7 +148,10 @@ def test_two_towers_in_a_folder_or_by_path(mine, tmp_path, monkeypatch):
             by_path = load_clip("mine.json", "image=towers/image.pth,text=towers/text")
     save_file(by_path.model.state_dict(), tmp_path / "whole.safetensors")
     whole = load_clip("mine.json", str(tmp_path))  # a folder with one file
-    for other in (by_path, whole):
+    (tmp_path / "whole.safetensors").rename(tmp_path / "9f2c")
+    (tmp_path / "open_clip_model.safetensors").symlink_to(tmp_path / "9f2c")  # as in the cache of a model hub
+    linked = load_clip("mine.json", str(tmp_path / "open_clip_model.safetensors"))
+    for other in (by_path, whole, linked):
         assert all(torch.equal(w, clip.model.state_dict()[n]) for n, w in other.model.state_dict().items() if "." in n)
 
 

@@ -3,6 +3,7 @@ import html
 import json
 import shutil
 import time
+from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
@@ -12,8 +13,9 @@ from small import SHORT, make_shop
 
 from ptmrec import explorers
 from ptmrec.data import DataError, Interactions, RecData, load_data
-from ptmrec.runs import open_run
+from ptmrec.runs import Run, open_run
 from ptmrec.settings import SettingError
+from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import run_stage2
 from ptmrec.visualisation import Catalogue, training_curves
 from ptmrec.yardsticks import run_yardstick
@@ -115,6 +117,38 @@ def test_user_explorer_shows_lists_moves_and_hits(shop):
     assert "There is no user" in explorer.message.value
 
 
+def test_only_lists_that_were_evaluated_alike_are_compared(shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "runs"))
+    folder, run, _ = shop
+    warm = {"eval_items": "warm"}
+    alike, *others = [run_stage1(folder, backbone="bpr", epochs=1, n_seeds=1, **how)[0] for how in (
+        {}, {"mask_valid": True}, {"eval_users": "warm"}, warm, warm | {"candidates": "warm"})]
+    yardstick = run_yardstick("popular", dataset=folder)
+    assert [other.key for other in explorers.runs_alike(run)] == [run.key, alike.key]
+    assert [other.key for other in explorers.runs_alike(others[0])] == [others[0].key]
+    assert explorers.list_name(yardstick, "") == f"Yardstick: popular ({yardstick.key[:6]})"
+    explorer = explorers.UserExplorer(yardstick)
+    assert "is a yardstick&#x27;s, and those keep no embeddings" in explorer.message.value
+
+
+def test_items_that_do_not_count_are_not_to_be_found(shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "runs"))
+    make_shop(tmp_path / "shop")
+    table = pd.read_csv(tmp_path / "shop" / "interactions.csv")
+    table.loc[table.item < 6, "x_label"] = 1 + (table.user % 3 > 0)
+    table.to_csv(tmp_path / "shop" / "interactions.csv", index=False)
+    cold, = run_stage1(tmp_path / "shop", backbone="vbpr", epochs=1, n_seeds=1, eval_items="cold", candidates="cold")
+    test, inter = table[table.x_label == 2], cold.data().inter
+    both = [user for user, items in test.groupby("user")["item"] if (items < 6).any() and (items >= 6).any()]
+    warm = [user for user, items in test.groupby("user")["item"] if (items >= 6).all()]
+    explorer = explorers.UserExplorer(cold, user=both[0])
+    wanted = inter.item_ids[explorer.galleries[1].items]
+    assert sorted(wanted) == sorted(test[(test.user == both[0]) & (test.item < 6)]["item"])
+    assert f" of {len(wanted)} found in the first 10" in explorer.galleries[3].title and explorer.message.value == ""
+    explorer.picker.id.value = str(warm[0])
+    assert explorer.galleries[1].items == [] and explorer.picker.about.value.startswith("no test item that counts")
+
+
 def test_runs_of_stage_1_can_be_explored(shop):
     stage1 = shop[1].stage1
     for explorer in (explorers.UserExplorer(stage1), explorers.ItemExplorer(stage1), explorers.EmbeddingMap(stage1)):
@@ -137,6 +171,38 @@ def test_item_explorer_walks_and_tells(shop):
         assert sign in explorer.item.value and explorer.message.value == "", explorer.message.value
 
 
+def test_no_word_is_near_what_is_not_there(shop):
+    "Item 5 has no picture, and item 36 no title: their features have the mean of the others, in every space."
+    explorer = explorers.ItemExplorer(shop[1], 5)
+    for modality, item, what in (("image", 5, "picture"), ("text", 36, "text")):
+        explorer.modality.value, explorer.aspect.value = modality, "facts"
+        explorer.safely(explorer.picker.pick)(item)
+        assert explorer.message.value == "" and [len(g.items) for g in explorer.galleries] == [7, 0, 0]
+        explorer.aspect.value = "words"
+        assert f"The item has no {what}, so no word is near." in explorer.message.value
+        assert "<td" not in explorer.item.value and html.escape(explorer.seen.catalogue.title(item)) in explorer.item.value
+
+
+def test_runs_without_features_show_the_ids_alone(shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "runs"))
+    run, = run_stage1(shop[0], backbone="lightgcn", epochs=1, n_seeds=1)
+    explorer = explorers.ItemExplorer(run, 0)
+    assert explorer.error is None and [g.title for g in explorer.galleries] == ["ID embeddings of Stage 1"]
+    assert len(explorer.galleries[0].items) == 7 and "popularity" in explorer.item.value and explorer.still()
+    for aspect, words in (("words", f"Run {run.key} used no features, so no word is near an item."),
+                          ("attention", f"Run {run.key} encoded no pictures, so there is no attention to show.")):
+        explorer.aspect.value = aspect
+        assert words in explorer.message.value
+
+
+def test_texts_without_words_are_a_message(shop, monkeypatch):
+    assert explorers.vocabulary(["", ""]) == explorers.vocabulary(["", "12 34"]) == []
+    monkeypatch.setattr(explorers, "vocabulary", lambda texts: [])
+    explorer = explorers.ItemExplorer(shop[1], 0)
+    explorer.aspect.value = "words"
+    assert "The texts of this data set have no word of three letters or more, so no word is near" in explorer.message.value
+
+
 def test_an_item_is_shown_where_the_rest_cannot_be(shop):
     "Item 5 has no picture, so no attention; towers that were trained apart know no words for a picture."
     explorer = explorers.ItemExplorer(shop[1], 0)
@@ -146,6 +212,7 @@ def test_an_item_is_shown_where_the_rest_cannot_be(shop):
     explorer.safely(explorer.picker.pick)(5)
     assert "Item 5 has no picture, so there is no attention to show." in explorer.message.value
     assert html.escape(explorer.seen.catalogue.title(5, 200)) in explorer.item.value and "data:" not in explorer.item.value
+    explorer.picker.past = [4]
     explorer.tables["frozen image"] = explorer.tables["frozen image"][:, 1:]
     explorer.aspect.value = "words"
     assert "the towers of this CLIP were trained apart" in explorer.message.value
@@ -201,6 +268,31 @@ def test_other_values_are_grey_on_the_map():
     assert len(scatter.scatter.widget.legend_encoding["color"]["values"]) == 5
 
 
+def test_missing_numbers_are_grey_on_the_map_and_counted():
+    pytest.importorskip("jscatter", reason="the extra `maps` is not installed")
+    scatter = explorers.ScatterMap(5, print, print)
+    for numbers, title, steps in (
+            ([1, np.nan, 3, 4, 4], "price (1 item without)", ["up to 1", "up to 3", "up to 4", "(none)"]),
+            ([np.nan] * 5, "price (5 items without)", ["(none)"])):
+        scatter.paint(explorers.colour_values(pd.Series(numbers)), "price")
+        legend = scatter.scatter.widget.legend_encoding["color"]
+        assert legend["variable"] == title and [name for name, *_ in legend["values"]] == steps
+        painted = [legend["values"][int(n)] for n in scatter.scatter.widget.points[:, 2]]
+        assert [name == "(none)" for name, *_ in painted] == np.isnan(numbers).tolist()
+        light = [sum(colour[:3]) for name, colour, _ in legend["values"] if name != "(none)"]
+        assert light == sorted(light) and np.allclose(legend["values"][-1][1][:3], 0.8)
+
+
+@pytest.mark.parametrize("numbers, steps", [
+    ([7, 7, None], {"up to 7": 2, "(none)": 1}), ([None], {"(none)": 1}), ([1, 2], {"up to 1": 1, "up to 2": 1}),
+    ([0] * 90 + [*range(1, 10), None], {"up to 1": 91, "up to 3": 2, "up to 5": 2, "up to 7": 2, "up to 9": 2, "(none)": 1}),
+    ([10**9 + n for n in range(5)], {f"up to 1,000,000,00{n}": 1 for n in range(5)})])
+def test_steps_of_numbers(numbers, steps):
+    for dtype in ("float64", "Int64"):
+        found = explorers.in_steps(pd.Series(numbers, dtype=dtype))
+        assert found.cat.ordered and found.value_counts(sort=False).to_dict() == steps
+
+
 def test_an_item_is_not_said_twice(shop):
     catalogue = Catalogue(load_data(shop[0]))
     for title, text in (("Mug", "Mug"), ("Mug", "Mug. Orvik. A blue mug."), ("", "A blue mug."), ("Mug", "Mugs of all")):
@@ -230,6 +322,23 @@ def test_run_explorer_compares_two(shop, monkeypatch):
     assert "paired t-test over" in explorer.answer.value and explorer.message.value == ""
     explorer.rows.selected_rows = [n for n, e in enumerate(explorer.table.experiment) if e == "stage1"]
     assert "data:image/jpeg" in explorer.curves.value
+
+
+def test_curves_are_of_one_metric(monkeypatch):
+    rows = {"epoch": [1, 2], "valid recall@10": [0.1, 0.2], "valid recall@20": [0.3, 0.4], "valid ndcg@20": [0.5, 0.6]}
+    mine = rows | {"valid mrr@5": [0.7, 0.8]}
+    monkeypatch.setattr(Run, "load_table", lambda run, name: pd.DataFrame(run.about["history"]))
+
+    def drawn(*runs):
+        made = [Run(Path(str(n)), {"parameters": {"backbone": "bpr", "seed": n, "metric": metric}, "history": history})
+                for n, (metric, history) in enumerate(runs)]
+        ax, = explorers.validation_curves(made).axes
+        return ax.get_ylabel(), [line.get_ydata().tolist() for line in ax.lines]
+
+    assert drawn(("mrr@5", mine)) == ("validation mrr@5", [[0.7, 0.8]])
+    assert drawn(("ndcg@20", rows), ("recall@10", rows)) == ("validation NDCG@20", [[0.5, 0.6]] * 2)
+    assert drawn(("mrr@5", mine), ("ndcg@20", rows)) == ("validation NDCG@20", [[0.5, 0.6]] * 2)
+    assert drawn(("mrr@5", mine), ("mrr@10", rows | {"valid mrr@10": [1, 1]})) == ("validation Recall@20", [[0.3, 0.4]] * 2)
 
 
 def test_yardsticks_have_no_curves_and_the_rest_is_shown(shop, monkeypatch):

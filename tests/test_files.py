@@ -28,7 +28,18 @@ import ptmrec.files
 from ptmrec.amazon import ImageRefused, check_image
 from ptmrec.clip_prompting import frozen_features, load_clip, token_map
 from ptmrec.data import INTERPOLATIONS, RESIZE_MODES, DataError, PictureError, image_map, load_data, load_image
-from ptmrec.files import cache_dir, cached, empty_cache, is_whole, list_cache, locked, sweep, write_atomically
+from ptmrec.files import (
+    cache_dir,
+    cached,
+    data_dir,
+    empty_cache,
+    is_whole,
+    list_cache,
+    locked,
+    runs_dir,
+    sweep,
+    write_atomically,
+)
 from ptmrec.prefix import ItemStore
 
 
@@ -45,6 +56,26 @@ def python(code, *arguments, **options):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+# folders
+
+def test_folders_of_the_environment_may_be_in_the_users_home(shop, tmp_path, monkeypatch):
+    "Outside a shell nobody writes it out: a notebook's %env, a .env file, a list of several folders."
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    pictures = tmp_path / "me" / "pictures"
+    pictures.mkdir(parents=True)
+    for picture in list((shop / "images").iterdir()):
+        picture.rename(pictures / picture.name)
+        picture.symlink_to(pictures / picture.name)
+    assert not any(load_data(shop).images)
+    monkeypatch.setenv("PTMREC_IMAGES", os.pathsep.join([str(tmp_path / "x"), "~/pictures"]))
+    assert any(load_data(shop).images)
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("PTMREC_DATA", data_dir), ("PTMREC_RUNS", runs_dir)):
+        for value, expected in (("~/disk", tmp_path / "me" / "disk"), ("disk", tmp_path / "disk")):
+            monkeypatch.setenv(name, value)
+            assert folder() == expected
 
 
 # pictures

@@ -20,6 +20,7 @@ from ptmrec.grids import grid
 from ptmrec.monitor import Monitor, curves, patience_ends, summary, watch
 from ptmrec.runs import list_runs, open_run, stopped_by_hand
 from ptmrec.search import search
+from ptmrec.settings import SettingError
 from ptmrec.stage1 import run_stage1
 from ptmrec.stage2 import controls_of, report, run_stage2
 from ptmrec.training import Callback, Checkpoint, KeepBest, Loop, Progress, Stopped, how_it_ended
@@ -266,8 +267,12 @@ def test_a_second_round_and_a_grid_say_that_stage_1_was_stopped_by_hand(small, m
     recwarn.clear()
     table = grid("04_stage1", how, {}, [0], papermill=False)
     assert table.reused.all() and table.by_hand[0].startswith("Stage 1 stopped by hand")
-    assert f"Runs of this grid were stopped by hand, and may fall short; rerun=True makes them anew:\nvbpr, seed 0: " \
-           f"{table.by_hand[0]}." in [str(w.message) for w in recwarn]
+    assert "Runs of this grid were stopped by hand, and may fall short; run_stage1 or run_stage2 with these settings and " \
+           f"rerun=True makes them anew:\nvbpr, seed 0: {table.by_hand[0]}." in [str(w.message) for w in recwarn]
+    with pytest.raises(SettingError, match="A grid sets rerun itself"):
+        grid("04_stage1", how | {"rerun": True}, {}, [0], papermill=False)
+    anew, = run_stage1(**how, n_seeds=1, rerun=True)  # as the warning says
+    assert anew.by_hand == "" and not grid("04_stage1", how, {}, [0], papermill=False).by_hand[0]
 
 
 def test_every_training_of_stage_2_is_named(small, monkeypatch):

@@ -1,4 +1,5 @@
 """Reports, stored tables, and the derived data of studies: what is wrong is said, and nothing old passes for new."""
+import inspect
 import os
 import shutil
 import subprocess
@@ -143,13 +144,95 @@ def test_two_folders_of_one_name_are_refused(shop, runs, tmp_path, monkeypatch):
     assert not runs.exists()
 
 
-def test_a_report_is_about_the_data_and_the_device_of_the_runs(shop, monkeypatch):
-    run, popular = (SimpleNamespace(params=params, folder=None) for params in ({"device": "cuda"}, {}))
-    result = SimpleNamespace(rows={name: SimpleNamespace(runs=[r]) for name, r in (("Popular", popular), ("VBPR", run))})
-    about = {"versions": {"torch": "2"}, "data": "a derived set's"}
-    monkeypatch.setattr(report, "open_run", lambda folder: SimpleNamespace(about=about))
-    table = report._about("shop", result, (shop, {"core": 7}), 1, 6, "random").content.value
-    assert table["data set"] == f"shop, {load_data(shop, core=7).fingerprint()}" and table["device"] == "cuda"
+def stub_run(encoder="a fingerprint", arguments=None, **params):
+    "A run as far as a report is about it."
+    return SimpleNamespace(params=params, about={"encoder": encoder, "arguments": arguments or {}}, folder=None)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    "Runs that are made up have versions."
+    monkeypatch.setattr(report, "open_run", lambda folder: SimpleNamespace(about={"versions": {"torch": "2"}}))
+
+
+def about(shop, *runs):
+    how = {"n_seeds": 1, "budget": 6, "sampler": "random", "metric": "ndcg@20"}
+    return report._about("shop", runs, (shop, {"core": 7}), **how).content.value
+
+
+def test_a_report_is_about_the_data_and_the_device_of_the_runs(shop, opened):
+    told = about(shop, stub_run(None), stub_run(None, device="cuda"))
+    assert told["data set"] == f"shop, {load_data(shop, core=7).fingerprint()}" and told["device"] == "cuda"
+    assert told["compared by"] == "test NDCG@20"
+
+
+def test_a_report_names_the_clips_that_were_used_and_no_other(shop, opened):
+    tiny, vit = ({"clip_model": model, "pretrained": weights} for model, weights in (("tiny", "sample"), ("ViT-B-32", "x")))
+    ready_made, popular = stub_run(None, tiny, **tiny), stub_run(None, tiny)
+    assert about(shop, ready_made, popular)["CLIP"] == "none"
+    feature_knn = stub_run(arguments=vit)  # a yardstick has its CLIP as an argument alone
+    assert about(shop, ready_made, feature_knn)["CLIP"] == "ViT-B-32, x"
+    packaged, coca = (stub_run(clip_model=model, pretrained="sample") for model in ("minilm-efficientnet", "tiny_coca"))
+    assert about(shop, feature_knn, packaged, coca)["CLIP"] == (
+        "ViT-B-32, x; minilm-efficientnet; tiny_coca, of the sample: it has seen drawings alone")
+
+
+@pytest.fixture
+def stub_studies(monkeypatch, opened, runs):
+    "A report whose studies are made up: {study: its CLIP}; those without one fail. Returns what each has written so far."
+    clips, written = {}, []
+
+    def run_study(name, *_, **__):
+        if name not in clips:
+            raise DataError("The weights are not here.")
+        row = SimpleNamespace(runs=[stub_run(clip_model=clips[name], pretrained="x")])
+        return SimpleNamespace(rows={name: row})
+
+    def write(blocks, folder):
+        written.append("\n".join(report.as_markdown(block, folder) for block in blocks))
+        return write_report(blocks, folder)
+
+    write_report = report.write_report
+    monkeypatch.setattr(report, "run_study", run_study)
+    monkeypatch.setattr(report, "write_result", lambda *_: pd.DataFrame({"p": [0.5]}, ["a row"]))
+    monkeypatch.setattr(report, "study_blocks", lambda name, *_: [report.Block("text", f"The study {name}.")])
+    monkeypatch.setattr(report, "beside_the_paper", lambda *_: [])
+    monkeypatch.setattr(report, "write_report", write)
+    return clips, written
+
+
+def test_a_report_is_about_the_runs_of_all_its_studies(shop, stub_studies, capsys):
+    clips, written = stub_studies
+    clips |= {"yardsticks": "A", "generative": "B"}
+    folder = report.paper([shop], ["prompts", "yardsticks", "generative"])
+    first, _, last = written
+    assert "| CLIP | A, x |" in first and "| CLIP | A, x; B, x |" in last and last.count("| CLIP |") == 1
+    assert (folder / "report.md").read_text() == last
+    places = [last.index(text) for text in ("## shop", "| made with |", "`prompts` was not run", "study yardsticks.",
+                                            "study generative.", "## What differs")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("changed", [
+    {"metric": "ndcg@20"}, {"n_seeds": 1}, {"budget": 12}, {"sampler": "optuna"}, {"base": {"epochs": 3}},
+    {"studies": ["yardsticks", "methods"]}])
+def test_a_report_of_other_settings_keeps_the_earlier_one(shop, earlier, stub_studies, changed):
+    stub_studies[0].update(dict.fromkeys(report.FIRST, "A"))
+    other = report.paper([shop], **changed)
+    assert other != earlier.parent and other.name.startswith("shop+") and earlier.read_text() == "earlier"
+    assert report.paper([shop], **changed) == other
+    assert report.paper([shop], base={}) == earlier.parent and earlier.read_text() != "earlier"  # the defaults
+
+
+def test_the_name_of_a_report_is_of_the_settings_that_count(stub_studies, monkeypatch):
+    monkeypatch.setattr(report, "_about", lambda *_: report.Block("text", "made"))
+    stub_studies[0].update(dict.fromkeys(report.FIRST, "A"))
+    short, long, other, turned, one = (report.paper(["sample"], base=base).name for base in (
+        None, {}, {"epochs": 3, "lr": 0.1}, {"lr": 0.1, "epochs": 3}, {"epochs": 3}))
+    assert short == "sample" and other == turned and len({short, long, other, one}) == 4
+    assert report.paper([str(find_dataset("sample"))]).name == long  # its folder has no short trainings
+    parameters = inspect.signature(report.paper).parameters
+    assert {name: parameters[name].default for name in report.DEFAULTS} == report.DEFAULTS
 
 
 def test_claims_without_their_rows_are_a_dash(monkeypatch):
@@ -222,6 +305,53 @@ def test_stored_tables_are_left_alone_aloud_where_no_study_can_run(stored, monke
         store_studies({"generative": ({}, [0])}, stored, "sample")
     assert "generative was not run: no weights" in capsys.readouterr().out
     assert all(stored.with_name(f"studies{ending}.csv").read_text() == "earlier" for ending in TABLES)
+
+
+def test_a_table_of_comparisons_says_over_how_many_p_is_corrected(tmp_path, capsys, monkeypatch):
+    users = np.random.default_rng(0).random((4, 30))
+    pairs = {name: ([pd.Series(users[0])], [pd.Series(after)]) for name, after in zip("abc", users[1:])}
+    seen = []
+    monkeypatch.setattr(stored_studies, "display", seen.append)
+    for n in (1, 3):
+        tests = comparisons({name: pairs[name] for name in "abc"[:n]})
+        assert tests.p_holm.min() == pytest.approx(n * tests.p.min()) or tests.p_holm.min() == 1
+        stored_studies.show_tests(stored_studies.to_read(tests))
+    assert [len(table) for table in seen] == [1, 3]
+    one, three = capsys.readouterr().out.splitlines()
+    assert "for the 1 comparison of this table" in one and "for the 3 comparisons of this table" in three
+
+
+def test_a_gain_over_nothing_is_left_empty():
+    tests = pd.DataFrame({"before": [0.0, 0.0, 0.2], "after": [0.1, 0.0, 0.21], "difference": 0.1, "low": 0.0, "high": 0.2,
+                          "p_holm": 0.5, "smallest": 0.1, "seeds": 3}, ["from 0", "0 to 0", "a gain"])
+    assert stored_studies.to_read(tests).gain.tolist() == ["", "", "+5.0%"]
+
+
+@pytest.mark.parametrize("seeds, low, words", [(1, 0.001, ", in one run of each"), (1, -0.001, ", in one run of each"),
+                                               (3, 0.001, ""), (3, -0.001, ", on these seeds")])
+def test_a_verdict_on_one_seed_says_so_as_the_sentence_does(seeds, low, words):
+    "Its interval is over users alone."
+    row = pd.Series({"p_holm": 0.03, "difference": 0.01, "low": low, "high": 0.02, "smallest": 0.02, "seeds": seeds})
+    assert verdict(row) == f"better{words}"
+    worse = {"difference": -0.01, "low": -0.02, "high": -low}
+    assert verdict(pd.Series(dict(row) | worse)) == f"worse{words}"
+    sentence = in_words("a", dict(row) | {"before": 0.2, "after": 0.21, "users": 80}, "R", "b")
+    assert sentence.split(" after Holm: ")[1].startswith(f"better{words}".replace(",", ""))
+    assert verdict(pd.Series(dict(row) | {"p_holm": 0.5})) == "cannot tell (a gain of 0.0200 would show)"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stored_figure_counts_its_seeds(tmp_path, monkeypatch, n):
+    values = pd.DataFrame([{"row": "a", "kind": "not tuned", "value": 0.1, "half": 0.01, "metric": "recall@10",
+                            "study": "yardsticks"}] * n)
+    tests = pd.DataFrame([{"row": "a", "study": "yardsticks", "reference": "b"}])
+    values.to_csv(tmp_path / "s.csv"), tests.to_csv(tmp_path / "s_tests.csv"), tests.to_csv(tmp_path / "s_costs.csv")
+    titles = []
+    monkeypatch.setattr(stored_studies, "plot_values", lambda values, title, *_: titles.append(title))
+    monkeypatch.setattr(stored_studies, "show_tests", lambda _: None)
+    monkeypatch.setattr(stored_studies, "to_read", lambda tests: tests)
+    stored_studies.StoredStudies(tmp_path / "s", "shop").show("yardsticks")
+    assert titles[0].endswith(["shop, 1 seed", "shop, 2 seeds"][n - 1])
 
 
 # ---------------------------------------------------------------- words and tables

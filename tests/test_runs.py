@@ -21,7 +21,7 @@ import ptmrec.training as training
 from ptmrec.backbones import BACKBONES
 from ptmrec.data import MODALITIES, DataError, Modality, load_data
 from ptmrec.ranking import METRICS, paired_test
-from ptmrec.runs import code_of, compare, list_runs, new_run, open_run, per_user_values
+from ptmrec.runs import check_seeds, code_of, compare, list_runs, new_run, open_run, per_user_values
 from ptmrec.settings import SettingError, resolve
 from ptmrec.stage1 import evaluate, load_backbone, load_inputs, make_evaluator, run_stage1
 from ptmrec.stage2 import run_stage2
@@ -344,6 +344,31 @@ def test_two_runs_are_compared_as_inside_one(small):
         compare(run, run, "recal@20")
     table = list_runs()
     assert set(table.experiment) == {"stage1", "stage2"} and table.state.eq("finished").all() and run.key in set(table.key)
+
+
+def test_one_experiment_with_several_seeds_has_each_seed_once_and_is_of_one_kind(runs):
+    def made(seed, data="d", encoder=None, code="now", created="2026-01-02", **params):
+        params = {"seed": seed, "stage1": f"of {seed}", "lr": 0.1} | params
+        run = new_run("stage2", "shop", params, data, encoder, {"f": code})
+        run.about["created"] = created
+        return run
+
+    a, b, c = (made(seed) for seed in range(3))
+    assert check_seeds([a, b, c]) == [a, b, c] and check_seeds([b]) == [b]
+    for twice in ([a, a], [a, b, made(0)]):
+        with pytest.raises(DataError, match=f"Runs {a.key} and {a.key} have the same seed, 0. Leave one of them out"):
+            check_seeds(twice)
+    for how, words in (({"code": "old"}, "code"), ({"encoder": "e"}, "encoder"), ({"data": "x"}, "data"),
+                       ({"code": "old", "data": "x"}, "code and data")):
+        old = made(1, **how, created="2026-01-01")
+        for mixed in ([a, old], [old, a]):
+            with pytest.raises(DataError, match=f"made with different {words}, and runs of one list may differ in their seed"
+                                                f" alone. Leave out {old.key}, the older one, or call .* with seed 1 for"):
+                check_seeds(mixed)
+            with pytest.raises(DataError, match=f"made with different {words}"):
+                compare(mixed, c)
+    with pytest.raises(DataError, match="differ in lr, and runs of one list"):
+        check_seeds([a, made(1, lr=0.2)])
 
 
 @pytest.mark.parametrize("tuning", ["prompt", "lora", "adapter", "full", "none"])

@@ -207,6 +207,33 @@ def test_linked_folders_of_raw_files_are_searched_and_loops_are_not_followed(hom
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("raw", ["elsewhere", "inside", "by the other name"])
+def test_pictures_are_found_where_the_data_folder_is_a_link(home, monkeypatch, raw):
+    "A path that leads out of the folder by `..` goes on from where the link leads."
+    (disk := home / "far" / "away" / "disk").mkdir(parents=True)
+    (home / "data").symlink_to(disk)
+    folder = {"elsewhere": home / "mine", "inside": home / "data" / "ninerec-qb" / "raw",
+              "by the other name": disk / "ninerec-qb" / "raw"}[raw]
+    put(folder, LAYOUTS["ninerec-qb"][0])
+    monkeypatch.setenv("PTMREC_DATA", str(home / "data"))
+    monkeypatch.setenv("PTMREC_IMAGES", str(folder))
+    data, _ = prepared("ninerec-qb", raw=folder)
+    assert all(data.images)
+    named = pd.read_parquet(disk / "ninerec-qb" / "items.parquet").image
+    assert named.tolist() == [f"{folder if raw == 'elsewhere' else 'raw'}/QB_cover/v{i}.jpg" for i in ITEMS]
+
+
+def test_rows_that_a_quote_swallows_in_a_table_without_a_header_are_said(home):
+    files = LAYOUTS["microlens-100k"][0]
+    titles = '1,Cats\n2,"Odd, and\n3,Dogs, cats\n4,Birds\n5,Last\n'
+    put(home / "microlens-100k" / "raw", files | {"MicroLens-100k_title_en.csv": titles})
+    said = prepared("microlens-100k")[1]
+    assert any("3 lines are inside a field of another row and not read (first in line 5)" in s for s in said)
+    put(home / "microlens-100k" / "raw", files)
+    assert not any("inside a field" in s for s in prepared("microlens-100k")[1])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_raw_files_in_the_users_home(home, monkeypatch):
     monkeypatch.setenv("HOME", str(home / "me"))
     put(home / "me" / "films", ML)
@@ -241,6 +268,47 @@ def test_a_web_page_instead_of_an_archive_is_named(home, server):
     assert not list((home / "movielens-1m" / "raw").iterdir())
 
 
+def test_a_web_page_at_one_address_is_no_reason_to_stop(home, server):
+    "Mirrors that are gone answer with a page, and a status that says all is well."
+    archive = zipped({f"ml-1m/{n}": c for n, c in ML.items()})
+    server.content = {"/gone/ml-1m.zip": b"<!doctype html><html>Sorry</html>", "/new/ml-1m.zip": archive}
+    addresses = ["mirror.example", f"{server.address}/gone", f"{server.address}/new"]
+    data, _ = prepared("movielens-1m", addresses=addresses)
+    assert len(data.inter) == 30 and [path for path, _ in server.asked] == ["/gone/ml-1m.zip", "/new/ml-1m.zip"]
+
+
+def test_a_full_disk_ends_a_download_at_the_first_address(home, server, monkeypatch):
+    server.content = {f"/{n}/ml-1m.zip": zipped(ML) for n in "ab"}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("httpx2.Response.iter_raw", full)
+    with pytest.raises(DataError, match="cannot be written: No space left on device.*Make room"):
+        prepare_source("movielens-1m", addresses=[f"{server.address}/{n}" for n in "ab"])
+    assert [path for path, _ in server.asked] == ["/a/ml-1m.zip"]
+
+
+def test_a_replaced_archive_is_unpacked(home):
+    source, raw = SOURCES["movielens-1m"], home / "movielens-1m" / "raw"
+    ratings, note = raw / "ml-1m" / "ml-1m" / "ratings.dat", raw / ".ml-1m.zip.unpacked"
+    for images, content in ((True, "1::2::5::0\n"), (True, "1::3::5::0\n"), (False, "1::4::5::0\n"), (True, "1::4::4::0\n")):
+        put(raw, {"ml-1m.zip": zipped({"ml-1m/ratings.dat": content})})
+        unpack(source, raw, images)
+        assert ratings.read_text() == content
+    ratings.write_text("edited")
+    note.write_text("")  # as older versions left it
+    unpack(source, raw)
+    assert ratings.read_text() == "edited"
+
+
+def test_a_set_that_is_there_and_cannot_be_used_is_not_prepared(home, monkeypatch):
+    monkeypatch.setattr("ptmrec.sources.prepare_source", None)
+    put(home / "movielens-1m", {f"{n}.train.inter": "user\titem\n1\t2\n" for n in "ab"})
+    with pytest.raises(DataError, match="movielens-1m has several data sets: a.train, b.train"):
+        find_or_prepare("movielens-1m")
+
+
 def test_damaged_archives_are_named(home):
     put(home / "movielens-1m" / "raw", {"ml-1m.zip": zipped(ML)[:-40]})
     with pytest.raises(DataError, match="ml-1m.zip cannot be unpacked"):
@@ -255,6 +323,14 @@ def test_an_archive_that_is_broken_inside_packed_otherwise_or_too_large_is_told_
     for content, message in ((broken, "cannot be unpacked .*Delete it"), (by_windows, "cannot be unpacked here .*move it")):
         put(raw, {"ml-1m.zip": bytes(content)})
         with pytest.raises(DataError, match=f"ml-1m.zip {message}"):
+            unpack(SOURCES["movielens-1m"], raw)
+    for kind in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):  # the first raises an OSError without a number
+        with zipfile.ZipFile(raw / "ml-1m.zip", "w", kind) as archive:
+            archive.writestr("ml-1m/ratings.dat", "1::2::5::978300000\n" * 2000)
+        broken = bytearray((raw / "ml-1m.zip").read_bytes())
+        broken[60:75] = b"\xff" * 15
+        put(raw, {"ml-1m.zip": bytes(broken)})
+        with pytest.raises(DataError, match="ml-1m.zip cannot be unpacked .*Delete it"):
             unpack(SOURCES["movielens-1m"], raw)
     put(raw, {"ml-1m.zip": whole})
 

@@ -1,4 +1,5 @@
 """Figures of finished runs: what they show, odd titles, missing pictures, other towers."""
+import itertools
 import shutil
 import sys
 import warnings
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 from small import SHORT, TEXT, VISION, hugging_face_clips, make_shop, small_clips
 
@@ -435,6 +437,47 @@ def test_attention_leaves_out_pictures_that_cannot_be_read(tuned):
     seen.catalogue.picture = lambda item, size=96: None if item == 0 else np.zeros((size, size, 3), np.uint8)
     titles = written(vis.attention_maps(seen))
     assert vis.shown_title(seen.catalogue, 1, 14, 3) in titles and vis.shown_title(seen.catalogue, 0, 14, 3) not in titles
+
+
+def test_tokens_that_are_no_text_have_numbers():
+    decoded = {1: "mug ", 2: "🤣🤣", 3: "\ufffd", 4: "", 5: "\U000f0000", 6: "(", 7: "\u1c5b"}  # the last is in few fonts
+    words = [vis._token_text(text, n) for n, text in decoded.items()]
+    assert words == ["mug", "#2", "#3", "#4", "#5", "(", "\u1c5b"]
+    figure, ax = plt.subplots()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is said of titles
+        vis._token_list(ax, pd.DataFrame({"prompt": 1, "id": decoded.keys(), "token": words}))
+    assert ax.texts[0].get_text() in ("1: mug, #2, #3, #4, #5, (, #7", "1: mug, #2, #3, #4, #5, (, \u1c5b")
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("table", ["methods.csv", "a crowd"])
+def test_names_of_points_cover_nothing(table):
+    if table == "a crowd":
+        rows = pd.DataFrame({"run": [f"method {n}" for n in range(9)], "cost": np.linspace(1e5, 1.3e5, 9),
+                             "recall@10": 0.2 + np.arange(9) % 2 / 1000})
+    else:
+        rows = pd.read_csv(ROOT / "nbs/results" / table).rename(columns={"trained in CLIP": "cost"})
+        rows = rows[rows.variant == "fresh"].groupby("run", as_index=False)[["cost", "recall@10"]].mean()
+    figure = vis.cost_against_quality(rows, "cost", "recall@10", "run")
+    ax = figure.axes[0]
+    names = {text.get_text(): text.get_window_extent() for text in ax.texts if text.get_text()}
+    assert len(names) == len(rows)
+    for a, b in itertools.combinations(names.values(), 2):
+        assert not a.overlaps(b)
+    for corner in ax.lines[0].get_path().interpolated(50).vertices:
+        assert not any(box.contains(*ax.transData.transform(corner)) for box in names.values())
+    assert ("logarithmic" in ax.get_xlabel()) == (ax.get_xscale() == "symlog") == (table == "methods.csv")
+
+
+def test_what_moved_most_is_shown(tuned, monkeypatch):
+    tables = vis.item_tables(tuned)
+    for modality in ("image", "text"):
+        turned = torch.randn(tables[f"tuned {modality}"].shape, generator=torch.Generator().manual_seed(0))
+        monkeypatch.setattr(vis, "item_tables", lambda run, moved={f"tuned {modality}": turned}: tables | moved)
+        assert vis.moves(tuned).index[0] == modality
+        shown = " ".join(written(vis.show_what_changed(tuned)))
+        assert [f"tuned {m} features" in shown for m in ("image", "text")] == [modality == "image", modality == "text"]
 
 
 def test_tokens_near_prompts_of_a_hugging_face_text_tower():
