@@ -17,7 +17,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -498,7 +498,6 @@ def tune_equally(
     return table, grid(notebook, base, {"method": best}, seeds, name, **how)
 
 # %% ../nbs/06_ablations.ipynb #a91c5e04
-@cache
 def _user_ids(run):
     return run.data().inter.user_ids
 

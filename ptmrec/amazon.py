@@ -179,13 +179,13 @@ def fetch_file(
     Raises `httpx2.HTTPError` if the server does not deliver, `NotDelivered` for what is no address, no complete `.gz` or
     `.zip`, or a web page, and `DataError` for a full disk.
     """
-    check_address(url)
     path = Path(path)
     with locked(path):
         return path if path.exists() else _fetch_alone(url, path, attempts, wait)
 
 
 def _fetch_alone(url, path, attempts, wait):
+    check_address(url)
     "Download `url` to `path`: no other process does."
     part = path.with_name(f"{path.name}.part")
     for attempt in Retrying(stop=stop_after_attempt(attempts), wait=back_off(wait), retry=retry_if_exception(_may_pass),
@@ -670,16 +670,17 @@ async def _get_image(client, network, item, url, by_hand, image_base, max_pixels
 
 # %% ../nbs/00a_amazon.ipynb #49312b5c
 def _save_image(row, image, images, scratch, journal, earlier):
-    "Write an item's line of the journal, then its image, by way of `scratch`: only files of other origin have no line."
+    "Write an item's line of the journal, then move its image in from `scratch`: only files of other origin have no line."
     if row["status"] == "failed" and row["item"] in earlier.files:
         earlier.kept[row["item"]] = row["error"]
         return
     with writing(images):
-        journal.write(json.dumps(row) + "\n")
-        journal.flush()
-        earlier.clear(row["item"])
         if image:  # no fsync: the next run compares with the journal's sha256
             (scratch / row["item"]).write_bytes(image[1])
+        earlier.clear(row["item"])
+        journal.write(json.dumps(row) + "\n")
+        journal.flush()
+        if image:
             (scratch / row["item"]).replace(images / f"{row['item']}{image[0]}")
 
 # %% ../nbs/00a_amazon.ipynb #645cf4e8
@@ -733,14 +734,15 @@ def _download_alone(items, folder, image_base, concurrency, retry_refused, **lim
     earlier = Earlier(files)
     with (folder / ".manifest.jsonl").open("w") as journal, progress(
             desc="Images", total=len(items), initial=len(settled), unit="image") as bar, start_blocking_portal() as portal:
-        online = portal.call(partial(
-            _get_all, to_get, images, journal, bar, concurrency, image_base, earlier, refused=refused, **limits))
-    _warn_of_refused(refused, images), _warn_of_earlier(earlier, images)
+        try:
+            online = portal.call(partial(
+                _get_all, to_get, images, journal, bar, concurrency, image_base, earlier, refused=refused, **limits))
+        finally:
+            _warn_of_refused(refused, images), _warn_of_earlier(earlier, images)
     manifest = _fold_journal(folder, items["item"])
     if not online:
-        n_ok = int((manifest.status == "ok").sum())
-        raise DataError(f"The image servers do not answer any more; {n_ok:,} of {len(items):,} images are in {images}. Run "
-                        "again to continue, name a mirror with image_base, or say images=False to use what is there.")
+        raise DataError(f"The image servers do not answer any more; {(manifest.status == 'ok').sum():,} of {len(items):,} "
+                        f"images are in {images}. Run again to go on, name a mirror (image_base), or say images=False.")
     return manifest
 
 # %% ../nbs/00a_amazon.ipynb #06808fba

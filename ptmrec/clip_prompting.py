@@ -961,7 +961,8 @@ class ItemContent(nn.Module):
         if not self.modalities:
             why = "none of its images can be read, and it has no texts" if any(data.images) else "it has no images or texts"
             raise DataError(f"Data set '{data.name}': {why}, so a CLIP has nothing to encode. Put image files into its "
-                            "folder images/, or texts into items.csv.")
+                            "folder images/, or texts into items.csv; or take a backbone that uses no features: bpr or "
+                            "lightgcn.")
 
     def images(self, items: Tensor) -> Tensor:
         "Normalised images (n, 3, h, w) of `items` (n,), on the CLIP's device."

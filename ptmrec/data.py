@@ -189,8 +189,10 @@ def _raise_if_any(bad, path, table, column, problem):
     bad = np.asarray(bad, bool)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise DataError(f"{path}, {location(path, row)}, column '{column}': {str(table[column].iloc[row])[:100]} {problem} "
-                        f"({int(bad.sum()):,} such rows).")
+        value = table[column].iloc[row]
+        found = "a missing value" if pd.isna(value) else str(value)[:100]
+        raise DataError(f"{path}, {location(path, row)}, column '{column}': {found} {problem} ({int(bad.sum()):,} such "
+                        "rows).")
 
 # %% ../nbs/00_data.ipynb #d752e731
 def _as_numbers(time):
@@ -836,7 +838,7 @@ def _item_images(folder, table):
     files = {item: path for by_name in found for item, path in by_name.items()}
     if twice := [item for item in table.index if sum(item in by_name for by_name in found) > 1]:
         warnings.warn(f"{folder}: {len(twice):,} items have files in several of {', '.join(p.name for p in folders)} (the "
-                      f"first: {twice[0]}); those in the last of these folders are used.")
+                      f"first: {twice[0]}); those in the last of these folders are used, unless a column names others.")
     named = [[by_column, *inside] if by_column else [] for by_column, *inside in
              zip(*(_images_by_column(place, table) for place in (folder, *folders)))]
     choices = [[*paths, *filter(None, [files.get(i)])] for i, paths in zip(table.index, named)]

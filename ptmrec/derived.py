@@ -237,7 +237,7 @@ def derive(
     read: dict | None = None,  # how `dataset` is read, as `load_data` takes it: {"min_rating": 4, "core": 5}
     **how,  # of `change`
 ) -> Path:
-    "Folder of the data set that `change(data, **how)` makes of `dataset`; made anew only if data or code changed."
+    "Folder of the data set that `change(data, **how)` makes of `dataset`; made anew if data, code or arguments change."
     name = getattr(change, "__name__", type(change).__name__)
     if name in ("<lambda>", type(change).__name__):
         raise SettingError(f"change={name} has no name of its own to keep its data set under. Give a function made by def, "

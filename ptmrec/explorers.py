@@ -752,9 +752,12 @@ def in_steps(
     n: int = 5,  # steps at most
 ) -> pd.Series:
     "Numbers as text in steps of about as many different values, missing ones as `(none)`; an ordered categorical."
-    values = np.unique(numbers.dropna().astype(float))
+    numbers = numbers.astype(float).replace([-np.inf, np.inf], np.nan)
+    values = np.unique(numbers.dropna())
     tops = np.unique(np.quantile(values, np.arange(1, n + 1) / n, method="inverted_cdf")) if len(values) else []
-    steps = pd.cut(numbers.astype(float), [-np.inf, *tops], labels=[f"up to {top:,.10g}" for top in tops])
+    labels = [f"up to {top:,.10g}" for top in tops]
+    labels = labels if len(set(labels)) == len(labels) else [f"up to {float(top)!r}" for top in tops]
+    steps = pd.cut(numbers, [-np.inf, *tops], labels=labels)
     return steps.cat.add_categories(["(none)"] * bool(numbers.isna().any())).fillna("(none)")
 
 # %% ../nbs/07a_explorers.ipynb #cc21c554

@@ -181,13 +181,14 @@ def summary(
     column, title = list(shown.items())[-1]
     points = points_of(loop.history, column)
     at = max(170, 8 * len(name) + 20)
+    curve = at + max(260, 8 * len(ended) + 20)
     parts = [text(10, 19, name, font_weight="bold"), text(at, 19, ended),
-             text(at + 640, 19, in_words(seconds), text_anchor="end")]
+             text(curve + 380, 19, in_words(seconds), text_anchor="end")]
     if points:
-        scale, best = Scale(points, (at + 260, 6, 110, 16), points[-1][0]), best_so_far(loop)
+        scale, best = Scale(points, (curve, 6, 110, 16), points[-1][0]), best_so_far(loop)
         chosen = (best.state["epoch"], best.state["best"]) if best and best.metric == column else points[-1]
-        parts += [scale.line(BLUE), scale.dot(chosen, ORANGE), text(at + 385, 19, f"{title} {short(chosen[1])}")]
-    return svg(at + 650, 28, parts)
+        parts += [scale.line(BLUE), scale.dot(chosen, ORANGE), text(curve + 125, 19, f"{title} {short(chosen[1])}")]
+    return svg(curve + 390, 28, parts)
 
 # %% ../nbs/03d_monitor.ipynb #a16678a9
 def shell() -> Any:

@@ -57,8 +57,9 @@ def as_markdown(block: Block, folder: Path) -> str:
 
 # %% ../nbs/06a_report.ipynb #60da371a
 def _rich(text):
-    "Plain text as HTML, with its **bold** and `code`."
-    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(str(text)))
+    "Plain text as HTML, with its **bold** and `code`; a mean and its spread stay on one line."
+    text = html.escape(str(text)).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
 
 

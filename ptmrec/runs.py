@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'PACKAGE', 'NO_EFFECT', 'LIBRARIES', 'PLAIN', 'WRAPPERS', 'NOT_CODE', 'RUN_FIELDS', 'CONTENT', 'TRAINED',
-           'LISTED', 'EVALUATED_BY', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of', 'definitions',
-           'code_of', 'own_code', 'own_metrics', 'first_features', 'read_json', 'shown_path', 'content_of', 'checksum',
-           'RunFolder', 'load_parameters', 'Run', 'new_run', 'settle', 'heal', 'with_all_metrics', 'why_new', 'alone',
-           'train_alone', 'use_or_train', 'runs_to_do', 'stopped_by_hand', 'open_run', 'validation', 'best_variant',
-           'check_variant', 'recommendation_table', 'evaluated_by', 'evaluator_of', 'RunEncoder', 'list_runs',
-           'per_user_values', 'check_seeds', 'compare', 'Once', 'OptionParser', 'option_parser', 'command_line']
+           'LISTED', 'EVALUATED_BY', 'RUN_COLUMNS', 'set_seed', 'pick_device', 'WithoutRemarks', 'meaning_of',
+           'definitions', 'code_of', 'own_code', 'own_metrics', 'first_features', 'read_json', 'shown_path',
+           'content_of', 'checksum', 'RunFolder', 'load_parameters', 'Run', 'new_run', 'settle', 'heal',
+           'with_all_metrics', 'why_new', 'alone', 'train_alone', 'use_or_train', 'runs_to_do', 'stopped_by_hand',
+           'open_run', 'validation', 'best_variant', 'check_variant', 'recommendation_table', 'evaluated_by',
+           'evaluator_of', 'RunEncoder', 'list_runs', 'per_user_values', 'check_seeds', 'compare', 'Once',
+           'OptionParser', 'option_parser', 'command_line']
 
 # %% ../nbs/03c_runs.ipynb #6df4d975
 import argparse
@@ -933,6 +934,10 @@ def _item_features(run) -> dict[str, pd.DataFrame]:
 Run.encoder, Run.item_features = _encoder, _item_features
 
 # %% ../nbs/03c_runs.ipynb #a2752bcf
+RUN_COLUMNS = ["experiment", "dataset", "key", "backbone", "tuning", "seed", "state", "by_hand", "metric", "variant",
+               "valid", "test", "created", "seconds"]
+
+
 def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
     "All runs as a table, the newest first: what they are, whether they are finished, their validation and test metric."
     rows = []
@@ -945,8 +950,8 @@ def list_runs(experiment: str = "*", dataset: str = "*") -> pd.DataFrame:
         except (DataError, KeyError, TypeError):
             rows.append({"experiment": path.parents[2].name, "dataset": path.parents[1].name, "key": path.parent.name,
                          "state": "damaged", "created": None})
-    table = pd.DataFrame(rows)
-    return table.sort_values("created", ascending=False, ignore_index=True) if len(table) else table
+    table = pd.DataFrame(rows, columns=RUN_COLUMNS)
+    return table.sort_values("created", ascending=False, ignore_index=True)
 
 
 def _row(run):

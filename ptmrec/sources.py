@@ -201,9 +201,18 @@ def _extract(archive, target, is_wanted):
             raise e if e.errno else zipfile.BadZipFile(e) from None
 
 
+def _state_of(path):
+    "A key of an archive's table of contents; empty if that cannot be read."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return fingerprint([(m.filename, m.file_size, m.CRC) for m in archive.infolist()])
+    except (zipfile.BadZipFile, NotImplementedError, OSError):
+        return ""
+
+
 def _is_of(note, state):
-    "Whether a note on unpacking is there, and is of an archive in this state; an empty one, of an older version, counts."
-    return note.exists() and note.read_text() in ("", state)
+    "Whether a note on unpacking is there, and not of another archive; an empty one, of an older version, counts."
+    return note.exists() and (not state or note.read_text() in ("", state))
 
 # %% ../nbs/00g_sources.ipynb #90b6d2f5
 def unpack(
@@ -211,14 +220,17 @@ def unpack(
     raw: Path,  # folder of the raw files
     images: bool = True,  # pictures as well
 ) -> None:
-    "Unpack what a source needs of its archives in the raw folder, once, and again if one is replaced. Raises `DataError`."
+    """Unpack what a source needs of its archives in the raw folder, once, and again if one is replaced.
+
+    What the replaced one alone had stays. Raises `DataError` for a damaged one.
+    """
     for path in [raw / name for name in source.archives if name.endswith(".zip") and (raw / name).exists()]:
         target, done = path.with_suffix(""), path.with_name(f".{path.name}.unpacked")
         tables = done.with_suffix(".tables-unpacked")
+        state = _state_of(path)
+        if target.exists() and (_is_of(done, state) or not images and _is_of(tables, state)):
+            continue
         with _opened(path) as archive:
-            state = fingerprint([(m.filename, m.file_size, m.CRC) for m in archive.infolist()])
-            if target.exists() and (_is_of(done, state) or not images and _is_of(tables, state)):
-                continue
             _extract(archive, target, partial(_is_wanted, source, images=images))
         write_atomically(done if images else tables, partial(Path.write_text, data=state))
 

@@ -9,7 +9,16 @@ __all__ = ['LARGEST', 'LABELS', 'STAGE1_CODE', 'BACKBONE_NAMES', 'DataSettings',
            'new_backbone', 'label', 'evaluate', 'mean_metrics', 'make_evaluator', 'most_bought', 'train_one_epoch',
            'validate', 'train_backbone', 'train_with', 'check_fit', 'stage1_settings', 'stage1_parameters',
            'stage1_code', 'find_stage1_run', 'run_arguments', 'train_stage1', 'trained_stage1', 'score_stage1',
-           'save_embeddings', 'load_backbone', 'metrics_table', 'backbone_name', 'plot_history', 'diagnosis_of']
+           'save_embeddings', 'load_backbone', 'metrics_table', 'results_of', 'backbone_name', 'plot_history',
+           'diagnosis_of', 'main']
+
+# %% ../nbs/04_stage1.ipynb #9e3a2418
+import os
+import signal
+
+if __name__ == "__main__" and "__file__" in globals():  # as a program, a stop during the imports below is one line
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (os.write(2, b"Stopped while starting.\n"), os._exit(128 + number)))
 
 # %% ../nbs/04_stage1.ipynb #c8e5f1fc
 import time
@@ -25,15 +34,17 @@ import torch
 
 from .backbones import BACKBONES, Backbone
 from .clip_prompting import SAMPLE, Clip, load_clip, warn_of_cut_texts
-from .data import (MAX_RATING, MODALITIES, SPLIT_RULES, DataError, Interactions, RecData, find_dataset, load_data)
+from .data import (MAX_RATING, MODALITIES, SPLIT_RULES, DataError, Interactions, NotFound, RecData, find_dataset,
+                         load_data)
 from .diagnosis import diagnose
 from .distributed import init_distributed, main_first, rank
 from .leaks import say_leaks
 from .memory import free_bytes
 from .monitor import watch
 from .ranking import GROUPS, METRICS, Evaluator, metric_names
-from .runs import (DEVICES, EVALUATED_BY, Run, code_of, first_features, load_parameters, new_run, own_code,
-                         pick_device, recommendation_table, runs_to_do, set_seed, train_alone, use_or_train)
+from .runs import (DEVICES, EVALUATED_BY, Run, code_of, command_line, first_features, load_parameters, new_run,
+                         own_code, pick_device, recommendation_table, runs_to_do, set_seed, shown_path, stopped_by_hand,
+                         train_alone, use_or_train)
 from .settings import SettingError, Settings, experiment, setting
 from .sources import PUBLIC_SETS, find_or_prepare
 from .training import (ON_NAN, Checkpoint, Health, KeepBest, Loop, LowerRate, TripleSampler, check_losses,
@@ -99,7 +110,7 @@ def locate_dataset(dataset: str) -> Path | None:
     "Folder of a data set; None for a public set that has to be prepared first. Raises `DataError`."
     try:
         return find_dataset(dataset, PUBLIC_SETS)
-    except DataError:
+    except NotFound:
         if dataset in PUBLIC_SETS:
             return None
         raise
@@ -527,6 +538,12 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
                                 for n, v in values.items()} for row, values in rows.items()}).T
     return table.rename(columns=label)
 
+
+def results_of(runs: list[Run]) -> pd.DataFrame:
+    "`metrics_table` of finished runs of Stage 1, a row for validation and one for test."
+    splits = {"validation": "valid", "test": "test"}
+    return metrics_table({name: [run.metrics()[split] for run in runs] for name, split in splits.items()})
+
 # %% ../nbs/04_stage1.ipynb #ae5b40f7
 BACKBONE_NAMES = {"bpr": "BPR-MF", "lightgcn": "LightGCN", "vbpr": "VBPR", "freedom": "FREEDOM", "mgcn": "MGCN",
                   "smore": "SMORE"}
@@ -567,3 +584,16 @@ def diagnosis_of(
         _, id_emb = load_backbone(run, settings, inputs).eval().id_path()
     bought = np.bincount(inputs.data.inter.part("train")[1], minlength=len(id_emb)) > 0
     return diagnose(id_emb, inputs.features, torch.from_numpy(bought).to(id_emb.device))
+
+# %% ../nbs/04_stage1.ipynb #b7e0070b
+def main(arguments: list[str] | None = None) -> None:
+    "`run_stage1` as a program: see `command_line`."
+    runs = command_line(run_stage1, arguments)
+    if not rank():
+        print(results_of(runs).to_string(), *filter(None, [stopped_by_hand(runs)]),
+              *[shown_path(run.folder) for run in runs], sep="\n")
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    main()

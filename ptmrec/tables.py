@@ -281,8 +281,11 @@ def _read_text_table(path):
         except pd.errors.EmptyDataError:
             raise DataError(f"{path} is empty.") from None
         except (pd.errors.ParserError, pd.errors.ParserWarning) as e:
-            raise DataError(f"{path} cannot be read as a table: expected a header, and the same number of fields in every "
-                            f"line ({str(e).strip()}).") from e
+            found = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(e))
+            why = ("line {1} has {2} fields, and those before it {0}. Every line needs as many.".format(*found.groups())
+                   if found else
+                   f"expected a header, and the same number of fields in every line ({str(e).strip()}).")
+            raise DataError(f"{path} cannot be read as a table: {why}") from e
 
 # %% ../nbs/00f_tables.ipynb #443e9dea
 def _shape(value):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FONTS', 'COLUMN', 'BLUE', 'ORANGE', 'GREEN', 'STYLE', 'MAP_METHODS', 'POPULARITY', 'cut', 'letterbox',
            'item_statistics', 'Catalogue', 'unit_rows', 'nearest', 'neighbours', 'RunView', 'view', 'item_tables',
-           'moves', 'user_number', 'installed_fonts', 'printable', 'in_style', 'save', 'shown_title', 'SheetRow',
-           'sheet', 'neighbour_sheet', 'user_gains', 'items_of', 'recommendation_sheet', 'show_what_changed',
-           'training_curves', 'principal_plane', 'turned_onto', 'aligned_maps', 'most_frequent', 'category_colours',
-           'skewed', 'embedding_map', 'random_cosines', 'batch_distributions', 'domain_gap', 'class_attention',
-           'item_pixels', 'attention_shares', 'under_attention', 'attention_maps', 'nearest_tokens', 'prompt_norms',
-           'on_front', 'cost_against_quality', 'hits_by_popularity', 'who_gains']
+           'features_moved', 'user_number', 'installed_fonts', 'printable', 'in_style', 'save', 'shown_title',
+           'SheetRow', 'sheet', 'neighbour_sheet', 'user_gains', 'items_of', 'recommendation_sheet',
+           'show_what_changed', 'training_curves', 'principal_plane', 'turned_onto', 'aligned_maps', 'most_frequent',
+           'category_colours', 'skewed', 'embedding_map', 'random_cosines', 'batch_distributions', 'domain_gap',
+           'class_attention', 'item_pixels', 'attention_shares', 'under_attention', 'attention_maps', 'nearest_tokens',
+           'prompt_norms', 'on_front', 'cost_against_quality', 'hits_by_popularity', 'who_gains']
 
 # %% ../nbs/07_visualisation.ipynb #e9991fa6
 import contextlib
@@ -200,7 +200,7 @@ def item_tables(run: Run | RunView) -> dict[str, Tensor]:
             | {f"tuned {m}": tuned[m] for m in frozen if m in tuned})
 
 # %% ../nbs/07_visualisation.ipynb #7c0de202
-def moves(run: Run | RunView) -> pd.Series:
+def features_moved(run: Run | RunView) -> pd.Series:
     "Mean cosine of items' frozen and tuned features for each tuned modality; the one that moved most comes first."
     tables = item_tables(run)
     pairs = {m: (tables[f"frozen {m}"], tables[f"tuned {m}"]) for m in view(run).inputs.features if f"tuned {m}" in tables}
@@ -436,7 +436,8 @@ def show_what_changed(run: Run | RunView) -> Figure:
     rows = [history._replace(name=f"{who}; {history.name}"), wanted, before, after]
     new = [item for item in after.items if item in after.marked - before.marked]
     item, what = (new[0], "the item found") if new else (after.items[0], "the first item")
-    for modality, when in itertools.product(moves(seen).index[:1], ("frozen", "tuned")):  # none if no tower was tuned
+    moved = features_moved(seen).index[:1]  # none if no tower was tuned
+    for modality, when in itertools.product(moved, ("frozen", "tuned")):
         near = neighbours(tables[f"{when} {modality}"], item, 4)[0].tolist()
         rows.append(SheetRow(f"{what}, and its nearest by {when} {modality} features", [item, *near]))
     return sheet(seen.catalogue, rows)
@@ -871,7 +872,7 @@ def _cost_axis(ax, cost, name):
     if positive.max() > 20 * positive.min():
         limit = 10 ** np.ceil(np.log10(positive.min()))
         ax.set_xscale("symlog", linthresh=limit)
-        name += f"\nlinear up to {limit:,g}, logarithmic above"
+        name += f"\nlinear up to {limit:,.10g}, logarithmic above"
     ax.set_xlabel(name)
 
 # %% ../nbs/07_visualisation.ipynb #7c821a5d

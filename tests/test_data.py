@@ -356,16 +356,16 @@ BAD = {  # files, load_data's arguments, the error
     "empty file": ({CSV: ""}, {}, "interactions.csv is empty"),
     "short of a header": ({CSV: "user,item\n1,2\n1,2,3\n"}, {}, "interactions.csv cannot be read as a table.* line 3"),
     "damaged parquet": ({"interactions__parquet": "PAR1"}, {}, "interactions.parquet cannot be read as Parquet"),
-    "no id": ({CSV: "user,item\n1,2\n\n2,\n"}, {}, "interactions.csv, line 4, column 'item': nan is not an id"),
+    "no id": ({CSV: "user,item\n1,2\n\n2,\n"}, {}, "interactions.csv, line 4, column 'item': a missing value is not an id"),
     "an id of two lines": ({CSV: 'user,item\n1,"a\nb"\n'}, {}, "column 'item': the id .* has several lines"),
     "no rows": ({CSV: "user,item\n"}, {}, "interactions.csv has no rows"),
     "no id, quoted lines": ({CSV: 'user,item,title\n1,2,"a\nb"\n2,,c\n'}, {}, "line 4, column 'item'"),
     "parquet row": ({"interactions__parquet": pd.DataFrame({"user": [1, 2], "item": ["a", None]})}, {}, "row 2, column"),
     "label": ({CSV: "user,item,x_label\n1,2,0\n1,3,7\n"}, {}, "line 3, column 'split': 7 is not 0"),
     "negative label": ({CSV: "user,item,x_label\n1,2,-1\n"}, {}, "line 2, column 'split': -1 is not 0"),
-    "missing label": ({CSV: "user,item,x_label\n1,2,0\n1,3,\n"}, {}, "line 3, column 'split': nan is not 0"),
+    "missing label": ({CSV: "user,item,x_label\n1,2,0\n1,3,\n"}, {}, "line 3, column 'split': a missing value is not 0"),
     "rating in words": ({CSV: "user,item,rating\n1,2,good\n"}, {}, "line 2, column 'rating': good is not a number"),
-    "rating NaN": ({CSV: "user,item,rating\n1,2,3\n1,3,nan\n"}, {}, "line 3, column 'rating': nan is not a number"),
+    "rating NaN": ({CSV: "user,item,rating\n1,2,3\n1,3,nan\n"}, {}, "line 3, .* 'rating': a missing value is not a number"),
     "rating infinite": ({CSV: "user,item,rating\n1,2,inf\n"}, {}, "line 2, column 'rating': inf is too large for a rating"),
     "rating huge": ({CSV: "user,item,rating\n1,2,1e30\n"}, {}, "line 2, column 'rating': 1e\\+30 is too large for a rating"),
     "no ratings": ({CSV: GOOD}, {"min_rating": 3}, "min_rating=3 needs a rating column"),
@@ -449,9 +449,9 @@ def test_categories_that_are_numbers_may_be_missing():
     data = RecData.from_frames(pairs, items)
     assert data.texts == ["Mug"] * 4 and data.items.year.tolist()[::2] == [2014, 2015]
     rated = pairs.assign(rating=pd.Categorical([5, None] * 8))
-    with pytest.raises(DataError, match="column 'rating': nan is not a number"):
+    with pytest.raises(DataError, match="column 'rating': a missing value is not a number"):
         RecData.from_frames(rated)
-    with pytest.raises(DataError, match="column 'item': nan is not an id"):
+    with pytest.raises(DataError, match="column 'item': a missing value is not an id"):
         RecData.from_frames(pairs.assign(item=pd.Categorical([1, None] * 8)))
 
 

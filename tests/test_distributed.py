@@ -23,6 +23,7 @@ from small import N_ITEMS, SHORT, hugging_face_clips, make_shop
 import ptmrec.clip_prompting
 import ptmrec.distributed
 import ptmrec.runs
+import ptmrec.stage1
 import ptmrec.stage2
 import ptmrec.training
 from ptmrec.clip_prompting import Clip, ItemEncoder, encode_in_blocks, frozen_features, load_clip
@@ -32,7 +33,7 @@ from ptmrec.peft import attach
 from ptmrec.ranking import Evaluator
 from ptmrec.runs import new_run, set_seed
 from ptmrec.settings import SettingError
-from ptmrec.stage1 import build_backbone
+from ptmrec.stage1 import build_backbone, run_stage1
 from ptmrec.stage2 import Stage2, run_stage2, tune
 
 BATCHES = {
@@ -371,17 +372,28 @@ def test_signs_of_life_end_before_the_interpreter(tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
 
 
-def test_command_line_has_the_notebooks_parameters(capsys):
+@pytest.mark.parametrize("main, experiment", [(ptmrec.stage1.main, run_stage1), (ptmrec.stage2.main, run_stage2)])
+def test_command_line_has_the_notebooks_parameters(capsys, main, experiment):
     with pytest.raises(SystemExit) as end:
-        ptmrec.stage2.main(["--learning_rate", "0.1"])
-    assert end.value.code == 2 and "run_stage2 has no parameter learning_rate" in capsys.readouterr().err
+        main(["--learning_rate", "0.1"])
+    assert end.value.code == 2 and f"{experiment.__name__} has no parameter learning_rate" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="No data set 'no-such-shop'"):
-        ptmrec.stage2.main(["--dataset", "no-such-shop"])
+        main(["--dataset", "no-such-shop"])
     with pytest.raises(SystemExit) as end:
-        ptmrec.stage2.main(["--help"])
+        main(["--help"])
     assert end.value.code == 0
-    assert set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)) == set(
-        inspect.signature(run_stage2).parameters)
+    assert set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)) == set(inspect.signature(experiment).parameters)
+
+
+def test_stage1_as_a_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PTMREC_RUNS", str(tmp_path / "runs"))
+    ptmrec.stage1.main(["--dataset", "sample", "--backbone", "bpr", "--epochs", "1", "--n_seeds", "1"])
+    out, run = capsys.readouterr().out, next((tmp_path / "runs" / "stage1" / "sample").glob("*/metrics.json")).parent
+    table = json.loads((run / "metrics.json").read_text())
+    assert f"{table['test']['recall@10']:.4f}" in out and run.name in out and "validation" in out
+    command = [sys.executable, "-m", "ptmrec.stage1", "--epoch", "1"]
+    called = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert called.returncode == 2 and "run_stage1 has no parameter epoch. Did you mean epochs" in called.stderr
 
 
 def test_mixed_precision_is_close(tmp_path, monkeypatch):

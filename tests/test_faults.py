@@ -70,7 +70,7 @@ def test_replaced_content_never_meets_an_old_cache(shop):
 
 @pytest.mark.parametrize("content, message", [
     ("a,b\n1,2\n", "has no user column; its columns, as they are read, are a, b"),
-    ("user,item\n1,2\n,3\n", "line 3, column 'user': nan is not an id"),
+    ("user,item\n1,2\n,3\n", "line 3, column 'user': a missing value is not an id"),
     ("user,item,rating\n1,2,good\n", "line 2, column 'rating'"),
     ("user,item,x_label\n1,2,7\n", "line 2, column 'split': .*7.* is not 0 \\(train\\), 1 \\(valid\\) or 2"),
     ("user,userID,item\n1,1,2\n", "columns \\['user', 'userID'\\] all mean 'user'"),

@@ -192,6 +192,17 @@ def test_an_error_before_the_first_epoch_is_the_one_that_is_seen():
             loop_of([1], Fails(), watcher).run(1)
 
 
+@pytest.mark.parametrize("ended", ["stopped", "stopped by hand at epoch 1234, step 13, best 1200"])
+def test_the_curve_of_a_summary_begins_after_its_words(ended):
+    loop = loop_of([0.1, 0.2])
+    loop.history = [{"epoch": n, "loss": n, "score": n} for n in (1, 2)]
+    tree = ElementTree.fromstring(summary(loop, "name", TITLES, ended, 1.0))
+    words = next(e for e in tree.iter() if e.text == ended)
+    line = next(e for e in tree.iter() if e.tag.endswith("polyline"))
+    first = float(line.get("points").split(",")[0])
+    assert first > float(words.get("x")) + 7.5 * len(ended) and first < float(tree.get("width"))
+
+
 def test_pictures_are_whole_whatever_there_is_to_show():
     for scores in ([], [None, None], [0.5], [0.2, 0.2], [0.1, float("-inf"), 0.3], [0.1] * 5000):
         loop = loop_of(scores or [1])

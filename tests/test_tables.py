@@ -356,6 +356,7 @@ def test_escaped_quotes_of_bookcrossing(home):
     ("interactions.json", "", "cannot be read as JSON"),
     ("interactions.xlsx", "no sheet", "cannot be read as Excel"),
     ("ratings.dat", "1::2::3::4\n1::2::3::4::5\n", "cannot be read as a table"),
+    ("interactions.csv", "user,item\n1,2\n1,2,3,4\n", "a table: line 3 has 4 fields, and those before it 2. Every line"),
     ("interactions.csv", b"\0\1\2\xff" * 9, "is not UTF-8"),
 ])
 def test_damaged_files_are_one_sentence(home, file, content, message):
@@ -576,7 +577,7 @@ def test_ids_that_are_nearly_the_same_stay_apart(home):
     assert sorted(data.inter.item_ids) == sorted(ODD_IDS) and len(data.inter.item) == len(set(rows))
     place = {item: n for n, item in enumerate(data.inter.item_ids)}
     assert [data.texts[place[item]] for item in ODD_IDS] == [f"title of {n}" for n in range(len(ODD_IDS))]
-    with pytest.raises(DataError, match="line 32, column 'item': nan is not an id"):
+    with pytest.raises(DataError, match="line 32, column 'item': a missing value is not an id"):
         load_data(folder_of(home, {"interactions.csv": "user,item\n" + "1,2\n" * 30 + "3,nan\n"}, "other"))
 
 

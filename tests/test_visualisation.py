@@ -475,7 +475,7 @@ def test_what_moved_most_is_shown(tuned, monkeypatch):
     for modality in ("image", "text"):
         turned = torch.randn(tables[f"tuned {modality}"].shape, generator=torch.Generator().manual_seed(0))
         monkeypatch.setattr(vis, "item_tables", lambda run, moved={f"tuned {modality}": turned}: tables | moved)
-        assert vis.moves(tuned).index[0] == modality
+        assert vis.features_moved(tuned).index[0] == modality
         shown = " ".join(written(vis.show_what_changed(tuned)))
         assert [f"tuned {m} features" in shown for m in ("image", "text")] == [modality == "image", modality == "text"]
 
