@@ -190,7 +190,7 @@ def _raise_if_any(bad, path, table, column, problem):
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         value = table[column].iloc[row]
-        found = "a missing value" if pd.isna(value) else str(value)[:100]
+        found = "a missing value" if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)[:100]
         raise DataError(f"{path}, {location(path, row)}, column '{column}': {found} {problem} ({int(bad.sum()):,} such "
                         "rows).")
 
